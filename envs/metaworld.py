@@ -1,0 +1,334 @@
+"""Meta-World 3 (Yu et al. 2019): the ML1, ML10, ML25 and ML45 benchmarks, and lists of tasks of one's own.
+
+Owns the tasks and how one environment is built from a `Task`; physics and rewards are those of the `metaworld` package,
+imported at the first use (0.3 s) and never changed. Imports neither torch nor the rest of metarl but `types` and `errors`.
+
+A goal is a vector that upstream draws from the global `np.random` while it runs 500 physics steps a goal. Here the same
+numbers come from a private stream without physics: a task is rebuilt from its fields alone, at once and bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import cache, cached_property, lru_cache
+from typing import Any, Literal, get_args
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from metarl.errors import unknown_name
+from metarl.types import FloatArray, Task
+
+Official = Literal["ML1", "ML10", "ML25", "ML45"]
+
+MULTI_CLASS = ("ML10", "ML25", "ML45")
+"""Benchmarks that name their classes themselves."""
+
+GOALS_PER_CLASS = 50
+"""Goals of each class in each split, as upstream (`metaworld._N_GOALS`)."""
+
+MAX_HORIZON = 500
+"""Steps after which the official environments refuse to go on."""
+
+_MIN_DISTANCE = {
+    f"{name}-v3": metres
+    for metres, listed in (
+        (0.1, "assembly disassemble peg-insert-side shelf-place stick-pull stick-push"),
+        (
+            0.15,
+            "basketball coffee-pull coffee-push hand-insert pick-out-of-hole pick-place pick-place-wall push push-back",
+        ),
+        (0.15, "push-wall reach reach-wall soccer sweep-into"),
+        (0.25, "box-close"),
+    )
+    for name in listed.split()
+}
+"""Metres in the plane between object and goal, below which `reset_model` of that class draws again."""
+
+_FIXED_GOAL = {"sweep-into-v3": (0.0, 0.84)}
+"""Where upstream measures that distance to a constant and not to the goal that was drawn."""
+
+
+class MetaWorldConfig(BaseModel):
+    """Meta-World tasks with hidden goals.
+
+    - `ML1`: one class, `name`; the held-out tasks are other goals.
+    - `ML10`, `ML25`, `ML45`: held-out tasks are of classes not seen in training. Deviation: upstream's ML25 lists
+      basketball-v3 in both splits; here it is left out of the test split, which leaves four held-out classes.
+    - `custom`: the ML1 tasks of each of `names`, so that one can be rebuilt without the list. Held out are the ML1 test
+      tasks of `test_names` or, without them, those of `names`: other goals.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    family: Literal["metaworld"] = "metaworld"
+    benchmark: Literal[Official, "custom"] = Field("ML1", description="which distribution of tasks")
+    name: str | None = Field(None, description="the class of ML1, e.g. reach-v3 (ML1 only)")
+    names: tuple[str, ...] = Field((), description="classes to train on (custom only)")
+    test_names: tuple[str, ...] = Field((), description="held-out classes (custom only); none: other goals of `names`")
+    horizon: int = Field(MAX_HORIZON, ge=1, le=MAX_HORIZON, description="steps an episode")
+    reward_version: Literal["v1", "v2"] = Field("v2", description="Meta-World's reward_function_version")
+    seed: int = Field(0, ge=0, le=2**32 - 2, description="seed of the goals")
+
+    @model_validator(mode="after")
+    def _names_fit_the_benchmark(self) -> MetaWorldConfig:
+        if (self.name is None) == (self.benchmark == "ML1"):
+            raise ValueError(
+                f"name={self.name!r} with benchmark={self.benchmark!r}: ML1 needs one class, others take none"
+            )
+        if bool(self.names) != (self.benchmark == "custom") or (self.test_names and not self.names):
+            raise ValueError(
+                f"names={self.names} and test_names={self.test_names} with benchmark={self.benchmark!r}: "
+                "`custom` needs names, the others take neither"
+            )
+        listed = [*self.names, *self.test_names, *([self.name] if self.name else [])]
+        for name in listed:
+            _check_name(name)
+        twice = sorted({name for name in listed if listed.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} listed twice; a class is listed once, to train on or held out")
+        return self
+
+
+class MetaWorldTasks:
+    """The tasks of a `MetaWorldConfig`: a `TaskDistribution`, class by class in upstream's order, 50 goals each."""
+
+    def __init__(self, config: MetaWorldConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def train_tasks(self) -> list[Task]:
+        """The official training tasks."""
+        return self._tasks("train")
+
+    @cached_property
+    def test_tasks(self) -> list[Task]:
+        """The official test tasks: unseen goals of ML1, goals of unseen classes elsewhere."""
+        return self._tasks("test")
+
+    def _tasks(self, split: str) -> list[Task]:
+        config = self.config
+        benchmark: str
+        if config.benchmark == "custom":
+            benchmark, classes = "ML1", config.test_names if split == "test" and config.test_names else config.names
+        elif config.name is not None:
+            benchmark, classes = "ML1", (config.name,)
+        else:
+            benchmark, classes = config.benchmark, _classes(config.benchmark, split)
+        options = (("horizon", config.horizon), ("reward_version", config.reward_version))
+        return [
+            Task("metaworld", benchmark, split, name, index, config.seed, options)
+            for name in classes
+            for index in range(GOALS_PER_CLASS)
+        ]
+
+    def make(self, task: Task) -> MetaWorldEnv:
+        """Build the environment of `task`."""
+        return make(task)
+
+
+def make(task: Task) -> MetaWorldEnv:
+    """Build the environment of a task from its fields alone; takes about 0.3 s, so reuse it through `set_task`.
+
+    Raises:
+        ValueError: a field of the task is not one of this family; the message names it.
+    """
+    return MetaWorldEnv(task)
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The names of the 50 classes, e.g. `reach-v3`, in upstream's order."""
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+    return tuple(ALL_V3_ENVIRONMENTS)
+
+
+def goal_vector(task: Task) -> FloatArray:
+    """The `rand_vec` of a task, `[D]`: where its object or its goal lies, or both; a pure function of its fields.
+
+    Equal bit for bit to the one in the official benchmark of that seed. As upstream, the test split of ML1 is drawn
+    with `seed + 1`: the held-out goals of one seed are the training goals of the next.
+
+    Raises:
+        ValueError: a field of the task is not one of this family; the message names it.
+    """
+    if task.family != "metaworld":
+        raise ValueError(f"task.family is {task.family!r}; expected 'metaworld'")
+    if task.benchmark not in get_args(Official):
+        raise ValueError(f"task.benchmark is {task.benchmark!r}; expected one of {', '.join(get_args(Official))}")
+    if task.split not in ("train", "test"):
+        raise ValueError(f"task.split is {task.split!r}; expected 'train' or 'test'")
+    if not 0 <= task.index < GOALS_PER_CLASS:
+        raise ValueError(f"task.index is {task.index}; expected 0 to {GOALS_PER_CLASS - 1}")
+    _check_name(task.name)
+    if task.benchmark == "ML1":
+        goals = _goals((task.name,), task.seed + (task.split == "test"))
+    elif task.name in _classes(task.benchmark, task.split):
+        goals = _goals(_official_classes(task.benchmark, task.split), task.seed)
+    else:
+        raise ValueError(f"task.name {task.name!r} is not in the {task.split} split of {task.benchmark}")
+    goal: FloatArray = goals[task.name][task.index]
+    return goal
+
+
+class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
+    """One official environment with the goal hidden, held by composition.
+
+    Observations `[39]` float64: hand and gripper (4) and objects (14) now, the same 18 one step ago, and three zeros
+    where the goal would be. Actions `[4]` in ±1: the hand's displacement and the gripper's effort.
+
+    It truncates at the task's horizon and never terminates, not even upon success.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._official = _build(task)
+        self.observation_space = self._official.sawyer_observation_space
+        self.action_space = self._official.action_space
+        self.set_task(task)
+
+    def set_task(self, task: Task) -> None:
+        """Change to another task of the same class without compiling the model again; takes effect at the next reset.
+
+        Raises:
+            ValueError: the task is of another class, or a field of it is not one of this family.
+        """
+        if task.name != self.task.name:
+            raise ValueError(f"task.name is {task.name!r}, the environment is of {self.task.name!r}; use make(task)")
+        horizon, reward_version = _options(task)
+        official = self._official
+        official._last_rand_vec = goal_vector(task).copy()
+        official._freeze_rand_vec = official._set_task_called = True
+        official._set_task_inner()
+        official.reward_function_version = reward_version
+        self.task, self._horizon, self._steps_left = task, horizon, 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[FloatArray, dict[str, Any]]:
+        """Begin an episode: a pure function of the task. The seed has no effect on it, as upstream."""
+        super().reset(seed=seed)
+        observation, info = self._official.reset()
+        self._steps_left = self._horizon
+        return observation, info
+
+    def step(self, action: NDArray[np.float32]) -> tuple[FloatArray, float, bool, bool, dict[str, Any]]:
+        """Take one official step, 5 × 0.0025 s.
+
+        Returns:
+            The observation `[39]`, the reward, False, whether the horizon is reached, upstream's info: `success` is 0 or 1.
+
+        Raises:
+            gymnasium.error.ResetNeeded: the episode has ended, or none has begun.
+            FloatingPointError: the physics diverged; upstream would go on from a silently reset simulation.
+        """
+        if self._steps_left == 0:
+            raise gymnasium.error.ResetNeeded(f"no episode in progress in {self.task.name}; call reset() before step()")
+        time_s = self._official.data.time
+        observation, reward, _, _, info = self._official.step(action)
+        if self._official.data.time <= time_s:
+            raise FloatingPointError(f"physics diverged in task {self.task.to_json()}; drop the episode")
+        self._steps_left -= 1
+        info["success"] = float(info["success"])
+        return observation, float(reward), False, self._steps_left == 0, info
+
+    def close(self) -> None:
+        """Free the renderer, if there is one."""
+        self._official.close()
+
+
+def _build(task: Task) -> Any:
+    """The one place where an official environment is created."""
+    goal_vector(task)  # names a wrong field before the model is compiled
+    _, reward_version = _options(task)
+    official = _official_class(task.name)(reward_function_version=reward_version)
+    official._partially_observable = True
+    official.__dict__.pop("sawyer_observation_space", None)  # cached, and a step clips to it: it must know of that
+    return official
+
+
+def _options(task: Task) -> tuple[int, str]:
+    options = dict(task.options)
+    horizon, reward_version = options.get("horizon"), options.get("reward_version")
+    if type(horizon) is not int or not 1 <= horizon <= MAX_HORIZON:
+        raise ValueError(f"task option horizon is {horizon!r}; expected 1 to {MAX_HORIZON} steps")
+    if reward_version not in ("v1", "v2"):
+        raise ValueError(f"task option reward_version is {reward_version!r}; expected 'v1' or 'v2'")
+    return horizon, str(reward_version)
+
+
+def _check_name(name: str) -> None:
+    if name not in names():
+        raise unknown_name("Meta-World task", name, names(), "metarl list envs")
+
+
+def _official_class(name: str) -> Any:
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+    return ALL_V3_ENVIRONMENTS[name]
+
+
+@cache
+def _official_classes(benchmark: str, split: str) -> tuple[str, ...]:
+    from metaworld import env_dict
+
+    return tuple(getattr(env_dict, f"{benchmark}_V3")[split])
+
+
+@cache
+def _classes(benchmark: str, split: str) -> tuple[str, ...]:
+    """The official classes of a split, but those that are trained on too."""
+    seen = _official_classes(benchmark, "train") if split == "test" else ()
+    return tuple(name for name in _official_classes(benchmark, split) if name not in seen)
+
+
+@lru_cache(maxsize=256)
+def _goals(classes: tuple[str, ...], seed: int) -> dict[str, FloatArray]:
+    """What `metaworld._make_tasks` draws for `classes` in turn: `[50, D]` each, read-only.
+
+    Upstream's `reset` calls `reset_model` twice, and each draws until the vector is valid; the last one is the goal.
+    """
+    rng = np.random.RandomState(seed)  # the stream of np.random.seed(seed)
+    goals = {}
+    for name in classes:
+        box = _reset_box(name)
+        vectors = [[_draw(name, box, rng) for _ in range(2)][-1] for _ in range(GOALS_PER_CLASS)]
+        goals[name] = np.stack(vectors)
+        goals[name].setflags(write=False)
+    return goals
+
+
+def _draw(name: str, box: gymnasium.spaces.Box, rng: np.random.RandomState) -> FloatArray:
+    while True:
+        vector = rng.uniform(box.low, box.high, size=box.low.size).astype(np.float64)
+        if name not in _MIN_DISTANCE:
+            return vector
+        goal = _FIXED_GOAL.get(name, vector[-3:-1])
+        if np.linalg.norm(vector[:2] - goal) >= _MIN_DISTANCE[name]:
+            return vector
+
+
+@cache
+def _reset_box(name: str) -> gymnasium.spaces.Box:
+    """The bounds of a class's `rand_vec`: set in its constructor, run here without compiling the robot's model."""
+    import mujoco
+    from metaworld.sawyer_xyz_env import SawyerMocapBase
+
+    class WithoutRobot(SawyerMocapBase):
+        """Stands between `SawyerXYZEnv` and the constructor that would load its XML."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.model = mujoco.MjModel.from_xml_string(
+                '<mujoco><worldbody><body><joint name="doorjoint"/><geom size="1"/></body></worldbody></mujoco>'
+            )
+            self.data = mujoco.MjData(self.model)
+
+        def get_body_com(self, body_name: str) -> FloatArray:
+            return np.zeros(3)
+
+    no_observation = {"_get_curr_obs_combined_no_goal": lambda self: np.zeros(18)}
+    bare = type("Bare", (_official_class(name), WithoutRobot), no_observation)()
+    box: gymnasium.spaces.Box = bare._random_reset_space
+    return box

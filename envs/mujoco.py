@@ -1,0 +1,396 @@
+"""MuJoCo locomotion: seven families of tasks on gymnasium's v5 bodies. Owns their tasks, rewards and stepping.
+
+Imports neither torch nor the rest of metarl but `types` and `errors`.
+
+MuJoCo is stepped directly, without gymnasium's environment classes, and equals them to the bit: the first observation
+after `reset(seed=...)`, every observation, every reward where the definitions coincide, and `terminated`.
+Rendering is left out; `env.model` and `env.data` are what MuJoCo's renderers take.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import gymnasium
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, field_validator
+
+from metarl.errors import STRICT, unknown_name
+from metarl.types import FloatArray, Task
+
+Name = Literal[
+    "HalfCheetahDir", "HalfCheetahVel", "AntDir", "AntGoal", "HumanoidDir", "HopperRandParams", "Walker2DRandParams"
+]
+
+NAMES: tuple[str, ...] = get_args(Name)
+"""The families, in the order in which they are listed."""
+
+SHARED_SPLITS = frozenset({"HalfCheetahDir"})
+"""Distributions that have so few tasks that training and test tasks are the same ones."""
+
+SCALED_PARAMETERS = {"body_mass": 1.5, "body_inertia": 1.5, "dof_damping": 1.3, "geom_friction": 1.5}
+"""Arrays of the model that a RandParams task scales, each with the base b of its multipliers b^U(−3, 3)."""
+
+Parameters: TypeAlias = dict[str, Any]
+"""What a task is about, by name: a direction (±1 or a unit vector `[2]`), a velocity, a goal `[2]`, or multipliers."""
+
+_ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
+_SPLITS = ("train", "test")
+_DIRECTIONS = {"HalfCheetahDir-forward": 1.0, "HalfCheetahDir-backward": -1.0}
+
+
+class MujocoConfig(BaseModel):
+    """MuJoCo locomotion tasks: bodies, observations, noise at reset and time steps of gymnasium's v5 environments.
+
+    v is the displacement over one control step divided by its duration (of the centre of mass for Humanoid, the torso
+    for Ant, the root joint for the others), |a|² the sum of squared actions. Actions are not clipped for the costs.
+
+    - `HalfCheetahDir`: reward = ±v − 0.05 |a|². Two tasks in all, forward and backward, a class each. Finn et al. 2017,
+      5.3 (maml_rl, ProMP; v of the root joint as in ProMP). Never terminates.
+    - `HalfCheetahVel`: reward = −|v − target| − 0.05 |a|², target in U(0, 2) as in maml_rl; ProMP's and PEARL's code
+      draw from U(0, 3). Never terminates.
+    - `AntDir`: reward = v · direction + 1 − 0.5 |a|² − 5e-4 · contact, the angle in U(0, 2π) (ProMP, PEARL; maml_rl has
+      only forward and backward). Terminates when the height leaves [0.2, 1.0] (PEARL; ProMP [0, 1]).
+    - `AntGoal`: reward = −‖torso − goal‖₁ − 0.1 |a|² − 5e-4 · contact, goals uniform in the disc of radius 3, never
+      terminates, and the observation begins with the position (ProMP, PEARL). maml_rl differs: goals in [−3, 3]²,
+      4 + 0.05 more a step, control cost 0.005 |a|², termination by height.
+    - `HumanoidDir`: reward = 1.25 v · direction + 5 − 0.1 |a|² − contact, the angle in U(0, 2π) (ProMP, PEARL; their
+      0.25 / timestep is the same 1.25). Terminates when the height leaves (1, 2).
+    - `HopperRandParams`, `Walker2DRandParams`: reward = v + 1 − 0.001 |a|². Body masses, inertias and contact frictions
+      are multiplied by 1.5^U(−3, 3), joint dampings by 1.3^U(−3, 3), each element on its own (rand_param_envs).
+      Terminate by height and angle. Deviation: a control step of the walker is 4 physics steps as in gymnasium, not 5.
+
+    Costs of contact, bonuses for being alive and conditions of health are gymnasium's defaults; so AntDir at 0° is
+    Ant-v5, HumanoidDir at 0° is Humanoid-v5, and both RandParams with all multipliers 1 are Hopper-v5 and Walker2d-v5.
+    Published horizons: 200 in maml_rl and PEARL, 100 in ProMP.
+    """
+
+    model_config = STRICT
+
+    family: Literal["mujoco"] = "mujoco"
+    name: Name = Field("HalfCheetahDir", description="which family of tasks")
+    horizon: int = Field(200, ge=1, le=1000, description="control steps an episode, then it is truncated")
+    num_train: int = Field(100, ge=1, description="training tasks; HalfCheetahDir always has its two")
+    num_test: int = Field(40, ge=1, description="held-out tasks; HalfCheetahDir always has the same two as in training")
+    seed: int = Field(0, ge=0, description="seed of the tasks")
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _known(cls, name: object) -> object:
+        if isinstance(name, str) and name not in NAMES:
+            raise unknown_name("MuJoCo family", name, NAMES, "metarl list envs")
+        return name
+
+
+class MujocoTasks:
+    """The tasks of one MuJoCo family; task i of a split does not depend on how many there are."""
+
+    def __init__(self, config: MujocoConfig) -> None:
+        self.config = config
+
+    @functools.cached_property
+    def train_tasks(self) -> list[Task]:
+        """Tasks to meta-train on."""
+        return self._tasks("train", self.config.num_train)
+
+    @functools.cached_property
+    def test_tasks(self) -> list[Task]:
+        """Held-out tasks, drawn apart from `train_tasks`; for HalfCheetahDir the same two directions."""
+        return self._tasks("test", self.config.num_test)
+
+    def make(self, task: Task) -> MujocoTaskEnv:
+        """Build the environment of `task`."""
+        return make(task)
+
+    def _tasks(self, split: str, number: int) -> list[Task]:
+        config = self.config
+        indices = range(1 if config.name in SHARED_SPLITS else number)
+        options = (("horizon", config.horizon),)
+        return [
+            Task("mujoco", config.name, split, class_name, index, config.seed, options)
+            for class_name in _classes(config.name)
+            for index in indices
+        ]
+
+
+def make(task: Task) -> MujocoTaskEnv:
+    """Build the environment of `task` from the task alone; raises ValueError if it is not one of these families."""
+    return MujocoTaskEnv(task)
+
+
+def parameters(task: Task) -> Parameters:
+    """What `task` is about, by name: a pure function of (benchmark, name, seed, split, index).
+
+    Returns:
+        `direction`, ±1 for HalfCheetahDir, else a unit vector `[2]`; `velocity` in m/s; `goal` `[2]` in m; or for
+        RandParams the multipliers of each array of `SCALED_PARAMETERS`, in that array's shape.
+    """
+    config = _config(task)
+    sequence = np.random.SeedSequence(task.seed, spawn_key=(_SPLITS.index(task.split), task.index))
+    return _FAMILIES[config.name].draw(np.random.default_rng(sequence), task)
+
+
+class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
+    """One body, aimed at one task; `set_task` aims it at another of the same class without compiling the model again.
+
+    Observations are float64 `[O]`. `info` is empty: these families define no success.
+
+    Attributes:
+        model: the MuJoCo model, this environment's own.
+        data: the MuJoCo state.
+        task: the task that it is aimed at.
+    """
+
+    def __init__(self, task: Task) -> None:
+        config = _config(task)
+        self._family = _FAMILIES[config.name]
+        self._frame_skip = self._family.frame_skip
+        self.model = copy.copy(_nominal(self._family.xml))
+        self.data = mujoco.MjData(self.model)
+        self._dt = self.model.opt.timestep * self._frame_skip
+        low, high = self.model.actuator_ctrlrange.astype(np.float32).T
+        self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
+        shape = self._family.observe(self.data).shape
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, shape, dtype=np.float64)
+        self.task = task
+        self.set_task(task)
+
+    def set_task(self, task: Task) -> None:
+        """Aim at `task`; call `reset` next.
+
+        RandParams write their arrays into the nominal model, whatever the task before was. As in rand_param_envs only
+        these arrays change: what the compiler derived from the nominal masses stays (`body_subtreemass`, `dof_M0`, and
+        `body_invweight0` and `dof_invweight0`, which set how soft contacts and joint limits are).
+
+        Raises:
+            ValueError: the task is of another class or benchmark, or is not one of these families.
+        """
+        config = _config(task)
+        ours, theirs = ((each.benchmark, each.name) for each in (self.task, task))
+        if ours != theirs:
+            raise ValueError(f"set_task got a task of {theirs}, this environment is built for {ours}; call make(task)")
+        drawn = parameters(task)
+        nominal = _nominal(self._family.xml)
+        for field in SCALED_PARAMETERS.keys() & drawn.keys():
+            getattr(self.model, field)[:] = getattr(nominal, field) * drawn[field]
+        self._aim = next(iter(drawn.values()))
+        self._horizon = config.horizon
+        self._elapsed_steps = 0
+        self.task = task
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[FloatArray, dict[str, Any]]:
+        """Begin an episode near the nominal pose; a function of the task and the seed alone, if a seed is given."""
+        super().reset(seed=seed)
+        family, model, data = self._family, self.model, self.data
+        mujoco.mj_resetData(model, data)  # the solver's warm start would leak from the episode before
+        noise = family.reset_noise
+        data.qpos[:] = model.qpos0 + self.np_random.uniform(-noise, noise, model.nq)
+        if family.normal_velocities:
+            data.qvel[:] = noise * self.np_random.standard_normal(model.nv)
+        else:
+            data.qvel[:] = self.np_random.uniform(-noise, noise, model.nv)
+        mujoco.mj_forward(model, data)
+        self._elapsed_steps = 0
+        return family.observe(data), {}
+
+    def step(self, action: NDArray[Any]) -> tuple[FloatArray, float, bool, bool, dict[str, Any]]:
+        """Advance by one control step.
+
+        Args:
+            action: `[A]`, in the units of the action space; MuJoCo bounds the forces, the cost sees it as it is.
+
+        Raises:
+            ValueError: the action has another shape.
+        """
+        family, model, data = self._family, self.model, self.data
+        if np.shape(action) != (model.nu,):
+            raise ValueError(f"action has shape {np.shape(action)}; expected ({model.nu},)")
+        before = family.position(model, data)
+        data.ctrl[:] = action
+        mujoco.mj_step(model, data, nstep=self._frame_skip)
+        if family.contacts:
+            mujoco.mj_rnePostConstraint(model, data)
+        after = family.position(model, data)
+
+        healthy = family.healthy(data)
+        progress = family.progress(after, (after - before) / self._dt, self._aim)
+        # The order of the sums is gymnasium's: another one changes the last bits.
+        rewards = family.progress_weight * progress + family.alive_bonus * healthy
+        effort = np.square(data.ctrl if family.effort_of_ctrl else action)
+        costs = family.control_weight * np.add.reduce(effort) + family.contact_cost(data)
+        self._elapsed_steps += 1
+        truncated = self._elapsed_steps >= self._horizon
+        return family.observe(data), float(rewards - costs), not healthy, truncated, {}
+
+
+def _config(task: Task) -> MujocoConfig:
+    config = MujocoConfig.model_validate(
+        {"family": task.family, "name": task.benchmark, "seed": task.seed, **dict(task.options)}
+    )
+    if task.name not in _classes(config.name):
+        raise unknown_name(f"class of {config.name}", task.name, _classes(config.name), "metarl list envs")
+    if task.split not in _SPLITS:
+        raise ValueError(f"task.split is {task.split!r}; expected one of {_SPLITS}")
+    return config
+
+
+def _classes(name: str) -> tuple[str, ...]:
+    return tuple(_DIRECTIONS) if name == "HalfCheetahDir" else (name,)
+
+
+@functools.cache
+def _nominal(xml: str) -> Any:
+    """The compiled model of an asset; shared, never to be changed."""
+    return mujoco.MjModel.from_xml_path(str(_ASSETS / xml))
+
+
+# Below, `model` and `data` are MuJoCo's; they are Any because its compiled module carries no types.
+
+
+def _mass_centre(model: Any, data: Any) -> FloatArray:
+    centre: FloatArray = np.einsum("b,bj->j", model.body_mass, data.xipos) / np.add.reduce(model.body_mass)
+    return centre[:2]
+
+
+def _observe_hopper(data: Any) -> FloatArray:
+    return np.concatenate((data.qpos[1:], np.minimum(np.maximum(data.qvel, -10.0), 10.0)))
+
+
+def _observe_placed_ant(data: Any) -> FloatArray:
+    return np.concatenate((data.qpos, data.qvel, _clipped_contacts(data)[1:].ravel()))
+
+
+def _observe_humanoid(data: Any) -> FloatArray:
+    per_body = (data.cinert[1:].ravel(), data.cvel[1:].ravel(), data.qfrc_actuator[6:], data.cfrc_ext[1:].ravel())
+    return np.concatenate((data.qpos[2:], data.qvel, *per_body))
+
+
+def _healthy_ant(data: Any) -> bool:
+    return bool(0.2 <= data.qpos[2] <= 1.0 and np.isfinite(data.qpos).all() and np.isfinite(data.qvel).all())
+
+
+def _healthy_hopper(data: Any) -> bool:
+    qpos = data.qpos
+    upright = 0.7 < qpos[1] < np.inf and -0.2 < qpos[2] < 0.2
+    return bool(upright and np.abs(qpos[2:]).max() < 100.0 and np.abs(data.qvel).max() < 100.0)
+
+
+def _clipped_contacts(data: Any) -> FloatArray:
+    """External torques and forces on each body `[bodies, 6]`, within ±1."""
+    contacts: FloatArray = np.minimum(np.maximum(data.cfrc_ext, -1.0), 1.0)
+    return contacts
+
+
+def _draw_direction(rng: np.random.Generator, task: Task) -> Parameters:
+    angle = rng.uniform(0.0, 2.0 * np.pi)
+    return {"direction": np.array([np.cos(angle), np.sin(angle)])}
+
+
+def _draw_goal(rng: np.random.Generator, task: Task) -> Parameters:
+    angle = rng.uniform(0.0, 2.0 * np.pi)
+    radius = 3.0 * np.sqrt(rng.uniform())  # the root makes the density uniform in area
+    return {"goal": radius * np.array([np.cos(angle), np.sin(angle)])}
+
+
+def _draw_multipliers(rng: np.random.Generator, task: Task) -> Parameters:
+    model = _nominal(_FAMILIES[task.benchmark].xml)
+    return {
+        field: base ** rng.uniform(-3.0, 3.0, getattr(model, field).shape) for field, base in SCALED_PARAMETERS.items()
+    }
+
+
+class _Family(NamedTuple):
+    """A body and what it is rewarded for: progress_weight · progress + alive_bonus · healthy − control − contact."""
+
+    xml: str
+    frame_skip: int  # physics steps a control step
+    control_weight: float
+    draw: Callable[[np.random.Generator, Task], Parameters]
+    progress: Callable[[Any, Any, Any], Any]  # of position, velocity, and the first of the drawn parameters
+    observe: Callable[[Any], FloatArray]
+    reset_noise: float = 0.1
+    normal_velocities: bool = True  # at reset; else uniform
+    position: Callable[[Any, Any], Any] = lambda model, data: data.qpos[0]
+    healthy: Callable[[Any], bool] = lambda data: True
+    contact_cost: Callable[[Any], Any] = lambda data: 0.0
+    contacts: bool = False  # whether cfrc_ext is computed, which mj_step leaves out
+    progress_weight: float = 1.0
+    alive_bonus: float = 0.0
+    effort_of_ctrl: bool = False  # cost of the float64 controls rather than of the action in its own dtype
+
+
+_CHEETAH = _Family(
+    xml="half_cheetah.xml",
+    frame_skip=5,
+    control_weight=0.05,
+    draw=lambda rng, task: {"direction": _DIRECTIONS[task.name]},
+    progress=lambda position, velocity, sign: sign * velocity,
+    observe=lambda data: np.concatenate((data.qpos[1:], data.qvel)),
+)
+_ANT = _Family(
+    xml="ant.xml",
+    frame_skip=5,
+    control_weight=0.5,
+    draw=_draw_direction,
+    progress=lambda position, velocity, direction: direction[0] * velocity[0] + direction[1] * velocity[1],
+    observe=lambda data: _observe_placed_ant(data)[2:],
+    position=lambda model, data: data.xpos[1, :2].copy(),
+    healthy=_healthy_ant,
+    contact_cost=lambda data: 5e-4 * np.add.reduce(np.square(_clipped_contacts(data)), axis=None),
+    contacts=True,
+    alive_bonus=1.0,
+)
+_HOPPER = _Family(
+    xml="hopper.xml",
+    frame_skip=4,
+    control_weight=1e-3,
+    draw=_draw_multipliers,
+    progress=lambda position, velocity, multipliers: velocity,
+    observe=_observe_hopper,
+    reset_noise=5e-3,
+    normal_velocities=False,
+    healthy=_healthy_hopper,
+    alive_bonus=1.0,
+)
+_FAMILIES: dict[str, _Family] = {
+    "HalfCheetahDir": _CHEETAH,
+    "HalfCheetahVel": _CHEETAH._replace(
+        draw=lambda rng, task: {"velocity": rng.uniform(0.0, 2.0)},
+        progress=lambda position, velocity, target: -abs(velocity - target),
+    ),
+    "AntDir": _ANT,
+    "AntGoal": _ANT._replace(
+        control_weight=0.1,
+        draw=_draw_goal,
+        progress=lambda position, velocity, goal: -np.abs(position - goal).sum(),
+        observe=_observe_placed_ant,
+        healthy=lambda data: True,
+        alive_bonus=0.0,
+    ),
+    "HumanoidDir": _ANT._replace(
+        xml="humanoid.xml",
+        control_weight=0.1,
+        observe=_observe_humanoid,
+        reset_noise=1e-2,
+        normal_velocities=False,
+        position=_mass_centre,
+        healthy=lambda data: bool(1.0 < data.qpos[2] < 2.0),
+        contact_cost=lambda data: min(5e-7 * np.add.reduce(np.square(data.cfrc_ext), axis=None), 10.0),
+        progress_weight=1.25,
+        alive_bonus=5.0,
+        effort_of_ctrl=True,
+    ),
+    "HopperRandParams": _HOPPER,
+    "Walker2DRandParams": _HOPPER._replace(
+        xml="walker2d_v5.xml",
+        healthy=lambda data: bool(0.8 < data.qpos[1] < 2.0 and -1.0 < data.qpos[2] < 1.0),
+    ),
+}

@@ -1,0 +1,198 @@
+"""2D navigation: a point mass that must find a hidden goal. Vectorised numpy; owns its tasks, dynamics and rewards.
+
+Imports neither torch nor the rest of metarl but `types` and `errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+from metarl.errors import STRICT
+from metarl.types import BoolArray, FloatArray, Step, Task
+
+Name = Literal["goals", "semicircle", "cued_wedges", "rotated_wedges", "rotated_cued_wedges"]
+
+ACTION_SCALE = 0.1
+"""A full action moves the point by this much a step, in the units of the plane (Finn et al. 2017, 5.2)."""
+
+NUM_WEDGES = 4
+"""Families of the wedge distributions, the stages of a continual sequence."""
+
+
+class NavigationConfig(BaseModel):
+    """2D navigation tasks.
+
+    The point starts at the origin and moves by 0.1 · clip(action, ±1) a step. Its goal is not observed.
+
+    - `goals`: goals uniform in [−0.5, 0.5]², reward = −distance after the move, horizon 100. The 2D task of Finn et al.
+      2017, 5.2, in the form of its published code (the distance, not its square); deviation: the episode does not end
+      within 0.01 of the goal, so that all returns sum 100 rewards.
+    - `semicircle`: goals on the upper unit half circle, reward 1 within 0.2 of the goal, else 0, horizon 60: a sparse
+      reward that must be found by search (Rakelly et al. 2019, 5.3).
+    - `cued_wedges`, `rotated_wedges`, `rotated_cued_wedges`: four families k = 0..3, one class each. The goal lies at angle
+      k · 90° ± 40°, radius in [0.5, 1]; reward = −distance, horizon 20, position clipped to ±1.2. Rotated: actions are
+      turned by −90° · k, so that what one family taught is wrong in the next. Cued: the observation ends in a one-hot k,
+      which makes the sequence task-incremental.
+    """
+
+    model_config = STRICT
+
+    family: Literal["navigation"] = "navigation"
+    name: Name = "goals"
+    """Which distribution of goals."""
+    horizon: int | None = Field(None, ge=1, description="steps an episode; none: that of the distribution")
+    wedges: tuple[int, ...] = Field((0, 1, 2, 3), description="which wedge families take part (wedge distributions only)")
+    num_train: int = Field(1000, ge=1, description="training goals")
+    num_test: int = Field(100, ge=1, description="held-out goals")
+    seed: int = Field(0, ge=0, description="seed of the goals")
+
+
+class _Variant(NamedTuple):
+    horizon: int
+    radius: float  # distance at which the task counts as solved
+    sparse: bool = False
+    wedges: bool = False
+    rotated: bool = False
+    cued: bool = False
+    bound: float = np.inf
+
+
+_VARIANTS: dict[str, _Variant] = {
+    "goals": _Variant(horizon=100, radius=0.1),
+    "semicircle": _Variant(horizon=60, radius=0.2, sparse=True),
+    "cued_wedges": _Variant(horizon=20, radius=0.1, wedges=True, cued=True, bound=1.2),
+    "rotated_wedges": _Variant(horizon=20, radius=0.1, wedges=True, rotated=True, bound=1.2),
+    "rotated_cued_wedges": _Variant(horizon=20, radius=0.1, wedges=True, rotated=True, cued=True, bound=1.2),
+}
+
+NAMES = tuple(_VARIANTS)
+
+
+class NavigationTasks:
+    """The task distribution of a `NavigationConfig`."""
+
+    def __init__(self, config: NavigationConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def train_tasks(self) -> list[Task]:
+        """`num_train` goals of each class."""
+        return self._tasks("train", self.config.num_train)
+
+    @cached_property
+    def test_tasks(self) -> list[Task]:
+        """`num_test` other goals of each class."""
+        return self._tasks("test", self.config.num_test)
+
+    def _tasks(self, split: str, count: int) -> list[Task]:
+        config, variant = self.config, _VARIANTS[self.config.name]
+        classes = [f"wedge-{wedge}" for wedge in config.wedges] if variant.wedges else [config.name]
+        options = (("horizon", config.horizon or variant.horizon),)
+        return [
+            Task("navigation", config.name, split, name, index, config.seed, options)
+            for name in classes
+            for index in range(count)
+        ]
+
+    def make(self, task: Task) -> NavigationEnv:
+        """Build the environment of `task`."""
+        return NavigationEnv(task)
+
+    def make_batch(self, max_envs: int) -> NavigationBatch:
+        """Build `max_envs` environments that step as one numpy computation."""
+        return NavigationBatch(self.config.name, max_envs)
+
+
+def goal(task: Task) -> FloatArray:
+    """The hidden goal `[2]` of a task, a pure function of its fields."""
+    wedge = _wedge(task)
+    entropy = np.random.SeedSequence(task.seed, spawn_key=(("train", "test").index(task.split), wedge, task.index))
+    rng = np.random.default_rng(entropy)
+    if task.benchmark == "goals":
+        return rng.uniform(-0.5, 0.5, size=2)
+    if task.benchmark == "semicircle":
+        radius, angle = 1.0, rng.uniform(0.0, np.pi)
+    else:
+        radius, angle = rng.uniform(0.5, 1.0), np.deg2rad(90.0 * wedge + rng.uniform(-40.0, 40.0))
+    return radius * np.array([np.cos(angle), np.sin(angle)])
+
+
+def _wedge(task: Task) -> int:
+    return int(task.name.removeprefix("wedge-")) if task.name.startswith("wedge-") else 0
+
+
+class NavigationBatch:
+    """E point masses stepped together, each with its own goal; a `BatchEnv`."""
+
+    def __init__(self, name: str, max_envs: int) -> None:
+        self.max_envs = max_envs
+        self._variant = variant = _VARIANTS[name]
+        size = 2 + NUM_WEDGES * variant.cued
+        high = np.concatenate([np.full(2, variant.bound), np.ones(size - 2)])
+        self.observation_space = gymnasium.spaces.Box(-high, high, dtype=np.float64)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, shape=(2,), dtype=np.float32)
+
+    def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
+        """Put every point at the origin; the seeds have no effect, since nothing here is random."""
+        count, variant = len(tasks), self._variant
+        self._goals = np.stack([goal(task) for task in tasks])
+        self._horizons = np.array([task.option("horizon") for task in tasks])
+        self._elapsed = np.zeros(count, dtype=np.int64)
+        self._positions = np.zeros((count, 2))
+        wedges = np.array([_wedge(task) for task in tasks])
+        self._cues = np.eye(NUM_WEDGES)[wedges] if variant.cued else np.zeros((count, 0))
+        angle = np.deg2rad(-90.0 * wedges) if variant.rotated else np.zeros(count)
+        self._rotations = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], -1).reshape(-1, 2, 2)
+        return self._observations()
+
+    def _observations(self) -> FloatArray:
+        return np.concatenate([self._positions, self._cues], axis=-1)
+
+    def step(self, actions: FloatArray, active: BoolArray) -> Step:
+        """Move the active points; see `BatchEnv.step`."""
+        variant = self._variant
+        moves = ACTION_SCALE * np.clip(actions, -1.0, 1.0)
+        if variant.rotated:
+            moves = np.einsum("eij,ej->ei", self._rotations, moves)
+        moved = np.clip(self._positions + moves, -variant.bound, variant.bound)
+        self._positions = np.where(active[:, None], moved, self._positions)
+        self._elapsed += active
+        distances = np.linalg.norm(self._positions - self._goals, axis=-1)
+        near = distances < variant.radius
+        rewards = near.astype(np.float64) if variant.sparse else -distances
+        terminated = np.zeros(len(actions), dtype=np.bool_)
+        return Step(self._observations(), rewards, terminated, self._elapsed >= self._horizons, near.astype(np.float64))
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class NavigationEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
+    """One point mass as a `gymnasium.Env`: a batch of one, so that both forms share their dynamics."""
+
+    def __init__(self, task: Task) -> None:
+        self._batch = NavigationBatch(task.benchmark, max_envs=1)
+        self.observation_space, self.action_space = self._batch.observation_space, self._batch.action_space
+        self.set_task(task)
+
+    def set_task(self, task: Task) -> None:
+        """Change the goal; takes effect at the next reset."""
+        self.task = task
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[FloatArray, dict[str, Any]]:
+        """Begin an episode at the origin."""
+        super().reset(seed=seed)
+        return self._batch.reset([self.task], np.zeros(1, dtype=np.uint32))[0], {}
+
+    def step(self, action: NDArray[np.float32]) -> tuple[FloatArray, float, bool, bool, dict[str, Any]]:
+        """Move by 0.1 · clip(action, ±1)."""
+        step = self._batch.step(np.asarray(action, dtype=np.float64)[None], np.ones(1, dtype=np.bool_))
+        info = {"success": float(step.success[0])}
+        return step.observations[0], float(step.rewards[0]), False, bool(step.truncated[0]), info

@@ -1,0 +1,309 @@
+"""Steps many environments: in this process, or in worker processes through shared memory.
+
+What is stepped, and in which order results come back, does not depend on the number of workers. A step costs one short
+message a worker and copies no array: observations, actions and rewards lie in memory that all processes share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from metarl.types import BatchEnv, BoolArray, FloatArray, Step, Task, TaskDistribution
+
+MIN_POOL = 50
+"""Environments that one process keeps at least, in use or idle: compiling a model again costs more than the memory
+(about 20 MB for a Meta-World environment, under 1 MB for a MuJoCo one)."""
+
+
+def make_envs(distribution: TaskDistribution, max_envs: int, num_workers: int) -> BatchEnv:
+    """Return a `BatchEnv` for the tasks of a distribution.
+
+    Args:
+        distribution: if it has a method `make_batch(max_envs)`, that one steps all environments as one computation.
+        max_envs: how many environments are stepped together at most.
+        num_workers: processes; 0 steps in this one.
+    """
+    make_batch = getattr(distribution, "make_batch", None)
+    if make_batch is not None:
+        batch: BatchEnv = make_batch(max_envs)
+        return batch
+    if num_workers == 0:
+        return SerialEnvs(distribution, max_envs)
+    return WorkerEnvs(distribution, max_envs, min(num_workers, max_envs))
+
+
+def spaces(distribution: TaskDistribution) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
+    """Return the observation and action space of a distribution; raises ValueError for any but flat, bounded-action boxes."""
+    env = distribution.make(distribution.train_tasks[0])
+    observation_space, action_space = env.observation_space, env.action_space
+    env.close()
+    if not isinstance(observation_space, gymnasium.spaces.Box) or len(observation_space.shape) != 1:
+        raise ValueError(f"observation space is {observation_space}; expected a Box of one dimension: flatten it")
+    if not isinstance(action_space, gymnasium.spaces.Box) or len(action_space.shape) != 1:
+        raise ValueError(f"action space is {action_space}; expected a Box of one dimension")
+    if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
+        raise ValueError(f"action space is {action_space}; expected finite bounds, to which actions are scaled")
+    return observation_space, action_space
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """The arrays that E environments read and write; shared between processes if there are workers."""
+
+    observations: FloatArray  # [E, O]
+    actions: NDArray[np.float32]  # [E, A]
+    rewards: FloatArray  # [E]
+    success: FloatArray  # [E]
+    terminated: BoolArray  # [E]
+    truncated: BoolArray  # [E]
+    active: BoolArray  # [E]
+
+    @staticmethod
+    def shapes(envs: int, observation_size: int, action_size: int) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
+        return {
+            "observations": ((envs, observation_size), np.float64),
+            "actions": ((envs, action_size), np.float32),
+            "rewards": ((envs,), np.float64),
+            "success": ((envs,), np.float64),
+            "terminated": ((envs,), np.bool_),
+            "truncated": ((envs,), np.bool_),
+            "active": ((envs,), np.bool_),
+        }
+
+    @classmethod
+    def view(cls, memory: dict[str, Any], shapes: dict[str, tuple[tuple[int, ...], DTypeLike]]) -> _Buffers:
+        """Return arrays over `memory`, one writable buffer of bytes each."""
+        return cls(
+            **{name: np.frombuffer(memory[name], dtype).reshape(shape) for name, (shape, dtype) in shapes.items()}
+        )
+
+    def step(self, count: int) -> Step:
+        """Return views of the first `count` environments."""
+        return Step(
+            self.observations[:count],
+            self.rewards[:count],
+            self.terminated[:count],
+            self.truncated[:count],
+            self.success[:count],
+        )
+
+
+class _Slots:
+    """The environments of one process: those in use, in order, and a pool of idle ones to retarget."""
+
+    def __init__(self, distribution: TaskDistribution, pool_size: int) -> None:
+        self._distribution, self._pool_size = distribution, pool_size
+        self._used: list[tuple[Task, gymnasium.Env[Any, Any]]] = []
+        self._idle: list[tuple[Task, gymnasium.Env[Any, Any]]] = []  # the longest unused first
+
+    def assign(self, tasks: Sequence[Task]) -> None:
+        """Have one environment for each task."""
+        if [task for task, _ in self._used] == list(tasks):
+            return
+        self._idle += self._used
+        self._used = [(task, self._take(task)) for task in tasks]
+        surplus = max(0, len(self._used) + len(self._idle) - self._pool_size)
+        for _, env in self._idle[:surplus]:
+            env.close()
+        del self._idle[:surplus]
+
+    def _take(self, task: Task) -> gymnasium.Env[Any, Any]:
+        kind = (task.family, task.benchmark, task.name, task.options)
+        for i, (other, env) in enumerate(self._idle):
+            if (other.family, other.benchmark, other.name, other.options) == kind and hasattr(env.unwrapped, "set_task"):
+                del self._idle[i]
+                env.unwrapped.set_task(task)
+                return env
+        return self._distribution.make(task)
+
+    def reset(self, buffers: _Buffers, first: int, seeds: NDArray[np.uint32]) -> None:
+        """Reset all; observations go to `buffers`, from environment `first` on."""
+        for i, (_, env) in enumerate(self._used):
+            buffers.observations[first + i] = env.reset(seed=int(seeds[i]))[0]
+
+    def step(self, buffers: _Buffers, first: int) -> None:
+        """Step those that are active with the actions in `buffers`, and write there what they return."""
+        for i, (_, env) in enumerate(self._used, start=first):
+            if buffers.active[i]:
+                try:
+                    observation, reward, terminated, truncated, info = env.step(buffers.actions[i].copy())
+                except FloatingPointError:  # the physics diverged; NaN tells the caller to drop the episode
+                    buffers.rewards[i] = np.nan
+                    continue
+                buffers.observations[i] = observation
+                buffers.rewards[i] = reward
+                buffers.terminated[i] = terminated
+                buffers.truncated[i] = truncated
+                buffers.success[i] = info.get("success", np.nan)
+
+    def close(self) -> None:
+        for _, env in self._used + self._idle:
+            env.close()
+        self._used, self._idle = [], []
+
+
+class SerialEnvs:
+    """Environments stepped one after another in this process; a `BatchEnv`.
+
+    Args:
+        distribution: builds them.
+        max_envs: how many at most.
+    """
+
+    def __init__(self, distribution: TaskDistribution, max_envs: int) -> None:
+        self.max_envs = max_envs
+        self.observation_space, self.action_space = spaces(distribution)
+        shapes = _Buffers.shapes(max_envs, self.observation_space.shape[0], self.action_space.shape[0])
+        self._buffers = _Buffers(**{name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()})
+        self._slots = _Slots(distribution, max(max_envs, MIN_POOL))
+
+    def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
+        """See `BatchEnv.reset`."""
+        self._slots.assign(tasks)
+        self._slots.reset(self._buffers, 0, seeds)
+        return self._buffers.observations[: len(tasks)]
+
+    def step(self, actions: FloatArray, active: BoolArray) -> Step:
+        """See `BatchEnv.step`."""
+        self._buffers.actions[: len(actions)], self._buffers.active[: len(actions)] = actions, active
+        self._slots.step(self._buffers, 0)
+        return self._buffers.step(len(actions))
+
+    def close(self) -> None:
+        """See `BatchEnv.close`."""
+        self._slots.close()
+
+
+_STEP, _RESET, _OK = b"step", b"reset", b"ok"
+
+
+class WorkerEnvs:
+    """Environments stepped by worker processes, several each; a `BatchEnv`.
+
+    Workers are started by `spawn`: a script that trains needs the usual `if __name__ == "__main__":`.
+
+    Args:
+        distribution: builds them, in the workers; must be picklable.
+        max_envs: how many at most.
+        num_workers: how many processes, at least 1.
+
+    Raises:
+        RuntimeError: (by `reset` and `step`) an environment raised, with its traceback, or a worker died.
+    """
+
+    def __init__(self, distribution: TaskDistribution, max_envs: int, num_workers: int) -> None:
+        self.max_envs = max_envs
+        self.observation_space, self.action_space = spaces(distribution)
+        shapes = _Buffers.shapes(max_envs, self.observation_space.shape[0], self.action_space.shape[0])
+        context = multiprocessing.get_context("spawn")
+        memory = {
+            name: context.RawArray("b", max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize))
+            for name, (shape, dtype) in shapes.items()
+        }
+        self._buffers = _Buffers.view(memory, shapes)
+        self._workers: list[tuple[Connection, Any]] = []
+        pool_size = max(-(-max_envs // num_workers), MIN_POOL)
+        for _ in range(num_workers):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, distribution, pool_size, memory, shapes)
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            with _single_threaded():
+                process.start()
+            theirs.close()
+            self._workers.append((ours, process))
+
+    def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
+        """See `BatchEnv.reset`."""
+        for (connection, _), part in zip(self._workers, self._parts(len(tasks)), strict=True):
+            connection.send_bytes(_RESET)
+            connection.send((part.start, tasks[part], seeds[part]))
+        self._wait()
+        return self._buffers.observations[: len(tasks)]
+
+    def step(self, actions: FloatArray, active: BoolArray) -> Step:
+        """See `BatchEnv.step`."""
+        self._buffers.actions[: len(actions)], self._buffers.active[: len(actions)] = actions, active
+        for connection, _ in self._workers:
+            connection.send_bytes(_STEP)
+        self._wait()
+        return self._buffers.step(len(actions))
+
+    def _parts(self, count: int) -> list[slice]:
+        """Split `count` environments evenly over the workers, in order."""
+        bounds = [count * i // len(self._workers) for i in range(len(self._workers) + 1)]
+        return [slice(low, high) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+
+    def _wait(self) -> None:
+        for number, (connection, process) in enumerate(self._workers):
+            try:
+                answer = connection.recv_bytes()
+            except (EOFError, ConnectionResetError):
+                process.join(timeout=1.0)
+                raise RuntimeError(f"environment worker {number} died with exit code {process.exitcode}") from None
+            if answer != _OK:
+                raise RuntimeError(f"an environment failed in worker {number}:\n{answer.decode()}")
+
+    def close(self) -> None:
+        """See `BatchEnv.close`."""
+        for connection, _ in self._workers:
+            connection.close()
+        for _, process in self._workers:
+            process.join(timeout=5.0)
+            if process.is_alive():
+                process.terminate()
+        self._workers = []
+
+
+@contextlib.contextmanager
+def _single_threaded() -> Any:
+    """Start workers with one thread of linear algebra each: they would compete for the cores otherwise."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _work(
+    connection: Connection,
+    distribution: TaskDistribution,
+    pool_size: int,
+    memory: dict[str, Any],
+    shapes: dict[str, tuple[tuple[int, ...], DTypeLike]],
+) -> None:
+    """Serve one worker's environments until the other end of the connection closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what an interrupt means
+    buffers = _Buffers.view(memory, shapes)
+    slots = _Slots(distribution, pool_size)
+    first = 0
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except (EOFError, ConnectionResetError):
+            break
+        try:
+            if message == _STEP:
+                slots.step(buffers, first)
+            else:
+                first, tasks, seeds = connection.recv()
+                slots.assign(tasks)
+                slots.reset(buffers, first, seeds)
+            connection.send_bytes(_OK)
+        except Exception:
+            connection.send_bytes(traceback.format_exc().encode())
+    slots.close()

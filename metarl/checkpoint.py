@@ -1,0 +1,177 @@
+"""Saves and loads everything that training changes: safetensors and a JSON manifest, nothing that could hold code.
+
+A checkpoint appears whole or not at all: it is written beside its place, synced, and renamed; the manifest, which holds a
+hash of every file, is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from metarl.types import FloatArray
+
+FORMAT = 1
+_STATE_FILE = "agent.safetensors"
+_LIBRARIES = ("metarl", "torch", "gymnasium", "metaworld", "mujoco")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands, counted after the last finished iteration.
+
+    Attributes:
+        stage: index of the stage to go on with.
+        stage_iteration: iterations finished in that stage.
+        iteration: iterations finished in all.
+        env_steps: environment steps of training in all.
+    """
+
+    stage: int = 0
+    stage_iteration: int = 0
+    iteration: int = 0
+    env_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """Sizes and bounds that an agent was built for.
+
+    Attributes:
+        observation_size: O.
+        action_low: `[A]`.
+        action_high: `[A]`.
+    """
+
+    observation_size: int
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+
+    @property
+    def action_size(self) -> int:
+        """A."""
+        return len(self.action_low)
+
+    @property
+    def action_bounds(self) -> tuple[FloatArray, FloatArray]:
+        """Low and high, both `[A]`."""
+        return np.array(self.action_low), np.array(self.action_high)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    path: Path
+    position: Position
+    spaces: Spaces
+    state: dict[str, Tensor]
+
+
+class CorruptCheckpoint(Exception):
+    """A checkpoint that fails its checks; the message says which file and why."""
+
+
+def save(folder: Path, state: Mapping[str, Tensor], position: Position, spaces: Spaces, keep: int) -> Path:
+    """Write `folder/<iteration>/` and remove all but the newest `keep` checkpoints.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        state: an agent's `state_dict`.
+        position: where the run stands.
+        spaces: what the agent was built for.
+        keep: how many checkpoints stay, ≥ 1.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{position.iteration:06d}"
+    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        data = safetensors.torch.save({name: value.clone() for name, value in state.items()})
+        _write(temporary / _STATE_FILE, data)
+        manifest = {
+            "format": FORMAT,
+            "position": asdict(position),
+            "spaces": asdict(spaces),
+            "files": {_STATE_FILE: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}},
+            "versions": {name: version(name) for name in _LIBRARIES},
+        }
+        _write(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in _newest_first(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load_latest(folder: Path) -> Checkpoint:
+    """Load the newest checkpoint that passes its checks.
+
+    Raises:
+        CorruptCheckpoint: there is none; the message names each one that was rejected, and why.
+    """
+    rejected = []
+    for path in _newest_first(folder):
+        try:
+            return load(path)
+        except CorruptCheckpoint as error:
+            rejected.append(str(error))
+    raise CorruptCheckpoint("; ".join(rejected) or f"no checkpoint in {folder}")
+
+
+def load(path: Path) -> Checkpoint:
+    """Load one checkpoint; raises CorruptCheckpoint."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise CorruptCheckpoint(f"{path}: format {manifest['format']}; this metarl reads format {FORMAT}")
+        data = (path / _STATE_FILE).read_bytes()
+        if hashlib.sha256(data).hexdigest() != manifest["files"][_STATE_FILE]["sha256"]:
+            raise CorruptCheckpoint(f"{path / _STATE_FILE}: its hash is not the manifest's; the file is damaged")
+        spaces = manifest["spaces"]
+        return Checkpoint(
+            path,
+            Position(**manifest["position"]),
+            Spaces(spaces["observation_size"], tuple(spaces["action_low"]), tuple(spaces["action_high"])),
+            safetensors.torch.load(data),
+        )
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise CorruptCheckpoint(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda p: int(p.name), reverse=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,293 @@
+"""The verbs of the command line; the only module that imports everything.
+
+Exit status: 0 success, 1 a failure of the run, 2 the user's mistake (one line: cause and cure), 130 and 143 stopped by a
+signal after saving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+from metarl.errors import UserError
+
+RUN_OPTIONS = """options of the run:
+  --run-dir DIR         where results go (default: runs/<name of the config>)
+  --resume              go on with the run in the run directory
+  --overwrite           throw away the run in the run directory
+  --max-iterations N    stop after N iterations, counted from the first of the run
+  --max-minutes X       stop at the first iteration that ends after X minutes
+  --debug               show tracebacks
+
+Every setting of the config is a flag as well:
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with mistakes told in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with its status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = _dispatch(arguments)
+    except UserError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"metarl: {error}", file=sys.stderr)
+        status = 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        first, *_ = str(error).splitlines() or [""]
+        print(f"metarl: {type(error).__name__}: {first} (--debug shows where)", file=sys.stderr)
+        status = 1
+    raise SystemExit(status)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    verbs: dict[str, tuple[Callable[[list[str]], int], str]] = {
+        "train": (_train, "train an agent from a YAML config"),
+        "evaluate": (_evaluate, "evaluate a run on held-out tasks"),
+        "inspect": (_inspect, "show what a run directory holds"),
+        "list": (_list, "list envs, agents or configs"),
+        "doctor": (_doctor, "check this machine"),
+    }
+    if arguments and arguments[0] in verbs:
+        return verbs[arguments[0]][0](arguments[1:])
+    if arguments and arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"metarl {version('metarl')}")
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: metarl VERB ...\n")
+        for verb, (_, purpose) in verbs.items():
+            print(f"  {verb:<10} {purpose}")
+        print("\n`metarl VERB --help` tells more.")
+        return 0 if arguments else 2
+    near = difflib.get_close_matches(arguments[0], verbs, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UserError(f"unknown verb {arguments[0]!r}: {hint}there are {', '.join(verbs)}")
+
+
+def _train(arguments: list[str]) -> int:
+    from metarl.config import find_config, load_config
+
+    parser = _Parser("metarl train", add_help=False, allow_abbrev=False)
+    parser.add_argument("config", nargs="?")
+    parser.add_argument("--run-dir")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--max-iterations", type=int)
+    parser.add_argument("--max-minutes", type=float)
+    parser.add_argument("--debug", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    positional = arguments[:1] if arguments and not arguments[0].startswith("-") else []
+    options, flags = parser.parse_known_args(arguments[len(positional) :] if positional else arguments)
+    options.config = positional[0] if positional else None
+    if options.help:
+        return _train_help(options.config)
+    if options.config is None:
+        raise UserError("name a config: a YAML file or one of `metarl list configs`, e.g. metarl train quickstart")
+    if options.resume and options.overwrite:
+        raise UserError("--resume and --overwrite exclude each other: go on with the run, or throw it away")
+    for name in ("max_iterations", "max_minutes"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
+    config = load_config(options.config, flags)
+    run_dir = Path(options.run_dir) if options.run_dir else Path("runs") / find_config(options.config).stem
+    return _run_training(config, run_dir, options)
+
+
+def _run_training(config: Any, run_dir: Path, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from metarl.display import TrainingDisplay
+    from metarl.training import train
+
+    total = sum(stage.iterations for stage in config.stages)
+    console = Console()
+    received: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        print(f"metarl: {signal.Signals(number).name}: saving after this iteration; once more stops at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with TrainingDisplay(config, min(total, options.max_iterations or total), console) as display:
+            run = train(
+                config,
+                run_dir=run_dir,
+                resume=options.resume,
+                overwrite=options.overwrite,
+                max_iterations=options.max_iterations,
+                max_minutes=options.max_minutes,
+                should_stop=lambda: bool(received),
+                progress=display,
+            )
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    state = "finished" if run.finished else "stopped; go on with --resume"
+    console.print(f"{state}: {run.policy.env_steps:,} env steps, saved in {run.run_dir}", highlight=False, soft_wrap=True)
+    return 128 + received[0] if received else 0
+
+
+def _train_help(name: str | None) -> int:
+    """Show every setting with its default; tyro draws it from the same config that the flags are laid over."""
+    import tyro
+
+    from metarl.config import RunConfig, load_config
+
+    print("usage: metarl train CONFIG.yaml [--run-dir DIR] [--resume | --overwrite] [--SETTING VALUE ...]\n")
+    print(RUN_OPTIONS)
+    config = load_config(name or "quickstart")
+    shown = Annotated[RunConfig, tyro.conf.arg(name="")]
+    tyro.cli(
+        shown,  # type: ignore[arg-type]
+        prog="metarl train CONFIG.yaml",
+        default=config,
+        args=["--help"],
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+    )
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    parser = _Parser("metarl evaluate", description="Adapt to held-out tasks as in training, beside an untrained agent.")
+    parser.add_argument("run_dir", help="what `metarl train` wrote")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="tasks to evaluate on (test)")
+    parser.add_argument("--tasks", metavar="NAME", help="another benchmark or task than the run was trained on")
+    parser.add_argument("--num-tasks", type=_positive, help="how many tasks, balanced over classes (all)")
+    parser.add_argument("--rollouts-per-task", type=_positive, help="episodes a task and phase (as in training)")
+    parser.add_argument("--adaptation-steps", type=_positive, help="K (as in training)")
+    parser.add_argument("--seed", type=int, help="of episodes and intervals (the run's)")
+    parser.add_argument("--num-workers", type=int, help="processes that step environments (one a core)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where adapting is computed")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="where the report goes (RUN_DIR/evaluation/<split>.json)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args(arguments)
+
+    import numpy as np
+    from rich.console import Console
+
+    from metarl.display import report_tables
+    from metarl.evaluation import distribution_of, evaluate, select_tasks
+    from metarl.policy import load
+    from metarl.seeding import Purpose, seeds
+    from metarl.training import num_workers, resolve_device
+
+    policy = load(options.run_dir, device=str(resolve_device(options.device)))
+    distribution = distribution_of(policy.config, options.tasks)
+    tasks = distribution.test_tasks if options.split == "test" else distribution.train_tasks
+    if options.num_tasks:
+        tasks = select_tasks(tasks, options.num_tasks, np.random.default_rng(seeds(0, Purpose.EVALUATION_TASKS)))
+    console = Console()
+    with console.status(f"evaluating on {len(tasks)} tasks"):
+        report = evaluate(
+            policy,
+            tasks,
+            rollouts_per_task=options.rollouts_per_task,
+            adaptation_steps=options.adaptation_steps,
+            seed=options.seed,
+            num_workers=num_workers(policy.config) if options.num_workers is None else options.num_workers,
+        )
+    for table in report_tables(report):
+        console.print(table)
+    name = f"{options.tasks}_{options.split}" if options.tasks else options.split
+    path: Path = options.json or Path(options.run_dir) / "evaluation" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too small; expected at least 1")
+    return value
+
+
+def _inspect(arguments: list[str]) -> int:
+    parser = _Parser("metarl inspect", description="Show what a run directory holds.")
+    parser.add_argument("run_dir")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args(arguments)
+
+    from metarl.policy import load
+    from metarl.tracking import read_metrics
+
+    run_dir = Path(options.run_dir)
+    policy = load(run_dir)
+    config, lines = policy.config, read_metrics(run_dir)
+    print(f"agent        {config.agent.name}, K = {config.agent.adaptation_steps}, {policy.num_parameters:,} parameters")
+    print(f"observations {policy.spaces.observation_size}, actions {policy.spaces.action_size}")
+    for stage in config.stages:
+        tasks = ", ".join(f"{key}: {value}" for key, value in stage.tasks.model_dump(exclude_defaults=True).items())
+        print(f"stage        {stage.name}: {stage.iterations} iterations of {{{stage.tasks.family}; {tasks}}}")
+    print(f"trained      {lines[-1]['iteration'] if lines else 0} iterations, {policy.env_steps:,} env steps")
+    for prefix in ("meta_train", "meta_test"):
+        last = next((line for line in reversed(lines) if f"{prefix}/return_post" in line), None)
+        if last:
+            figures = ", ".join(f"{key} {value:.2f}" for key, value in last.items() if key.startswith(f"{prefix}/"))
+            print(f"iteration {last['iteration']:<3}{figures}")
+    for path in sorted((run_dir / "evaluation").glob("*.json")):
+        print(f"report       {path}")
+    return 0
+
+
+def _list(arguments: list[str]) -> int:
+    parser = _Parser("metarl list", description="List what there is.")
+    parser.add_argument("what", choices=("envs", "agents", "configs"))
+    options = parser.parse_args(arguments)
+    if options.what == "configs":
+        from metarl.config import embedded_configs
+
+        for name, path in embedded_configs().items():
+            first = path.read_text(encoding="utf-8").partition("\n")[0]
+            print(f"{name:<30}{first.removeprefix('# ')}")
+    elif options.what == "agents":
+        from metarl.agents.maml_ppo import MamlPpoConfig
+
+        print(f"{MamlPpoConfig.model_fields['name'].default:<30}{MamlPpoConfig.__doc__}")
+    else:
+        from metarl.evaluation import family_names
+
+        for name, family in family_names().items():
+            print(f"{name:<30}{family}")
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    _Parser("metarl doctor", description="Check versions, devices and simulators on this machine.").parse_args(arguments)
+
+    from metarl.doctor import findings
+
+    healthy = True
+    for name, found, fine in findings():
+        print(f"{'ok ' if fine else 'BAD'} {name:<20}{found}")
+        healthy &= fine
+    return 0 if healthy else 1

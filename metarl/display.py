@@ -1,0 +1,117 @@
+"""What the command line shows: progress while training, and reports as tables. Prints; owns no numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from metarl.checkpoint import Position
+from metarl.config import RunConfig
+
+PLAIN_LINE_SECONDS = 10.0
+"""Least time between two lines of progress where there is no terminal."""
+
+
+class TrainingDisplay:
+    """A live line on a terminal, one line every few seconds elsewhere.
+
+    Args:
+        config: of the run.
+        last_iteration: where training will stop.
+    """
+
+    def __init__(self, config: RunConfig, last_iteration: int, console: Console) -> None:
+        self._stages, self._total, self._console = config.stages, last_iteration, console
+        self._held_out = ""
+        self._printed = -PLAIN_LINE_SECONDS
+        self._live = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._live.add_task("training", total=last_iteration, status="")
+
+    def __call__(self, position: Position, metrics: Mapping[str, float]) -> None:
+        """Show an iteration or an evaluation."""
+        if "meta_test/return_post" in metrics:
+            self._held_out = f"held out {_arrow(metrics, 'meta_test')}"
+            status = self._held_out
+        else:
+            speed = metrics["time/env_steps_per_second"]
+            status = f"{_arrow(metrics, 'meta_train')}  {speed:,.0f} env steps/s  {self._held_out}"
+        stage = self._stages[min(position.stage, len(self._stages) - 1)].name
+        self._live.update(self._task, completed=position.iteration, description=stage, status=status)
+        now = time.monotonic()
+        if not self._console.is_terminal and (status == self._held_out or now - self._printed > PLAIN_LINE_SECONDS):
+            self._printed = now
+            line = f"{stage}  {position.iteration}/{self._total}  {position.env_steps:,} env steps  {status}"
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> TrainingDisplay:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._live.stop()
+
+
+def _arrow(metrics: Mapping[str, float], prefix: str) -> str:
+    text = f"return {metrics[f'{prefix}/return_pre']:.1f} → {metrics[f'{prefix}/return_post']:.1f}"
+    before, after = (metrics.get(f"{prefix}/success_{phase}", float("nan")) for phase in ("pre", "post"))
+    return text if after != after else f"{text}, success {before:.2f} → {after:.2f}"
+
+
+def report_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Return an evaluation report as tables: all tasks together, and by class if there are several."""
+    kind = "held-out tasks" if report["held_out"] else f"{report['split']} tasks (NOT held out)"
+    title = f"{len(report['tasks'])} {kind}, {report['rollouts_per_task']} episodes each, mean [95 % interval]"
+    aggregate = Table(title=title, title_justify="left")
+    measures = [name for name in ("return", "success") if f"{name}_post" in report["aggregate"]]
+    for column in ("", *measures):
+        aggregate.add_column(column, justify="right" if column else "left")
+    for label, suffix, prefix in (
+        ("before adaptation", "pre", ""),
+        (f"after {report['adaptation_steps']} step(s)", "post", ""),
+        ("gain", "gain", ""),
+        ("untrained, before", "pre", "untrained_"),
+        ("untrained, after", "post", "untrained_"),
+    ):
+        cells = [_interval(report["aggregate"].get(f"{prefix}{name}_{suffix}"), name) for name in measures]
+        if any(cells):
+            aggregate.add_row(label, *cells)
+    return [aggregate, *_class_table(report, measures)]
+
+
+def _interval(entry: Mapping[str, Any] | None, measure: str) -> str:
+    if entry is None:
+        return ""
+    digits = 2 if measure == "success" else 1
+    low, high = entry["ci95"]
+    return f"{entry['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _class_table(report: Mapping[str, Any], measures: Sequence[str]) -> list[Table]:
+    if len(report["per_class"]) < 2:
+        return []
+    table = Table(title="by class of task", title_justify="left")
+    table.add_column("class")
+    columns = [f"{name}_{suffix}" for name in measures for suffix in ("pre", "post")]
+    columns += [f"untrained_{name}_post" for name in measures]
+    columns = [name for name in columns if any(name in row for row in report["per_class"].values())]
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for name, row in report["per_class"].items():
+        table.add_row(name, *(f"{row[column]:.2f}" if column in row else "" for column in columns))
+    return [table]

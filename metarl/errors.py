@@ -1,0 +1,29 @@
+"""How metarl words the user's mistakes: what, where, what to do. Imports nothing of metarl."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from pydantic import ConfigDict
+
+STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+"""What every config class uses: nothing changes after validation, no unknown key, no NaN."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the command line prints its one line and exits with status 2."""
+
+
+def unknown_name(what: str, name: str, choices: Iterable[str], where_to_look: str) -> ValueError:
+    """Return the error for a name that does not exist, with the nearest one that does.
+
+    Args:
+        what: what kind of name it is, e.g. `Meta-World task`.
+        name: the name given.
+        choices: the names that exist.
+        where_to_look: a command or page that lists them, e.g. `metarl list envs`.
+    """
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.3)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ValueError(f"unknown {what} {name!r}: {hint}`{where_to_look}` shows all")

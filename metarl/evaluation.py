@@ -1,0 +1,238 @@
+"""Held-out evaluation: adapt as trained, report each task before and after, with intervals, beside an untrained agent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+from metarl import statistics
+from metarl.config import RunConfig
+from metarl.envs import FAMILIES, distribution, metaworld, mujoco, navigation
+from metarl.envs import make as make_env
+from metarl.envs.manager import EnvManager
+from metarl.envs.vector import make_envs
+from metarl.errors import UserError, unknown_name
+from metarl.policy import Policy, build_agent
+from metarl.sampling import adapt_and_collect
+from metarl.seeding import Purpose, seeds
+from metarl.types import Agent, BatchEnv, Task, TaskDistribution
+
+Report = dict[str, Any]
+"""JSON: see `evaluate`."""
+
+MAX_ENVS = 20
+"""Environments of an evaluation; tasks beyond are evaluated in turn."""
+
+
+class _Tasks:
+    """A list of tasks as a distribution, to make environments for."""
+
+    def __init__(self, tasks: Sequence[Task], make: Callable[[Task], gymnasium.Env[Any, Any]]) -> None:
+        self.train_tasks = self.test_tasks = list(tasks)
+        self.make = make
+
+
+def evaluate(
+    policy: Policy,
+    tasks: Sequence[Task],
+    *,
+    rollouts_per_task: int | None = None,
+    adaptation_steps: int | None = None,
+    seed: int | None = None,
+    num_workers: int = 0,
+    make: Callable[[Task], gymnasium.Env[Any, Any]] = make_env,
+) -> Report:
+    """Evaluate an agent on tasks, adapting to each as in training, and an untrained agent on the same tasks.
+
+    Every phase runs `rollouts_per_task` episodes with exploring actions; a phase's episodes are what the next step adapts
+    on. The return of a phase is the mean over its episodes, its success the fraction of them in which the task was solved
+    at any step.
+
+    Args:
+        policy: from `metarl.load` or `metarl.train`, before adaptation.
+        tasks: what to evaluate on, e.g. a distribution's `test_tasks`.
+        rollouts_per_task: N; as in training if None.
+        adaptation_steps: K; as in training if None.
+        seed: of episodes and of intervals; the run's if None.
+        num_workers: processes that step environments; no effect on the result.
+        make: builds the environment of a task; needed for tasks of one's own.
+
+    Returns:
+        `{"protocol", "split", "held_out", "env_steps", "seed", "adaptation_steps", "rollouts_per_task", "tasks": [{"name",
+        "index", "returns": [pre, …, post], "success": [pre, …, post], "untrained_returns", "untrained_success"}],
+        "aggregate": {"return_pre": {"mean", "iqm", "ci95": [low, high]}, "return_post", "return_gain", "success_pre", …,
+        "untrained_return_post", …}, "per_class": {name: {"return_pre", "success_post", "untrained_success_post", …}}}`.
+        Intervals are 95 % bootstrap intervals of the mean over tasks, stratified by class; `gain` is post − pre, task by
+        task. Success is null where the tasks do not define it.
+    """
+    if not tasks:
+        raise ValueError("no tasks to evaluate on; expected at least one")
+    config = policy.config
+    seed = config.seed if seed is None else seed
+    rollouts = rollouts_per_task or config.evaluation.rollouts_per_task or config.rollouts_per_task
+    untrained = build_agent(config, policy.spaces, policy.agent.device, Purpose.UNTRAINED_AGENT)
+    envs = make_envs(_Tasks(tasks, make), min(len(tasks), MAX_ENVS), num_workers)
+    try:
+        report = evaluate_agent(
+            policy.agent,
+            envs,
+            tasks,
+            rollouts,
+            seed=seed,
+            env_steps=policy.env_steps,
+            adaptation_steps=adaptation_steps,
+            untrained=untrained,
+        )
+    finally:
+        envs.close()
+    return report
+
+
+def evaluate_agent(
+    agent: Agent,
+    envs: BatchEnv,
+    tasks: Sequence[Task],
+    rollouts_per_task: int,
+    *,
+    seed: int,
+    env_steps: int,
+    adaptation_steps: int | None = None,
+    untrained: Agent | None = None,
+) -> Report:
+    """Evaluate in given environments; see `evaluate` for the report, in which the untrained agent may be missing."""
+    rows = [
+        {"name": task.name, "index": task.index, "returns": returns, "success": success}
+        for task, (returns, success) in zip(
+            tasks, _phases(agent, envs, tasks, rollouts_per_task, seed, adaptation_steps), strict=True
+        )
+    ]
+    if untrained is not None:
+        outcome = _phases(untrained, envs, tasks, rollouts_per_task, seed, adaptation_steps)
+        for row, (returns, success) in zip(rows, outcome, strict=True):
+            row |= {"untrained_returns": returns, "untrained_success": success}
+    shared = any(task.benchmark in mujoco.SHARED_SPLITS for task in tasks)
+    return {
+        "protocol": "metarl",
+        "split": "/".join(sorted({task.split for task in tasks})),
+        "held_out": all(task.split == "test" for task in tasks) and not shared,
+        "env_steps": env_steps,
+        "seed": seed,
+        "adaptation_steps": agent.adaptation_steps if adaptation_steps is None else adaptation_steps,
+        "rollouts_per_task": rollouts_per_task,
+        "tasks": rows,
+        "aggregate": _aggregate(rows, seed),
+        "per_class": _per_class(rows),
+    }
+
+
+def _phases(
+    agent: Agent, envs: BatchEnv, tasks: Sequence[Task], rollouts_per_task: int, seed: int, adaptation_steps: int | None
+) -> list[tuple[list[float], list[float | None]]]:
+    """Return for each task its mean return and success rate, before adaptation and after each step."""
+    results: list[tuple[list[float], list[float | None]]] = []
+    for start in range(0, len(tasks), envs.max_envs):
+        part = tasks[start : start + envs.max_envs]
+        rollouts = adapt_and_collect(
+            envs,
+            agent,
+            part,
+            rollouts_per_task,
+            seeds(seed, Purpose.EVALUATION_ROLLOUTS, start),
+            adaptation_steps,
+        )
+        returns = torch.stack([rollout.episode_returns().nanmean(-1) for rollout in rollouts], -1).tolist()
+        success = torch.stack([rollout.episode_success().nanmean(-1) for rollout in rollouts], -1).tolist()
+        defined = [[None if math.isnan(value) else value for value in row] for row in success]
+        results += list(zip(returns, defined, strict=True))
+    return results
+
+
+_MEASURES = {"return": "returns", "success": "success"}
+
+
+def _measures(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return each measure as one value a task; success only where all tasks define it."""
+    measures: dict[str, list[float]] = {}
+    for prefix in ("", "untrained_"):
+        for measure, field in _MEASURES.items():
+            phases = [row.get(prefix + field) for row in rows]
+            if any(values is None or None in values for values in phases):
+                continue
+            pre, post = [values[0] for values in phases if values], [values[-1] for values in phases if values]
+            measures[f"{prefix}{measure}_pre"], measures[f"{prefix}{measure}_post"] = pre, post
+            if not prefix:
+                measures[f"{measure}_gain"] = [after - before for before, after in zip(pre, post, strict=True)]
+    return measures
+
+
+def _aggregate(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seeds(seed, Purpose.BOOTSTRAP))
+    strata = [row["name"] for row in rows]
+    return {
+        name: statistics.aggregate(np.array(values), strata, rng) for name, values in _measures(rows).items()
+    }
+
+
+def _per_class(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    classes = dict.fromkeys(row["name"] for row in rows)
+    return {
+        name: {
+            measure: float(np.mean(values))
+            for measure, values in _measures([row for row in rows if row["name"] == name]).items()
+        }
+        for name in classes
+    }
+
+
+def held_out_metrics(report: Report) -> dict[str, float]:
+    """Return the scalars of a report, as they are tracked during training."""
+    aggregate = report["aggregate"]
+    names = [f"{measure}_{phase}" for measure in _MEASURES for phase in ("pre", "post")]
+    metrics = {f"meta_test/{name}": aggregate[name]["mean"] for name in names if name in aggregate}
+    for name, row in report["per_class"].items():
+        if "success_post" in row:
+            metrics[f"meta_test/{name}/success_post"] = row["success_post"]
+    return metrics
+
+
+def select_tasks(tasks: Sequence[Task], count: int, rng: np.random.Generator) -> list[Task]:
+    """Return `count` of the tasks, or all if there are fewer, balanced over classes and in a fixed order of classes."""
+    return list(tasks) if count >= len(tasks) else EnvManager(tasks).sample(count, rng)
+
+
+def family_names() -> dict[str, str]:
+    """Return what `distribution_of` understands: the name of a benchmark, distribution or Meta-World task → its family."""
+    families = {"metaworld": (*metaworld.MULTI_CLASS, *metaworld.names()), "mujoco": mujoco.NAMES, "navigation": navigation.NAMES}
+    return {name: family for family, names in families.items() for name in names}
+
+
+def distribution_of(config: RunConfig, name: str | None = None) -> TaskDistribution:
+    """Return the tasks of a run's last stage, or others with that stage's options.
+
+    Args:
+        config: of the run.
+        name: a key of `family_names`, e.g. `ML10`, `push-v3` or `HalfCheetahVel`; None for the run's own tasks.
+
+    Raises:
+        UserError: the run was trained on custom tasks and no name is given, or the name is unknown.
+    """
+    tasks = config.stages[-1].tasks
+    if name is None:
+        if tasks.family not in FAMILIES:
+            raise UserError("the run was trained on custom tasks: evaluate it from Python with metarl.evaluate(…, make=…)")
+        return FAMILIES[tasks.family].tasks(tasks)
+    names = family_names()
+    if name not in names:
+        raise UserError(str(unknown_name("task or benchmark", name, names, "metarl list envs")))
+    family = names[name]
+    options = tasks.model_dump(include={"seed", "horizon", "reward_version"}) if tasks.family == family else {}
+    if family == "metaworld":
+        options |= {"benchmark": name} if name in metaworld.MULTI_CLASS else {"benchmark": "ML1", "name": name}
+    else:
+        options |= {"name": name}
+    return distribution(family, **options)

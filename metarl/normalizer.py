@@ -1,0 +1,65 @@
+"""Running observation statistics: what scales observations before a policy sees them. Imports nothing of metarl."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Mean and variance of all observations so far; each update returns a new one.
+
+    Statistics of a random policy alone would saturate the policy's input: on Meta-World a random policy hardly moves the
+    hand, so that goals lie many of its standard deviations away. Hence the statistics go on learning from the trained
+    policy's data, `floor` bounds the scale from below, and nothing is clipped.
+
+    Attributes:
+        mean: `[O]`.
+        variance: `[O]`.
+        count: scalar float64, how many observations it has seen.
+        floor: smallest scale, in the units of the observation; a constant entry is not blown up.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+    floor: float
+
+    @classmethod
+    def identity(cls, observation_size: int, floor: float) -> Normalizer:
+        """Return the normaliser that has seen nothing, and changes nothing."""
+        size = (observation_size,)
+        return cls(torch.zeros(size), torch.ones(size), torch.zeros((), dtype=torch.float64), floor)
+
+    def __call__(self, observations: Tensor) -> Tensor:
+        """Shift and scale `[..., O]`."""
+        return (observations - self.mean) / self.variance.sqrt().clamp_min(self.floor)
+
+    def update(self, observations: Tensor, valid: Tensor) -> Normalizer:
+        """Merge a batch into the statistics (Chan et al. 1979, Eq. 2.1), in float64.
+
+        Args:
+            observations: `[..., O]`.
+            valid: `[...]`, bool.
+        """
+        batch = observations[valid].double()
+        if len(batch) == 0:
+            return self
+        count = torch.tensor(float(len(batch)), dtype=torch.float64, device=batch.device)
+        total = self.count + count
+        delta = batch.mean(0) - self.mean
+        squares = self.variance * self.count + batch.var(0, correction=0) * count
+        variance = (squares + delta.square() * self.count * count / total) / total
+        mean = self.mean + delta * count / total
+        return Normalizer(mean.to(self.mean.dtype), variance.to(self.variance.dtype), total, self.floor)
+
+    def to(self, device: torch.device | str) -> Normalizer:
+        """Return the normaliser on `device`."""
+        return Normalizer(self.mean.to(device), self.variance.to(device), self.count.to(device), self.floor)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the statistics by name."""
+        return {"mean": self.mean, "variance": self.variance, "count": self.count}

@@ -1,0 +1,72 @@
+"""Surrogate losses: pure functions of log-probabilities and advantages.
+
+Every loss is a weighted mean over its own samples, so that the step it causes does not depend on how many tasks or
+samples are processed together. Weights are 1 for a valid sample and 0 for padding; any non-negative weights work, for
+instance the probabilities of enumerated trajectories.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Return Σ w·v / Σ w over the last dimension; 0 if all weights are 0."""
+    return (values * weights).sum(-1) / weights.sum(-1).clamp_min(1e-12)
+
+
+def likelihood_ratio_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
+    """Minus the likelihood-ratio (LVC) surrogate, −E[π_θ(a|s)/π_old(a|s) · A] (Rothfuss et al. 2019, Eq. 10 and 11).
+
+    `old_log_probs` are those recorded when the data was collected. In the first epoch θ is the parameter that collected,
+    the ratio is 1 and the surrogate is LVC itself; in later epochs the ratio also corrects for the data being older than
+    θ, as in ProMP. Unlike −log π · A, its second derivative is right: it holds ∇²log π + ∇log π ∇log πᵀ.
+    What LVC leaves out, by design, is how the advantages of earlier steps depend on θ through later actions.
+
+    Args:
+        log_probs: `[..., S]`, under the parameters to differentiate.
+        old_log_probs: `[..., S]`, constants.
+        advantages: `[..., S]`, constants.
+        weights: `[..., S]`, constants.
+
+    Returns:
+        The loss, `[...]`.
+    """
+    return -weighted_mean((log_probs - old_log_probs).exp() * advantages, weights)
+
+
+def ppo_clip_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, clip_eps: float
+) -> tuple[Tensor, Tensor]:
+    """Minus the clipped surrogate of PPO (Schulman et al. 2017, Eq. 7).
+
+    Args:
+        log_probs: `[..., S]`, under the parameters to differentiate.
+        old_log_probs: `[..., S]`, constants.
+        advantages: `[..., S]`, constants.
+        weights: `[..., S]`, constants.
+        clip_eps: ratios beyond 1 ± clip_eps bring no further gain.
+
+    Returns:
+        The loss `[...]`, and the fraction of samples whose ratio lies beyond the clip range `[...]` (no gradient).
+    """
+    ratio = (log_probs - old_log_probs).exp()
+    clipped = ratio.clamp(1.0 - clip_eps, 1.0 + clip_eps)
+    surrogate = (ratio * advantages).minimum(clipped * advantages)
+    beyond = ((ratio.detach() - 1.0).abs() > clip_eps).to(ratio.dtype)
+    return -weighted_mean(surrogate, weights), weighted_mean(beyond, weights)
+
+
+def approximate_kl(log_probs: Tensor, old_log_probs: Tensor, weights: Tensor) -> Tensor:
+    """Sample estimate of KL(π_old‖π), never negative: E_old[r − 1 − log r] (Schulman 2020, "Approximating KL divergence").
+
+    Args:
+        log_probs: `[..., S]`.
+        old_log_probs: `[..., S]`, of the policy that drew the samples.
+        weights: `[..., S]`.
+
+    Returns:
+        `[...]`; differentiable with respect to `log_probs`.
+    """
+    log_ratio = log_probs - old_log_probs
+    return weighted_mean(log_ratio.exp() - 1.0 - log_ratio, weights)

@@ -1,0 +1,116 @@
+"""Policies as functions of explicit parameters, so that they can be adapted, stacked over tasks and differentiated through.
+
+A policy object is a frozen description; its parameters are a flat dict of tensors that the caller owns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""Parameters by name. Stacked over tasks, every tensor has a leading `[M]`."""
+
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+
+
+def init_mlp(sizes: tuple[int, ...], output_gain: float, generator: torch.Generator) -> Params:
+    """Draw the parameters of an MLP: orthogonal weights, gain √2 in hidden layers (Andrychowicz et al. 2021, C56), zero biases.
+
+    Args:
+        sizes: input size, hidden sizes, output size.
+        output_gain: gain of the last layer.
+        generator: the only source of randomness.
+
+    Returns:
+        `weight_i` `[out, in]` and `bias_i` `[out]` for each layer i.
+    """
+    params: Params = {}
+    for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        gain = output_gain if layer == len(sizes) - 2 else math.sqrt(2.0)
+        weight = torch.empty(fan_out, fan_in)
+        torch.nn.init.orthogonal_(weight, gain, generator=generator)
+        params[f"weight_{layer}"], params[f"bias_{layer}"] = weight, torch.zeros(fan_out)
+    return params
+
+
+def apply_mlp(params: Params, inputs: Tensor, activation: str) -> Tensor:
+    """Apply an MLP with linear output.
+
+    Args:
+        params: from `init_mlp`, plain or stacked over tasks; other entries are passed over.
+        inputs: `[S, in]`, or `[M, S, in]` with stacked parameters.
+        activation: `tanh` or `relu`.
+
+    Returns:
+        `[S, out]` or `[M, S, out]`.
+    """
+    nonlinearity = _ACTIVATIONS[activation]
+    layers = sum(name.startswith("weight_") for name in params)
+    hidden = inputs
+    for layer in range(layers):
+        weight, bias = params[f"weight_{layer}"], params[f"bias_{layer}"]
+        if weight.ndim == 2:
+            hidden = torch.nn.functional.linear(hidden, weight, bias)
+        else:
+            hidden = torch.baddbmm(bias.unsqueeze(-2), hidden, weight.mT)
+        if layer < layers - 1:
+            hidden = nonlinearity(hidden)
+    return hidden
+
+
+@dataclass(frozen=True)
+class GaussianMlp:
+    """A Gaussian policy: mean from an MLP, a standard deviation that does not depend on the observation.
+
+    Attributes:
+        observation_size: O.
+        action_size: A.
+        hidden_sizes: widths of the hidden layers.
+        activation: `tanh` or `relu`.
+        init_std: standard deviation at the start; 1 covers the action space, which is ±1.
+        min_std: lower bound; the gradient at a bound is 0.
+        max_std: upper bound.
+    """
+
+    observation_size: int
+    action_size: int
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    activation: str = "tanh"
+    init_std: float = 1.0
+    min_std: float = 0.05
+    max_std: float = 2.0
+
+    def init(self, generator: torch.Generator) -> Params:
+        """Draw parameters; the mean starts near 0."""
+        sizes = (self.observation_size, *self.hidden_sizes, self.action_size)
+        log_std = torch.full((self.action_size,), math.log(self.init_std))
+        return {**init_mlp(sizes, 0.01, generator), "log_std": log_std}
+
+    def distribution(self, params: Params, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean `[..., S, A]` and log standard deviation `[..., 1, A]` for observations `[..., S, O]`."""
+        log_std = params["log_std"].clamp(math.log(self.min_std), math.log(self.max_std))
+        return apply_mlp(params, observations, self.activation), log_std.unsqueeze(-2)
+
+    def log_prob(self, params: Params, observations: Tensor, actions: Tensor) -> Tensor:
+        """Joint log-density of actions: the SUM over action dimensions.
+
+        Args:
+            params: plain, or stacked with `[M]` in front.
+            observations: `[S, O]` or `[M, S, O]`, normalised.
+            actions: `[S, A]` or `[M, S, A]`.
+
+        Returns:
+            `[S]` or `[M, S]`.
+        """
+        mean, log_std = self.distribution(params, observations)
+        return gaussian_log_prob(mean, log_std, actions)
+
+
+def gaussian_log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
+    """Log-density of a diagonal Gaussian, summed over the last dimension: `[..., A]` → `[...]`."""
+    squares = ((actions - mean) * (-log_std).exp()).square()
+    return -(0.5 * squares + log_std + 0.5 * math.log(2.0 * math.pi)).sum(-1)

@@ -1,0 +1,173 @@
+"""The trained agent as users hold it: predict, and adapt to a new task from a few episodes. Loads runs from disk.
+
+Loading reads YAML, JSON and safetensors; nothing in a run directory is ever executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from metarl.agents.maml_ppo import MamlPpo
+from metarl.checkpoint import Checkpoint, CorruptCheckpoint, Spaces, load_latest
+from metarl.config import RunConfig, load_config
+from metarl.errors import UserError
+from metarl.sampling import scale_actions
+from metarl.seeding import Purpose, integer_seed
+from metarl.types import Agent, FloatArray, Rollout, Trajectory
+
+
+def build_agent(config: RunConfig, spaces: Spaces, device: torch.device, purpose: Purpose = Purpose.AGENT) -> Agent:
+    """Return a freshly initialised agent for observations and actions of the given sizes."""
+    seed = integer_seed(config.seed, purpose)
+    return MamlPpo(config.agent, spaces.observation_size, spaces.action_size, device, seed)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An agent in one state of adaptation. Immutable: adapting returns another policy.
+
+    Attributes:
+        config: of the run that it comes from.
+        agent: what adapts and acts.
+        spaces: sizes and bounds that it was built for.
+        env_steps: environment steps of its training.
+        state: the agent's adaptation state for one task.
+    """
+
+    config: RunConfig
+    agent: Agent
+    spaces: Spaces
+    env_steps: int
+    state: Any
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers one task's parameters hold."""
+        return sum(value.numel() for name, value in self.agent.state_dict().items() if name.startswith("policy."))
+
+    def predict(
+        self,
+        observation: NDArray[Any],
+        state: Any = None,
+        episode_start: NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[FloatArray, Any]:
+        """Choose actions; the signature of stable-baselines3.
+
+        Args:
+            observation: `[O]` or `[B, O]`, as the environment gives it.
+            state: a memory; this agent has none and returns what it is given.
+            episode_start: where an episode begins; without a memory it has no effect.
+            deterministic: the mean instead of a draw (from torch's global generator).
+
+        Returns:
+            Actions `[A]` or `[B, A]` within the bounds of the action space, and `state`.
+
+        Raises:
+            ValueError: wrong shape, NaN or infinity.
+        """
+        observation = np.asarray(observation, dtype=np.float64)
+        size = self.spaces.observation_size
+        if observation.ndim not in (1, 2) or observation.shape[-1] != size:
+            raise ValueError(f"observation has shape {observation.shape}; expected ({size},) or (batch, {size})")
+        if not np.isfinite(observation).all():
+            raise ValueError("observation holds NaN or infinity; check the sensors before calling predict")
+        batch = torch.from_numpy(np.atleast_2d(observation)).float()[None]
+        shape = (1, batch.shape[1], self.spaces.action_size)
+        noise = torch.zeros(shape) if deterministic else torch.randn(shape)
+        actions, _, _ = self.agent.act(batch, noise, self.state)
+        scaled = scale_actions(actions[0].double().numpy(), *self.spaces.action_bounds)
+        return scaled.reshape(*observation.shape[:-1], -1), state
+
+    def adapt(self, trajectories: Sequence[Trajectory]) -> Policy:
+        """Return the policy after one adaptation step on recorded episodes of the new task; this one stays as it is.
+
+        Args:
+            trajectories: at least one episode, best collected with this policy, exploring. Without `log_probs` those of
+                this policy are used, as if it had collected them.
+
+        Raises:
+            ValueError: no trajectory, or sizes that do not fit.
+        """
+        rollout = self._rollout(trajectories)
+        return replace(self, state=self.agent.adapt(self.state, rollout))
+
+    def _rollout(self, trajectories: Sequence[Trajectory]) -> Rollout:
+        """Pad trajectories to a rollout `[1, N, T, ...]`."""
+        if not trajectories:
+            raise ValueError("no trajectories; adapting needs at least one episode")
+        sizes = (self.spaces.observation_size, self.spaces.action_size)
+        low, high = self.spaces.action_bounds
+        shape = (1, len(trajectories), max(len(t.rewards) for t in trajectories))
+        floats = {name: np.zeros((*shape, *last), np.float32) for name, last in _fields(*sizes)}
+        bools = {name: np.zeros(shape, np.bool_) for name in ("terminated", "truncated", "episode_start", "valid")}
+        for n, trajectory in enumerate(trajectories):
+            found = (trajectory.observations.shape[1], trajectory.actions.shape[1])
+            if found != sizes:
+                raise ValueError(f"trajectory {n} has (observation, action) sizes {found}; the agent expects {sizes}")
+            length = len(trajectory.rewards)
+            where = (0, n, slice(length))
+            floats["observations"][where] = trajectory.observations
+            following = np.concatenate([trajectory.observations[1:], trajectory.observations[-1:]])
+            floats["next_observations"][where] = following
+            floats["actions"][where] = (trajectory.actions - (high + low) / 2) / ((high - low) / 2)
+            floats["rewards"][where] = trajectory.rewards
+            floats["success"][where] = np.nan
+            bools["terminated"][where], bools["truncated"][where] = trajectory.terminated, trajectory.truncated
+            bools["truncated"][0, n, length - 1] |= not trajectory.terminated[-1]
+            bools["episode_start"][0, n, 0] = bools["valid"][where] = True
+        rollout = Rollout(**{name: torch.from_numpy(array) for name, array in {**floats, **bools}.items()})
+        return replace(rollout, log_probs=self._log_probs(rollout, trajectories))
+
+    def _log_probs(self, rollout: Rollout, trajectories: Sequence[Trajectory]) -> torch.Tensor:
+        log_probs = self.agent.log_prob(self.state, rollout.observations, rollout.actions).clone()
+        for n, trajectory in enumerate(trajectories):
+            if trajectory.log_probs is not None:
+                log_probs[0, n, : len(trajectory.log_probs)] = torch.from_numpy(trajectory.log_probs).float()
+        return log_probs
+
+
+def _fields(observation_size: int, action_size: int) -> list[tuple[str, tuple[int, ...]]]:
+    return [
+        ("observations", (observation_size,)),
+        ("next_observations", (observation_size,)),
+        ("actions", (action_size,)),
+        ("rewards", ()),
+        ("log_probs", ()),
+        ("success", ()),
+    ]
+
+
+def load(run_dir: str | Path, device: str = "cpu") -> Policy:
+    """Load the agent of a run, before adaptation.
+
+    Args:
+        run_dir: what `metarl train` wrote.
+        device: where adapting is computed.
+
+    Raises:
+        UserError: no run there, or nothing in it can be loaded; the message names what was rejected, and why.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} holds no run: there is no config.yaml; train one with `metarl train CONFIG`")
+    config = load_config(run_dir / "config.yaml")
+    try:
+        checkpoint = load_latest(run_dir / "checkpoints")
+    except CorruptCheckpoint as error:
+        raise UserError(f"cannot load {run_dir}: {error}") from error
+    return restore(config, checkpoint, torch.device(device))
+
+
+def restore(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> Policy:
+    """Return the policy that a checkpoint holds."""
+    agent = build_agent(config, checkpoint.spaces, device)
+    agent.load_state_dict(checkpoint.state)
+    return Policy(config, agent, checkpoint.spaces, checkpoint.position.env_steps, agent.initial_state(1))

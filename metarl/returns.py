@@ -1,0 +1,102 @@
+"""Discounted returns, GAE, the linear feature baseline, advantage normalisation: pure functions on tensors.
+
+All of them take `[..., T]` tensors of complete episodes laid end to end; an episode ends where it terminated or was truncated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def discounted_returns(rewards: Tensor, last: Tensor, gamma: float) -> Tensor:
+    """Sum of discounted rewards to the end of the episode, nothing after it.
+
+    Args:
+        rewards: `[..., T]`.
+        last: `[..., T]`, bool: the last step of an episode, whatever ended it.
+        gamma: discount.
+
+    Returns:
+        `[..., T]`: R_t = r_t + gamma · R_{t+1}, with R_{t+1} = 0 after a last step.
+    """
+    going_on = gamma * (~last).to(rewards.dtype)
+    returns, following = torch.empty_like(rewards), torch.zeros_like(rewards[..., 0])
+    for t in range(rewards.shape[-1] - 1, -1, -1):
+        following = rewards[..., t] + going_on[..., t] * following
+        returns[..., t] = following
+    return returns
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016, Eq. 16).
+
+    A termination is followed by nothing; a truncation is followed by `next_values`, the value of the true last observation.
+
+    Args:
+        rewards: `[..., T]`.
+        values: `[..., T]`, V(s_t).
+        next_values: `[..., T]`, V of the observation after step t.
+        terminated: `[..., T]`, bool.
+        truncated: `[..., T]`, bool.
+        gamma: discount.
+        gae_lambda: 0 gives one-step temporal differences, 1 Monte-Carlo returns.
+
+    Returns:
+        Advantages `[..., T]`.
+    """
+    deltas = rewards + gamma * next_values * (~terminated).to(rewards.dtype) - values
+    return discounted_returns(deltas, terminated | truncated, gamma * gae_lambda)
+
+
+def linear_baseline(observations: Tensor, returns: Tensor, time: Tensor, valid: Tensor, ridge: float = 1e-5) -> Tensor:
+    """Fit returns by a linear function of [o, o², t, t², t³, 1], one fit for each leading index (Duan et al. 2016, 3.3).
+
+    Solved in float64. The features grow with the time left, so that the fit is the value in a FINITE horizon: what it
+    says after the last step is 0, and nothing is bootstrapped.
+
+    Args:
+        observations: `[M, S, O]`, normalised; clipped to ±10 here.
+        returns: `[M, S]`.
+        time: `[M, S]`, step within the episode.
+        valid: `[M, S]`, bool; other samples carry no weight.
+        ridge: penalty on the coefficients, a fraction of the mean diagonal of the normal equations.
+
+    Returns:
+        Fitted values `[M, S]` in the dtype of `returns`; 0 where not valid.
+    """
+    o = observations.double().clamp(-10.0, 10.0)
+    t = time.double().unsqueeze(-1) / 100.0
+    features = torch.cat([o, o * o, t, t * t, t * t * t, torch.ones_like(t)], dim=-1) * valid.unsqueeze(-1)
+    gram = features.mT @ features
+    diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    targets = features.mT @ returns.double().unsqueeze(-1)
+    coefficients = torch.linalg.solve(gram + (ridge * diagonal + 1e-12) * eye, targets)
+    return (features @ coefficients).squeeze(-1).to(returns.dtype)
+
+
+def normalize_advantages(advantages: Tensor, valid: Tensor, eps: float = 1e-8) -> Tensor:
+    """Shift and scale advantages to mean 0 and STANDARD DEVIATION 1 within each task.
+
+    Args:
+        advantages: `[M, S]`.
+        valid: `[M, S]`, bool.
+        eps: added to the standard deviation; equal advantages become 0.
+
+    Returns:
+        `[M, S]`, 0 where not valid.
+    """
+    weights = valid.to(advantages.dtype)
+    count = weights.sum(-1, keepdim=True).clamp_min(1.0)
+    centred = (advantages - (advantages * weights).sum(-1, keepdim=True) / count) * weights
+    std = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+    return centred / (std + eps)

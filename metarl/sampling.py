@@ -1,0 +1,194 @@
+"""collect(): where agents meet environments. The only caller of environments, and the only numpy → torch boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from metarl.types import Agent, BatchEnv, BoolArray, FloatArray, Rollout, Step, Task
+
+
+def scale_actions(actions: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
+    """Clip policy actions `[..., A]` to ±1 and map ±1 to the bounds `[A]` of the action space."""
+    return (high + low) / 2 + (high - low) / 2 * np.clip(actions, -1.0, 1.0)
+
+
+def collect(
+    envs: BatchEnv,
+    agent: Agent,
+    state: Any,
+    tasks: Sequence[Task],
+    rollouts_per_task: int,
+    seeds: np.random.SeedSequence,
+) -> Rollout:
+    """Run `rollouts_per_task` complete episodes of each task with the agent in `state`.
+
+    Rollouts of a task beyond what fits into `envs.max_envs` run one after another, in waves. Neither the number of
+    environments nor that of workers changes the result: the noise of every action and the seed of every episode are drawn
+    beforehand. An episode with a NaN or infinite observation or reward is dropped: all its steps become invalid.
+
+    Args:
+        envs: at least M environments.
+        agent: acts; nothing of it changes.
+        state: of M tasks, from `initial_state` or `adapt`.
+        tasks: M.
+        rollouts_per_task: N.
+        seeds: the only source of randomness.
+
+    Returns:
+        A rollout `[M, N, T, ...]` on the agent's device, moved there at once; T is the length of the longest episode, at most the tasks' horizon.
+
+    Raises:
+        ValueError: more tasks than environments.
+        RuntimeError: more than half of the episodes had to be dropped.
+    """
+    if len(tasks) > envs.max_envs:
+        raise ValueError(f"{len(tasks)} tasks do not fit into {envs.max_envs} environments; collect them in parts")
+    noise_seed, env_seed = seeds.spawn(2)
+    horizon = max(int(task.option("horizon")) for task in tasks)
+    shape = (len(tasks), rollouts_per_task, horizon)
+    generator = torch.Generator().manual_seed(int(noise_seed.generate_state(1, np.uint64)[0]))
+    noise = torch.randn(*shape, envs.action_space.shape[0], generator=generator)
+    env_seeds = env_seed.generate_state(len(tasks) * rollouts_per_task).reshape(shape[:2])
+    recorder = _Recorder(shape, envs.observation_space.shape[0], envs.action_space.shape[0])
+    in_flight = min(rollouts_per_task, envs.max_envs // len(tasks))
+    for start in range(0, rollouts_per_task, in_flight):
+        wave = slice(start, min(start + in_flight, rollouts_per_task))
+        _run_wave(envs, agent, state, tasks, noise[:, wave], env_seeds[:, wave], recorder, wave)
+    return recorder.rollout().to(agent.device)
+
+
+def _run_wave(
+    envs: BatchEnv,
+    agent: Agent,
+    state: Any,
+    tasks: Sequence[Task],
+    noise: torch.Tensor,
+    seeds: np.ndarray[Any, np.dtype[np.uint32]],
+    recorder: _Recorder,
+    wave: slice,
+) -> None:
+    """Run P episodes of each task side by side: noise `[M, P, T, A]`, seeds `[M, P]`."""
+    num_tasks, parallel, horizon, action_size = noise.shape
+    low, high = envs.action_space.low.astype(np.float64), envs.action_space.high.astype(np.float64)
+    observations = envs.reset([task for task in tasks for _ in range(parallel)], seeds.reshape(-1)).copy()
+    active = np.ones(num_tasks * parallel, dtype=np.bool_)
+    for t in range(horizon):
+        inputs = torch.from_numpy(observations.reshape(num_tasks, parallel, -1)).float()
+        actions, log_probs, state = agent.act(inputs, noise[:, :, t], state)
+        scaled = scale_actions(actions.double().numpy(), low, high)
+        step = envs.step(scaled.reshape(-1, action_size), active)
+        active = recorder.record(wave, t, observations, actions.numpy(), log_probs.numpy(), step, active)
+        if not active.any():
+            break
+        observations = step.observations.copy()
+
+
+class _Recorder:
+    """Preallocated arrays of one rollout; float32, as the agent will read them."""
+
+    def __init__(self, shape: tuple[int, int, int], observation_size: int, action_size: int) -> None:
+        self._floats = {
+            name: np.zeros((*shape, *last), dtype=np.float32)
+            for name, last in (
+                ("observations", (observation_size,)),
+                ("next_observations", (observation_size,)),
+                ("actions", (action_size,)),
+                ("rewards", ()),
+                ("log_probs", ()),
+                ("success", ()),
+            )
+        }
+        self._bools = {
+            name: np.zeros(shape, dtype=np.bool_) for name in ("terminated", "truncated", "episode_start", "valid")
+        }
+        self._shape = shape
+
+    def record(
+        self,
+        wave: slice,
+        t: int,
+        observations: FloatArray,
+        actions: FloatArray,
+        log_probs: FloatArray,
+        step: Step,
+        active: BoolArray,
+    ) -> BoolArray:
+        """Write step t of a wave; returns which environments go on, `[E]`."""
+        sane = np.isfinite(step.rewards) & np.isfinite(step.observations).all(-1)
+        written = active & sane
+        truncated = step.truncated | ((t == self._shape[2] - 1) & ~step.terminated)
+        self._put("observations", wave, t, observations, written)
+        self._put("next_observations", wave, t, step.observations, written)
+        self._put("actions", wave, t, actions, written)
+        self._put("log_probs", wave, t, log_probs, written)
+        self._put("rewards", wave, t, step.rewards, written)
+        self._put("success", wave, t, step.success, written)
+        self._put("terminated", wave, t, step.terminated, written)
+        self._put("truncated", wave, t, truncated, written)
+        self._put("episode_start", wave, t, np.full(len(active), t == 0), written)
+        self._put("valid", wave, t, active, written)
+        self._drop(wave, (active & ~sane).reshape(self._shape[0], -1))
+        return written & ~step.terminated & ~truncated
+
+    def _put(self, name: str, wave: slice, t: int, values: np.ndarray[Any, Any], written: BoolArray) -> None:
+        array = self._floats.get(name, self._bools.get(name))
+        assert array is not None
+        target = array[:, wave, t]
+        values = values.reshape(target.shape)
+        if written.all():
+            target[...] = values
+        else:
+            mask = written.reshape(target.shape[:2])
+            target[mask] = values[mask]
+
+    def _drop(self, wave: slice, broken: BoolArray) -> None:
+        if broken.any():
+            for array in (*self._floats.values(), *self._bools.values()):
+                array[:, wave][broken] = 0
+
+    def rollout(self) -> Rollout:
+        """Return the rollout on the CPU, cut to its longest episode."""
+        dropped = ~self._bools["valid"].any(-1)
+        if dropped.mean() > 0.5:
+            raise RuntimeError(
+                f"{int(dropped.sum())} of {dropped.size} episodes had a NaN or infinite observation or reward and were "
+                "dropped; the environment is broken or the actions drive the simulation apart"
+            )
+        length = int(self._bools["valid"].any((0, 1)).nonzero()[0][-1]) + 1
+        arrays = {**self._floats, **self._bools}
+        return Rollout(**{name: torch.from_numpy(array[:, :, :length]) for name, array in arrays.items()})
+
+
+def adapt_and_collect(
+    envs: BatchEnv,
+    agent: Agent,
+    tasks: Sequence[Task],
+    rollouts_per_task: int,
+    seeds: np.random.SeedSequence,
+    adaptation_steps: int | None = None,
+) -> list[Rollout]:
+    """Collect before adaptation and after each step of it: the procedure of training and of evaluation alike.
+
+    Args:
+        envs: at least M environments.
+        agent: adapts as it does in training, with exploring actions and fresh data for each step.
+        tasks: M.
+        rollouts_per_task: N.
+        seeds: the only source of randomness.
+        adaptation_steps: K; the agent's own if None.
+
+    Returns:
+        K + 1 rollouts.
+    """
+    steps = agent.adaptation_steps if adaptation_steps is None else adaptation_steps
+    state = agent.initial_state(len(tasks))
+    rollouts: list[Rollout] = []
+    for phase_seeds in seeds.spawn(steps + 1):
+        if rollouts:
+            state = agent.adapt(state, rollouts[-1])
+        rollouts.append(collect(envs, agent, state, tasks, rollouts_per_task, phase_seeds))
+    return rollouts

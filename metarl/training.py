@@ -1,0 +1,345 @@
+"""THE loop: one for meta-training and for task sequences. It knows agents and environments by their Protocols.
+
+    for stage in stages:                                   # meta-RL is one stage
+        for iteration in range(stage.iterations):
+            tasks    = manager.sample(M)
+            rollouts = adapt_and_collect(envs, agent, tasks, N)      # K + 1 rollouts, adapting between them
+            metrics  = agent.update(rollouts)                        # the outer step
+            tracker.write(metrics); checkpoint.save(...)
+        evaluate on held-out tasks
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from metarl.checkpoint import Checkpoint, CorruptCheckpoint, Position, Spaces, load_latest, save
+from metarl.config import RunConfig, StageConfig, dump_config, explain_validation, load_config
+from metarl.envs import FAMILIES
+from metarl.envs.manager import EnvManager
+from metarl.envs.vector import make_envs
+from metarl.errors import UserError
+from metarl.evaluation import Report, evaluate_agent, held_out_metrics, select_tasks
+from metarl.policy import Policy, build_agent
+from metarl.sampling import adapt_and_collect
+from metarl.seeding import Purpose, seeds
+from metarl.tracking import Tracker
+from metarl.types import Agent, BatchEnv, Rollout, TaskDistribution
+
+Progress = Callable[[Position, Mapping[str, float]], None]
+"""Told of every iteration and every evaluation, with the metrics that were tracked."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What training leaves behind.
+
+    Attributes:
+        run_dir: config, checkpoints, metrics and reports.
+        policy: the trained agent, before adaptation.
+        report: of the last evaluation on held-out tasks; None if the run stopped before one.
+        finished: whether all stages were trained to their end; else it can be resumed.
+    """
+
+    run_dir: Path
+    policy: Policy
+    report: Report | None
+    finished: bool
+
+
+def _never() -> bool:
+    return False
+
+
+def _silent(position: Position, metrics: Mapping[str, float]) -> None:
+    pass
+
+
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    distribution: TaskDistribution | None = None,
+    *,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    max_iterations: int | None = None,
+    max_minutes: float | None = None,
+    should_stop: Callable[[], bool] = _never,
+    progress: Progress = _silent,
+) -> Run:
+    """Train an agent.
+
+    Args:
+        config: a config, its settings as a mapping, a YAML file, or the name of an embedded config.
+        distribution: tasks of one's own for all stages, instead of those that the config names.
+        run_dir: where results go; `runs/<name of the config>` if None.
+        resume: go on with the run in `run_dir`.
+        overwrite: throw away the run in `run_dir`.
+        max_iterations: stop after this many iterations, counted from the first of the run.
+        max_minutes: stop at the first iteration that ends later than this.
+        should_stop: asked before each iteration; True saves and ends the run.
+        progress: called after each iteration and evaluation.
+
+    Returns:
+        The run; it is saved at its end, wherever it stopped.
+
+    Raises:
+        UserError: the config, the device or the run directory cannot be used.
+    """
+    name = Path(config).stem if isinstance(config, str | Path) else "run"
+    config = as_config(config)
+    device = resolve_device(config.device)
+    distributions = [distribution or task_distribution(stage) for stage in config.stages]
+    run_dir = Path(run_dir) if run_dir is not None else Path("runs") / name
+    limits = Limits(
+        max_iterations if max_iterations is not None else float("inf"),
+        time.monotonic() + 60.0 * max_minutes if max_minutes is not None else float("inf"),
+        should_stop,
+    )
+    checkpoint = open_run_dir(run_dir, config, resume=resume, overwrite=overwrite)
+    return _Trainer(config, distributions, device, run_dir, checkpoint, limits, progress).run()
+
+
+class _Trainer:
+    """The state of one run: the agent, its position, and where results go."""
+
+    agent: Agent
+    spaces: Spaces
+
+    def __init__(
+        self,
+        config: RunConfig,
+        distributions: Sequence[TaskDistribution],
+        device: torch.device,
+        run_dir: Path,
+        checkpoint: Checkpoint | None,
+        limits: Limits,
+        progress: Progress,
+    ) -> None:
+        self.config, self.distributions, self.device, self.run_dir = config, distributions, device, run_dir
+        self.checkpoint, self.limits, self.progress = checkpoint, limits, progress
+        self.position = checkpoint.position if checkpoint else Position()
+        self.report: Report | None = None
+
+    def run(self) -> Run:
+        config, stages = self.config, self.config.stages
+        with Tracker(self.run_dir, dump_config(config), flatten(config.model_dump()), self.position) as self.tracker:
+            for stage in range(min(self.position.stage, len(stages) - 1), len(stages)):
+                envs = make_envs(self.distributions[stage], max_envs(config, stage), num_workers(config))
+                try:
+                    self._ensure_agent(envs)
+                    if not self._run_stage(stage, envs):
+                        break
+                finally:
+                    envs.close()
+        policy = Policy(config, self.agent, self.spaces, self.position.env_steps, self.agent.initial_state(1))
+        return Run(self.run_dir, policy, self.report, finished=self.position.stage == len(stages))
+
+    def _ensure_agent(self, envs: BatchEnv) -> None:
+        """Build the agent for the first stage's spaces, or take it from the checkpoint; later stages must fit them."""
+        action_space = envs.action_space
+        spaces = Spaces(
+            envs.observation_space.shape[0],
+            tuple(float(bound) for bound in action_space.low),
+            tuple(float(bound) for bound in action_space.high),
+        )
+        if not hasattr(self, "agent"):
+            self.spaces = self.checkpoint.spaces if self.checkpoint else spaces
+            self.agent = build_agent(self.config, self.spaces, self.device)
+            if self.checkpoint:
+                self.agent.load_state_dict(self.checkpoint.state)
+        if spaces != self.spaces:
+            raise UserError(f"the stage has {spaces}, the agent was built for {self.spaces}; all stages need the same spaces")
+
+    def _run_stage(self, stage: int, envs: BatchEnv) -> bool:
+        """Train to the end of a stage; returns whether it was reached."""
+        config, iterations = self.config, self.config.stages[stage].iterations
+        manager = EnvManager(self.distributions[stage].train_tasks)
+        every = config.evaluation.every_iterations
+        for number in range(self.position.stage_iteration, iterations):
+            if self.limits.reached(self.position):
+                self._save()
+                return False
+            self._iterate(stage, number, manager, envs)
+            if every and (number + 1) % every == 0 and number + 1 < iterations:
+                self._evaluate(stage, envs)
+            if (number + 1) % config.checkpoint_every_iterations == 0:
+                self._save()
+        self._evaluate(stage, envs)
+        self.position = replace(self.position, stage=stage + 1, stage_iteration=0)
+        self._save()
+        return True
+
+    def _iterate(self, stage: int, number: int, manager: EnvManager, envs: BatchEnv) -> None:
+        """One iteration: sample tasks, collect and adapt, update."""
+        config, began = self.config, time.perf_counter()
+        tasks = manager.sample(config.num_tasks, np.random.default_rng(seeds(config.seed, Purpose.TASKS, stage, number)))
+        rollouts = adapt_and_collect(
+            envs,
+            self.agent,
+            tasks,
+            config.rollouts_per_task,
+            seeds(config.seed, Purpose.ROLLOUTS, stage, number),
+        )
+        collected = time.perf_counter()
+        metrics = rollout_metrics(rollouts) | self.agent.update(rollouts)
+        ended = time.perf_counter()
+        env_steps = sum(rollout.env_steps for rollout in rollouts)
+        metrics["time/env_steps_per_second"] = env_steps / (ended - began)
+        metrics["time/update_fraction"] = (ended - collected) / (ended - began)
+        metrics["time/iteration_seconds"] = ended - began
+        self.position = Position(stage, number + 1, self.position.iteration + 1, self.position.env_steps + env_steps)
+        self._track(metrics)
+
+    def _evaluate(self, stage: int, envs: BatchEnv) -> None:
+        """Evaluate on held-out tasks, in the training environments but from random streams of its own."""
+        config, began = self.config, time.perf_counter()
+        rng = np.random.default_rng(seeds(config.seed, Purpose.EVALUATION_TASKS, stage))
+        tasks = select_tasks(self.distributions[stage].test_tasks, config.evaluation.num_tasks, rng)
+        self.report = evaluate_agent(
+            self.agent,
+            envs,
+            tasks,
+            config.evaluation.rollouts_per_task or config.rollouts_per_task,
+            seed=config.seed,
+            env_steps=self.position.env_steps,
+        )
+        self._track(held_out_metrics(self.report) | {"time/evaluation_seconds": time.perf_counter() - began})
+
+    def _track(self, metrics: Mapping[str, float]) -> None:
+        self.tracker.write(self.position, metrics)
+        self.progress(self.position, metrics)
+
+    def _save(self) -> None:
+        save(
+            self.run_dir / "checkpoints", self.agent.state_dict(), self.position, self.spaces, self.config.keep_checkpoints
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a run stops before its end: at an iteration, at a time of `time.monotonic()`, or when asked to."""
+
+    iteration: float
+    deadline: float
+    asked: Callable[[], bool]
+
+    def reached(self, position: Position) -> bool:
+        """Whether the run stops before its next iteration."""
+        return position.iteration >= self.iteration or time.monotonic() >= self.deadline or self.asked()
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Return the scalars of an iteration's K + 1 rollouts: means over all episodes, dropped ones left out."""
+    returns = [float(rollout.episode_returns().nanmean()) for rollout in rollouts]
+    metrics = {"meta_train/return_pre": returns[0], "meta_train/return_post": returns[-1]}
+    metrics |= {f"adaptation/return_after_{k}": value for k, value in enumerate(returns)}
+    metrics["meta_train/success_pre"] = float(rollouts[0].episode_success().nanmean())
+    metrics["meta_train/success_post"] = float(rollouts[-1].episode_success().nanmean())
+    metrics["train/dropped_episodes"] = float(sum((~rollout.valid.any(-1)).sum() for rollout in rollouts))
+    return metrics
+
+
+def as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
+    """Return a validated config; raises UserError."""
+    if isinstance(config, RunConfig):
+        return config
+    if isinstance(config, str | Path):
+        return load_config(config)
+    try:
+        return RunConfig.model_validate(dict(config))
+    except ValidationError as error:
+        raise UserError(explain_validation(error)) from error
+
+
+def task_distribution(stage: StageConfig) -> TaskDistribution:
+    """Return the tasks of a stage; raises UserError for tasks that only Python can give."""
+    if stage.tasks.family not in FAMILIES:
+        raise UserError("the tasks are custom ones: train from Python with metarl.train(config, distribution)")
+    return FAMILIES[stage.tasks.family].tasks(stage.tasks)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device; `auto` takes the GPU if there is one. Raises UserError for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: PyTorch finds no GPU here; use --device cpu or auto, or see `metarl doctor`")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def num_workers(config: RunConfig) -> int:
+    """Return how many processes step environments."""
+    return config.num_workers if config.num_workers is not None else len(os.sched_getaffinity(0))
+
+
+def max_envs(config: RunConfig, stage: int) -> int:
+    """Return how many environments are stepped together."""
+    if config.num_envs is not None:
+        if config.num_envs < config.num_tasks:
+            raise UserError(f"num_envs is {config.num_envs}; expected at least num_tasks, {config.num_tasks}")
+        return config.num_envs
+    heavy = config.stages[stage].tasks.family == "metaworld"
+    return config.num_tasks * (1 if heavy else config.rollouts_per_task)
+
+
+def open_run_dir(run_dir: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> Checkpoint | None:
+    """Make the run directory and write its config; returns the checkpoint to go on from, if any.
+
+    Raises:
+        UserError: there is a run already and neither resume nor overwrite was asked for; there is none to resume; its
+            config differs; the directory cannot be written.
+    """
+    config_file = run_dir / "config.yaml"
+    if resume:
+        if not config_file.is_file():
+            raise UserError(f"{run_dir} holds no run to resume; leave out --resume to start one")
+        written = load_config(config_file)
+        if comparable(written) != comparable(config):
+            differing = [key for key, value in comparable(config).items() if comparable(written).get(key) != value]
+            raise UserError(f"{run_dir} was trained with another config ({', '.join(differing)} differ); resume with the same")
+        try:
+            return load_latest(run_dir / "checkpoints")
+        except CorruptCheckpoint as error:
+            raise UserError(f"cannot resume {run_dir}: {error}; start anew with --overwrite") from error
+    if config_file.exists():
+        if not overwrite:
+            raise UserError(f"{run_dir} already holds a run; go on with it by --resume, or replace it by --overwrite")
+        for name in ("checkpoints", "tensorboard", "evaluation", "plots"):
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+        (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        config_file.write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {run_dir}: {error.strerror}; choose another with --run-dir") from error
+    return None
+
+
+def comparable(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that results depend on, flat: a run may go on elsewhere with other workers."""
+    return flatten(config.model_dump(exclude={"device", "num_workers", "num_envs", "keep_checkpoints"}))
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as `{"agent.inner_lr": 0.1, …}`."""
+    if isinstance(tree, Mapping):
+        items = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list | tuple) and any(isinstance(item, Mapping) for item in tree):
+        items = [(str(index), value) for index, value in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

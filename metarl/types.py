@@ -1,0 +1,264 @@
+"""The words that all parts of metarl share: Task, Trajectory, Rollout, and the Protocols that the loop is written in.
+
+Owns validation and JSON, no other behaviour. Must not import torch, environments or agents at run time.
+
+Shape legend, used in every docstring:
+
+    M tasks      N rollouts a task      T steps      K adaptation steps
+    P rollouts of one task in flight    E environments stepped together (E = M · P, task first)
+    O observation size                  A action size
+
+A `[M, N, T, ...]` array has the task first, so that `torch.func.vmap` maps over tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import gymnasium
+    import torch
+
+FloatArray: TypeAlias = NDArray[np.float64]
+BoolArray: TypeAlias = NDArray[np.bool_]
+Scalar: TypeAlias = str | int | float | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One environment with one goal (or one set of dynamics): all that is needed to build it again, exactly.
+
+    Attributes:
+        family: `metaworld`, `mujoco`, `navigation`, or the name of a family of one's own.
+        benchmark: the distribution within the family, e.g. `ML10` or `HalfCheetahDir`.
+        split: `train` or `test`.
+        name: the class of the task, e.g. `reach-v3`; results are reported per class.
+        index: the number of the task within (benchmark, split, name).
+        seed: the seed of the distribution that the task came from.
+        options: what else the environment is built with, e.g. `{"horizon": 100}`; kept sorted, so that equal tasks are equal.
+    """
+
+    family: str
+    benchmark: str
+    split: str
+    name: str
+    index: int
+    seed: int
+    options: tuple[tuple[str, Scalar], ...] = ()
+
+    def __post_init__(self) -> None:
+        pairs = self.options.items() if isinstance(self.options, Mapping) else self.options
+        object.__setattr__(self, "options", tuple(sorted((str(key), value) for key, value in pairs)))
+
+    def option(self, key: str) -> Any:
+        """Return one option; raises KeyError if the task has none of that name."""
+        return dict(self.options)[key]
+
+    def to_json(self) -> str:
+        """Return the task as one JSON object."""
+        return json.dumps({**dataclasses.asdict(self), "options": dict(self.options)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        """Build a task from what `to_json` wrote; raises ValueError for anything else."""
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"not a task: {text[:80]!r} ({error}); expected what Task.to_json writes") from error
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One recorded episode, as a robot would hand it over; checked on construction.
+
+    Attributes:
+        observations: `[T, O]`, the observation before each action.
+        actions: `[T, A]`, in the units of the environment.
+        rewards: `[T]`.
+        terminated: `[T]`, the episode ended by itself.
+        truncated: `[T]`, the episode was cut off.
+        log_probs: `[T]` or None, of the policy that acted; recomputed when absent.
+
+    Raises:
+        ValueError: a shape does not fit or a number is not finite; the message names the field.
+    """
+
+    observations: FloatArray
+    actions: FloatArray
+    rewards: FloatArray
+    terminated: BoolArray
+    truncated: BoolArray
+    log_probs: FloatArray | None = None
+
+    def __post_init__(self) -> None:
+        for field, ndim in (("observations", 2), ("actions", 2), ("rewards", 1), ("log_probs", 1)):
+            value = getattr(self, field)
+            if value is not None:
+                object.__setattr__(self, field, _checked(field, np.asarray(value, dtype=np.float64), ndim))
+        for field in ("terminated", "truncated"):
+            object.__setattr__(self, field, _checked(field, np.asarray(getattr(self, field), dtype=np.bool_), 1))
+        length = len(self.rewards)
+        if length == 0:
+            raise ValueError("trajectory is empty; expected at least one step")
+        for field in ("observations", "actions", "terminated", "truncated", "log_probs"):
+            value = getattr(self, field)
+            if value is not None and len(value) != length:
+                raise ValueError(f"trajectory.{field} has {len(value)} steps, rewards has {length}; they must be equal")
+
+
+def _checked(field: str, value: NDArray[Any], ndim: int) -> NDArray[Any]:
+    if value.ndim != ndim:
+        raise ValueError(f"trajectory.{field} has shape {value.shape}; expected {ndim} dimension(s)")
+    if not np.isfinite(value).all():
+        raise ValueError(f"trajectory.{field} holds NaN or infinity; drop the episode or mend the recording")
+    return value
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Complete episodes of M tasks, N each, padded to T steps; the unit that agents learn from.
+
+    A padded step has `valid` False and zeros elsewhere. `terminated` and `truncated` are never merged: a value function
+    bootstraps after truncation and not after termination.
+
+    Attributes:
+        observations: `[M, N, T, O]`, before the action.
+        next_observations: `[M, N, T, O]`, after it; the true last observation at an episode's end.
+        actions: `[M, N, T, A]`, as the policy drew them: before clipping and scaling to the action space.
+        rewards: `[M, N, T]`.
+        log_probs: `[M, N, T]`, of the policy that acted.
+        terminated: `[M, N, T]`, bool.
+        truncated: `[M, N, T]`, bool.
+        episode_start: `[M, N, T]`, bool: the first step of an episode.
+        valid: `[M, N, T]`, bool.
+        success: `[M, N, T]`, 0 or 1; NaN where the family does not define success.
+        values: `[M, N, T]` or None until the agent has estimated them.
+        next_values: `[M, N, T]` or None, likewise; 0 after termination.
+    """
+
+    observations: torch.Tensor
+    next_observations: torch.Tensor
+    actions: torch.Tensor
+    rewards: torch.Tensor
+    log_probs: torch.Tensor
+    terminated: torch.Tensor
+    truncated: torch.Tensor
+    episode_start: torch.Tensor
+    valid: torch.Tensor
+    success: torch.Tensor
+    values: torch.Tensor | None = None
+    next_values: torch.Tensor | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Rollout:
+        """Return a rollout with `function` applied to every tensor."""
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Rollout(**{name: None if value is None else function(value) for name, value in tensors.items()})
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """Return the rollout on `device`."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    @property
+    def env_steps(self) -> int:
+        """How many environment steps the rollout holds."""
+        return int(self.valid.sum())
+
+    def episode_returns(self) -> torch.Tensor:
+        """Undiscounted return of each rollout, `[M, N]`; NaN for a dropped one."""
+        returns = (self.rewards * self.valid).sum(-1)
+        return returns.masked_fill(~self.valid.any(-1), float("nan"))
+
+    def episode_success(self) -> torch.Tensor:
+        """1 where success held at ANY step of the rollout, else 0, `[M, N]`; NaN if undefined or dropped."""
+        undefined = (self.success.isnan() & self.valid).any(-1) | ~self.valid.any(-1)
+        reached = (self.success.nan_to_num() * self.valid).amax(-1)
+        return reached.masked_fill(undefined, float("nan"))
+
+
+class Step(NamedTuple):
+    """What one step of E environments returns. Arrays are views that the next call overwrites: copy what you keep."""
+
+    observations: FloatArray  # [E, O]
+    rewards: FloatArray  # [E]
+    terminated: BoolArray  # [E]
+    truncated: BoolArray  # [E]
+    success: FloatArray  # [E], NaN where undefined
+
+
+class BatchEnv(Protocol):
+    """Up to `max_envs` environments stepped together. It holds no random stream: a reset is told its seeds."""
+
+    max_envs: int
+    observation_space: gymnasium.spaces.Box
+    action_space: gymnasium.spaces.Box
+
+    def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
+        """Begin an episode of each of E ≤ max_envs tasks, seeded by `seeds` `[E]`; returns observations `[E, O]`."""
+
+    def step(self, actions: FloatArray, active: BoolArray) -> Step:
+        """Step the environments where `active` `[E]`; `actions` `[E, A]` in the units of the action space."""
+
+    def close(self) -> None:
+        """End worker processes and free memory; calling it twice is fine."""
+
+
+class TaskDistribution(Protocol):
+    """Tasks to train on, tasks held out, and how to build the environment of one."""
+
+    @property
+    def train_tasks(self) -> list[Task]:
+        """Tasks to meta-train on."""
+
+    @property
+    def test_tasks(self) -> list[Task]:
+        """Held-out tasks: disjoint from `train_tasks`, but for families that have only a few tasks in all."""
+
+    def make(self, task: Task) -> gymnasium.Env[Any, Any]:
+        """Build the environment of `task`. One with a method `set_task(task)` is reused for tasks of the same class."""
+
+
+class Agent(Protocol):
+    """What the loop asks of an agent. Its adaptation state is opaque to the loop: parameters a task, or a memory."""
+
+    device: torch.device
+    """Where `adapt` and `update` want their rollouts; `act` works on the CPU, beside the environments."""
+
+    adaptation_steps: int
+    """K, the number of calls of `adapt` between the first rollout and the last; 0 for agents that adapt in memory."""
+
+    def initial_state(self, num_tasks: int) -> Any:
+        """The state before adaptation, for `num_tasks` tasks."""
+
+    def act(self, observations: torch.Tensor, noise: torch.Tensor, state: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Choose actions.
+
+        Args:
+            observations: `[M, P, O]`, raw.
+            noise: `[M, P, A]`, standard normal; zeros give the deterministic action.
+            state: from `initial_state`, `adapt` or the last `act`.
+
+        Returns:
+            actions `[M, P, A]` in which ±1 are the bounds of the action space, log_probs `[M, P]`, and the next state.
+        """
+
+    def log_prob(self, state: Any, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Log-density `[M, N, T]` of actions `[M, N, T, A]` at raw observations `[M, N, T, O]`, no gradient."""
+
+    def adapt(self, state: Any, rollout: Rollout) -> Any:
+        """The state after one adaptation step on `rollout`, which `state` collected; nothing else changes."""
+
+    def update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """The outer step: learn from the K + 1 rollouts of one iteration; returns metrics by name."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything that training changes, flat."""
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state_dict` returned; raises ValueError naming the entry that does not fit."""
