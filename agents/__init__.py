@@ -1,0 +1,1 @@
+"""Agents, one file each; an algorithm is read top to bottom in its file."""

@@ -57,7 +57,9 @@ class MamlPpoConfig(BaseModel):
     epochs: int = Field(5, ge=1, description="outer steps on the data of an iteration")
     clip_eps: float = Field(0.3, gt=0, description="PPO clip range of the outer objective")
     inner_kl_coef: float = Field(0.0, ge=0, description="weight of KL(collecting‖current policy) on the support data")
-    max_kl: float = Field(0.05, gt=0, description="an iteration's epochs end when KL(old‖new) on the query data exceeds it")
+    max_kl: float = Field(
+        0.05, gt=0, description="an iteration's epochs end when KL(old‖new) on the query data exceeds it"
+    )
     max_grad_norm: float = Field(0.5, gt=0, description="the meta-gradient is scaled down to this norm")
     gamma: float = Field(0.99, ge=0, le=1, description="discount a step")
     gae_lambda: float = Field(0.97, ge=0, le=1, description="GAE's trade-off: 0 one-step, 1 Monte Carlo")
@@ -104,7 +106,8 @@ def inner_step(log_prob: LogProb, params: Params, inner_lr: Params, support: Bat
     loss = likelihood_ratio_loss(log_probs, support.log_probs, support.advantages, support.weights)
     gradients = torch.autograd.grad(loss.sum(), list(params.values()), create_graph=True)
     adapted = {
-        name: value - inner_lr[name] * gradient for (name, value), gradient in zip(params.items(), gradients, strict=True)
+        name: value - inner_lr[name] * gradient
+        for (name, value), gradient in zip(params.items(), gradients, strict=True)
     }
     return adapted, approximate_kl(log_probs, support.log_probs, support.weights)
 

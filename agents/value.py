@@ -29,8 +29,8 @@ def linear_values(rollout: Rollout, observations: Tensor, gamma: float) -> tuple
     last = rollout.terminated | rollout.truncated
     returns = discounted_returns(rollout.rewards, last, gamma)
     time = torch.arange(returns.shape[-1], device=returns.device).expand_as(returns)
-    samples = (part.flatten(1, 2) for part in (observations, returns, time, rollout.valid))
-    values = linear_baseline(*samples).view_as(returns)
+    inputs, targets, steps, valid = (part.flatten(1, 2) for part in (observations, returns, time, rollout.valid))
+    values = linear_baseline(inputs, targets, steps, valid).view_as(returns)
     following = torch.nn.functional.pad(values[..., 1:], (0, 1))
     return values, following.masked_fill(last, 0.0)
 
@@ -103,10 +103,10 @@ class LearnedValue:
         losses = []
         for _ in range(self._epochs):
             order = torch.randperm(len(targets), generator=generator).to(targets.device)
-            for rows in order.split(self.minibatch):
+            for rows in torch.split(order, self.minibatch):
                 loss = 0.5 * (self._normalized(observations[rows]) - normalized[rows]).square().mean()
                 self._optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 self._optimizer.step()
                 losses.append(loss.detach())
         return {"train/value_loss": float(torch.stack(losses).mean())}

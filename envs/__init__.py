@@ -11,12 +11,8 @@ from typing import Any, NamedTuple
 import gymnasium
 from pydantic import BaseModel
 
+from metarl.envs import metaworld, mujoco, navigation
 from metarl.envs.custom import custom
-from metarl.envs.metaworld import MetaWorldConfig, MetaWorldTasks
-from metarl.envs.metaworld import make as make_metaworld
-from metarl.envs.mujoco import MujocoConfig, MujocoTasks
-from metarl.envs.mujoco import make as make_mujoco
-from metarl.envs.navigation import NavigationConfig, NavigationEnv, NavigationTasks
 from metarl.errors import unknown_name
 from metarl.types import Task, TaskDistribution
 
@@ -24,17 +20,29 @@ __all__ = ["FAMILIES", "Family", "custom", "distribution", "make"]
 
 
 class Family(NamedTuple):
-    """What a family consists of; a new one is one file and one entry in `FAMILIES`."""
+    """What a family consists of; a new one is one file and one entry in `FAMILIES`.
+
+    Attributes:
+        config: its settings.
+        tasks: builds a task distribution from a config.
+        make: builds the environment of a task.
+        names: returns what there is to choose from: name → the settings that choose it.
+        shared_splits: benchmarks with so few tasks that training and test tasks are the same ones.
+    """
 
     config: type[BaseModel]
     tasks: Callable[[Any], TaskDistribution]
     make: Callable[[Task], gymnasium.Env[Any, Any]]
+    names: Callable[[], Mapping[str, Mapping[str, str]]]
+    shared_splits: frozenset[str] = frozenset()
 
 
 FAMILIES: Mapping[str, Family] = {
-    "metaworld": Family(MetaWorldConfig, MetaWorldTasks, make_metaworld),
-    "mujoco": Family(MujocoConfig, MujocoTasks, make_mujoco),
-    "navigation": Family(NavigationConfig, NavigationTasks, NavigationEnv),
+    "metaworld": Family(metaworld.MetaWorldConfig, metaworld.MetaWorldTasks, metaworld.make, metaworld.choices),
+    "mujoco": Family(mujoco.MujocoConfig, mujoco.MujocoTasks, mujoco.make, mujoco.choices, mujoco.SHARED_SPLITS),
+    "navigation": Family(
+        navigation.NavigationConfig, navigation.NavigationTasks, navigation.NavigationEnv, navigation.choices
+    ),
 }
 
 

@@ -1,7 +1,7 @@
 """Meta-World 3 (Yu et al. 2019): the ML1, ML10, ML25 and ML45 benchmarks, and lists of tasks of one's own.
 
 Owns the tasks and how one environment is built from a `Task`; physics and rewards are those of the `metaworld` package,
-imported at the first use (0.3 s) and never changed. Imports neither torch nor the rest of metarl but `types` and `errors`.
+imported at the first use (0.3 s) and never changed. Of metarl it imports only `types` and `errors`, and no torch.
 
 A goal is a vector that upstream draws from the global `np.random` while it runs 500 physics steps a goal. Here the same
 numbers come from a private stream without physics: a task is rebuilt from its fields alone, at once and bit for bit.
@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from metarl.errors import unknown_name
+from metarl.errors import STRICT, unknown_name
 from metarl.types import FloatArray, Task
 
 Official = Literal["ML1", "ML10", "ML25", "ML45"]
@@ -60,7 +60,7 @@ class MetaWorldConfig(BaseModel):
       tasks of `test_names` or, without them, those of `names`: other goals.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = STRICT
 
     family: Literal["metaworld"] = "metaworld"
     benchmark: Literal[Official, "custom"] = Field("ML1", description="which distribution of tasks")
@@ -145,6 +145,13 @@ def names() -> tuple[str, ...]:
     return tuple(ALL_V3_ENVIRONMENTS)
 
 
+def choices() -> dict[str, dict[str, str]]:
+    """Return the benchmarks and classes by name, each with the settings that choose it."""
+    return {name: {"benchmark": name} for name in MULTI_CLASS} | {
+        name: {"benchmark": "ML1", "name": name} for name in names()
+    }
+
+
 def goal_vector(task: Task) -> FloatArray:
     """The `rand_vec` of a task, `[D]`: where its object or its goal lies, or both; a pure function of its fields.
 
@@ -218,7 +225,7 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         """Take one official step, 5 × 0.0025 s.
 
         Returns:
-            The observation `[39]`, the reward, False, whether the horizon is reached, upstream's info: `success` is 0 or 1.
+            The observation `[39]`, reward, False, whether the horizon is reached, upstream's info (`success`: 0 or 1).
 
         Raises:
             gymnasium.error.ResetNeeded: the episode has ended, or none has begun.

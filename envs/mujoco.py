@@ -124,6 +124,11 @@ def make(task: Task) -> MujocoTaskEnv:
     return MujocoTaskEnv(task)
 
 
+def choices() -> dict[str, dict[str, str]]:
+    """Return the families by name, each with the settings that choose it."""
+    return {name: {"name": name} for name in NAMES}
+
+
 def parameters(task: Task) -> Parameters:
     """What `task` is about, by name: a pure function of (benchmark, name, seed, split, index).
 

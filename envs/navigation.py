@@ -48,7 +48,9 @@ class NavigationConfig(BaseModel):
     name: Name = "goals"
     """Which distribution of goals."""
     horizon: int | None = Field(None, ge=1, description="steps an episode; none: that of the distribution")
-    wedges: tuple[int, ...] = Field((0, 1, 2, 3), description="which wedge families take part (wedge distributions only)")
+    wedges: tuple[int, ...] = Field(
+        (0, 1, 2, 3), description="which wedge families take part (wedge distributions only)"
+    )
     num_train: int = Field(1000, ge=1, description="training goals")
     num_test: int = Field(100, ge=1, description="held-out goals")
     seed: int = Field(0, ge=0, description="seed of the goals")
@@ -71,8 +73,6 @@ _VARIANTS: dict[str, _Variant] = {
     "rotated_wedges": _Variant(horizon=20, radius=0.1, wedges=True, rotated=True, bound=1.2),
     "rotated_cued_wedges": _Variant(horizon=20, radius=0.1, wedges=True, rotated=True, cued=True, bound=1.2),
 }
-
-NAMES = tuple(_VARIANTS)
 
 
 class NavigationTasks:
@@ -108,6 +108,11 @@ class NavigationTasks:
     def make_batch(self, max_envs: int) -> NavigationBatch:
         """Build `max_envs` environments that step as one numpy computation."""
         return NavigationBatch(self.config.name, max_envs)
+
+
+def choices() -> dict[str, dict[str, str]]:
+    """Return the distributions by name, each with the settings that choose it."""
+    return {name: {"name": name} for name in _VARIANTS}
 
 
 def goal(task: Task) -> FloatArray:
@@ -186,7 +191,9 @@ class NavigationEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         """Change the goal; takes effect at the next reset."""
         self.task = task
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[FloatArray, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[FloatArray, dict[str, Any]]:
         """Begin an episode at the origin."""
         super().reset(seed=seed)
         return self._batch.reset([self.task], np.zeros(1, dtype=np.uint32))[0], {}

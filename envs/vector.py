@@ -7,6 +7,7 @@ message a worker and copies no array: observations, actions and rewards lie in m
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -122,7 +123,9 @@ class _Slots:
     def _take(self, task: Task) -> gymnasium.Env[Any, Any]:
         kind = (task.family, task.benchmark, task.name, task.options)
         for i, (other, env) in enumerate(self._idle):
-            if (other.family, other.benchmark, other.name, other.options) == kind and hasattr(env.unwrapped, "set_task"):
+            if (other.family, other.benchmark, other.name, other.options) == kind and hasattr(
+                env.unwrapped, "set_task"
+            ):
                 del self._idle[i]
                 env.unwrapped.set_task(task)
                 return env
@@ -243,7 +246,7 @@ class WorkerEnvs:
     def _parts(self, count: int) -> list[slice]:
         """Split `count` environments evenly over the workers, in order."""
         bounds = [count * i // len(self._workers) for i in range(len(self._workers) + 1)]
-        return [slice(low, high) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [slice(low, high) for low, high in itertools.pairwise(bounds)]
 
     def _wait(self) -> None:
         for number, (connection, process) in enumerate(self._workers):

@@ -30,7 +30,7 @@ _NAMES = {
 }
 _MODULES = ("envs", "evaluation")
 
-__all__ = [*_NAMES, *_MODULES]  # noqa: PLE0604
+__all__ = [*_NAMES, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -80,7 +80,7 @@ class Checkpoint:
     state: dict[str, Tensor]
 
 
-class CorruptCheckpoint(Exception):
+class CorruptCheckpointError(Exception):
     """A checkpoint that fails its checks; the message says which file and why."""
 
 
@@ -125,26 +125,26 @@ def load_latest(folder: Path) -> Checkpoint:
     """Load the newest checkpoint that passes its checks.
 
     Raises:
-        CorruptCheckpoint: there is none; the message names each one that was rejected, and why.
+        CorruptCheckpointError: there is none; the message names each one that was rejected, and why.
     """
     rejected = []
     for path in _newest_first(folder):
         try:
             return load(path)
-        except CorruptCheckpoint as error:
+        except CorruptCheckpointError as error:
             rejected.append(str(error))
-    raise CorruptCheckpoint("; ".join(rejected) or f"no checkpoint in {folder}")
+    raise CorruptCheckpointError("; ".join(rejected) or f"no checkpoint in {folder}")
 
 
 def load(path: Path) -> Checkpoint:
-    """Load one checkpoint; raises CorruptCheckpoint."""
+    """Load one checkpoint; raises CorruptCheckpointError."""
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise CorruptCheckpoint(f"{path}: format {manifest['format']}; this metarl reads format {FORMAT}")
+            raise CorruptCheckpointError(f"{path}: format {manifest['format']}; this metarl reads format {FORMAT}")
         data = (path / _STATE_FILE).read_bytes()
         if hashlib.sha256(data).hexdigest() != manifest["files"][_STATE_FILE]["sha256"]:
-            raise CorruptCheckpoint(f"{path / _STATE_FILE}: its hash is not the manifest's; the file is damaged")
+            raise CorruptCheckpointError(f"{path / _STATE_FILE}: its hash is not the manifest's; the file is damaged")
         spaces = manifest["spaces"]
         return Checkpoint(
             path,
@@ -153,7 +153,7 @@ def load(path: Path) -> Checkpoint:
             safetensors.torch.load(data),
         )
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise CorruptCheckpoint(f"{path}: {type(error).__name__}: {error}") from error
+        raise CorruptCheckpointError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _newest_first(folder: Path) -> list[Path]:

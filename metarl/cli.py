@@ -92,7 +92,6 @@ def _train(arguments: list[str]) -> int:
     from metarl.config import find_config, load_config
 
     parser = _Parser("metarl train", add_help=False, allow_abbrev=False)
-    parser.add_argument("config", nargs="?")
     parser.add_argument("--run-dir")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
@@ -100,12 +99,11 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("--max-minutes", type=float)
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
-    positional = arguments[:1] if arguments and not arguments[0].startswith("-") else []
-    options, flags = parser.parse_known_args(arguments[len(positional) :] if positional else arguments)
-    options.config = positional[0] if positional else None
+    config_name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    options, flags = parser.parse_known_args(arguments[1:] if config_name else arguments)
     if options.help:
-        return _train_help(options.config)
-    if options.config is None:
+        return _train_help(config_name)
+    if config_name is None:
         raise UserError("name a config: a YAML file or one of `metarl list configs`, e.g. metarl train quickstart")
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other: go on with the run, or throw it away")
@@ -113,8 +111,8 @@ def _train(arguments: list[str]) -> int:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
-    config = load_config(options.config, flags)
-    run_dir = Path(options.run_dir) if options.run_dir else Path("runs") / find_config(options.config).stem
+    config = load_config(config_name, flags)
+    run_dir = Path(options.run_dir) if options.run_dir else Path("runs") / find_config(config_name).stem
     return _run_training(config, run_dir, options)
 
 
@@ -132,7 +130,10 @@ def _run_training(config: Any, run_dir: Path, options: argparse.Namespace) -> in
         if received:
             os._exit(128 + number)
         received.append(number)
-        print(f"metarl: {signal.Signals(number).name}: saving after this iteration; once more stops at once", file=sys.stderr)
+        print(
+            f"metarl: {signal.Signals(number).name}: saving after this iteration; once more stops at once",
+            file=sys.stderr,
+        )
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -151,7 +152,9 @@ def _run_training(config: Any, run_dir: Path, options: argparse.Namespace) -> in
         for number, handler in before.items():
             signal.signal(number, handler)
     state = "finished" if run.finished else "stopped; go on with --resume"
-    console.print(f"{state}: {run.policy.env_steps:,} env steps, saved in {run.run_dir}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{state}: {run.policy.env_steps:,} env steps, saved in {run.run_dir}", highlight=False, soft_wrap=True
+    )
     return 128 + received[0] if received else 0
 
 
@@ -166,7 +169,7 @@ def _train_help(name: str | None) -> int:
     config = load_config(name or "quickstart")
     shown = Annotated[RunConfig, tyro.conf.arg(name="")]
     tyro.cli(
-        shown,  # type: ignore[arg-type]
+        shown,
         prog="metarl train CONFIG.yaml",
         default=config,
         args=["--help"],
@@ -176,7 +179,9 @@ def _train_help(name: str | None) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    parser = _Parser("metarl evaluate", description="Adapt to held-out tasks as in training, beside an untrained agent.")
+    parser = _Parser(
+        "metarl evaluate", description="Adapt to held-out tasks as in training, beside an untrained agent."
+    )
     parser.add_argument("run_dir", help="what `metarl train` wrote")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="tasks to evaluate on (test)")
     parser.add_argument("--tasks", metavar="NAME", help="another benchmark or task than the run was trained on")
@@ -186,7 +191,9 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, help="of episodes and intervals (the run's)")
     parser.add_argument("--num-workers", type=int, help="processes that step environments (one a core)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where adapting is computed")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="where the report goes (RUN_DIR/evaluation/<split>.json)")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="where the report goes (RUN_DIR/evaluation/<split>.json)"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
 
@@ -243,7 +250,9 @@ def _inspect(arguments: list[str]) -> int:
     run_dir = Path(options.run_dir)
     policy = load(run_dir)
     config, lines = policy.config, read_metrics(run_dir)
-    print(f"agent        {config.agent.name}, K = {config.agent.adaptation_steps}, {policy.num_parameters:,} parameters")
+    print(
+        f"agent        {config.agent.name}, K = {config.agent.adaptation_steps}, {policy.num_parameters:,} parameters"
+    )
     print(f"observations {policy.spaces.observation_size}, actions {policy.spaces.action_size}")
     for stage in config.stages:
         tasks = ", ".join(f"{key}: {value}" for key, value in stage.tasks.model_dump(exclude_defaults=True).items())
@@ -282,7 +291,9 @@ def _list(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    _Parser("metarl doctor", description="Check versions, devices and simulators on this machine.").parse_args(arguments)
+    _Parser("metarl doctor", description="Check versions, devices and simulators on this machine.").parse_args(
+        arguments
+    )
 
     from metarl.doctor import findings
 

@@ -54,7 +54,9 @@ class EvaluationConfig(BaseModel):
     model_config = STRICT
 
     every_iterations: int = Field(50, ge=0, description="iterations between evaluations; 0: only at the end of a stage")
-    num_tasks: int = Field(20, ge=1, description="held-out tasks of an evaluation during training, balanced over classes")
+    num_tasks: int = Field(
+        20, ge=1, description="held-out tasks of an evaluation during training, balanced over classes"
+    )
     rollouts_per_task: int | None = Field(
         None, ge=1, description="episodes a task before each adaptation step and after the last; none: as in training"
     )
@@ -71,7 +73,9 @@ class RunConfig(BaseModel):
         None, ge=0, description="processes that step environments; 0: this one; none: one a core. No effect on results"
     )
     num_tasks: int = Field(20, ge=1, description="M, tasks of an iteration, balanced over classes")
-    rollouts_per_task: int = Field(10, ge=1, description="N, episodes a task for each adaptation step, and after the last")
+    rollouts_per_task: int = Field(
+        10, ge=1, description="N, episodes a task for each adaptation step, and after the last"
+    )
     num_envs: int | None = Field(
         None,
         ge=1,
@@ -101,7 +105,9 @@ def find_config(name_or_path: str) -> Path:
         return embedded[name_or_path]
     near = difflib.get_close_matches(path.stem, embedded, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"no config {name_or_path!r}: it is neither a file nor embedded; {hint}`metarl list configs` shows all")
+    raise UserError(
+        f"no config {name_or_path!r}: it is neither a file nor embedded; {hint}`metarl list configs` shows all"
+    )
 
 
 def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -123,7 +129,9 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{path}{where}: not valid YAML: {problem}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected settings such as `seed: 0`, found {'nothing' if tree is None else repr(tree)}")
+        raise UserError(
+            f"{path}: expected settings such as `seed: 0`, found {'nothing' if tree is None else repr(tree)}"
+        )
     flags = parse_flags(overrides)
     for keys, value in flags.items():
         _lay_over(tree, keys, value)
@@ -151,7 +159,9 @@ def parse_flags(arguments: Sequence[str]) -> dict[tuple[str, ...], Any]:
             flag, equals, value = word[2:].partition("=")
             values = flags[tuple(flag.replace("-", "_").split("."))] = [value] if equals else []
         elif values is None:
-            raise UserError(f"unexpected argument {word!r}; settings are given as --name value (see metarl train --help)")
+            raise UserError(
+                f"unexpected argument {word!r}; settings are given as --name value (see metarl train --help)"
+            )
         else:
             values.append(word)
     for keys, words in flags.items():
@@ -178,7 +188,9 @@ def _lay_over(tree: Any, keys: tuple[str, ...], value: Any) -> None:
     for i, key in enumerate(parents):
         if isinstance(tree, list):
             if not key.isdigit() or int(key) >= len(tree):
-                raise UserError(f"{_flag(keys)}: there is no {'.'.join(keys[: i + 1])}; the list has {len(tree)} item(s)")
+                raise UserError(
+                    f"{_flag(keys)}: there is no {'.'.join(keys[: i + 1])}; the list has {len(tree)} item(s)"
+                )
             tree = tree[int(key)]
         else:
             tree = tree.setdefault(key, [{}] if key == "stages" else {})

@@ -12,7 +12,7 @@ import torch
 
 from metarl import statistics
 from metarl.config import RunConfig
-from metarl.envs import FAMILIES, distribution, metaworld, mujoco, navigation
+from metarl.envs import FAMILIES, distribution
 from metarl.envs import make as make_env
 from metarl.envs.manager import EnvManager
 from metarl.envs.vector import make_envs
@@ -115,7 +115,7 @@ def evaluate_agent(
         outcome = _phases(untrained, envs, tasks, rollouts_per_task, seed, adaptation_steps)
         for row, (returns, success) in zip(rows, outcome, strict=True):
             row |= {"untrained_returns": returns, "untrained_success": success}
-    shared = any(task.benchmark in mujoco.SHARED_SPLITS for task in tasks)
+    shared = any(task.family in FAMILIES and task.benchmark in FAMILIES[task.family].shared_splits for task in tasks)
     return {
         "protocol": "metarl",
         "split": "/".join(sorted({task.split for task in tasks})),
@@ -173,9 +173,7 @@ def _measures(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 def _aggregate(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seeds(seed, Purpose.BOOTSTRAP))
     strata = [row["name"] for row in rows]
-    return {
-        name: statistics.aggregate(np.array(values), strata, rng) for name, values in _measures(rows).items()
-    }
+    return {name: statistics.aggregate(np.array(values), strata, rng) for name, values in _measures(rows).items()}
 
 
 def _per_class(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -206,9 +204,8 @@ def select_tasks(tasks: Sequence[Task], count: int, rng: np.random.Generator) ->
 
 
 def family_names() -> dict[str, str]:
-    """Return what `distribution_of` understands: the name of a benchmark, distribution or Meta-World task → its family."""
-    families = {"metaworld": (*metaworld.MULTI_CLASS, *metaworld.names()), "mujoco": mujoco.NAMES, "navigation": navigation.NAMES}
-    return {name: family for family, names in families.items() for name in names}
+    """Return what `distribution_of` understands: name of a benchmark, distribution or Meta-World class → its family."""
+    return {name: family for family, entry in FAMILIES.items() for name in entry.names()}
 
 
 def distribution_of(config: RunConfig, name: str | None = None) -> TaskDistribution:
@@ -224,15 +221,11 @@ def distribution_of(config: RunConfig, name: str | None = None) -> TaskDistribut
     tasks = config.stages[-1].tasks
     if name is None:
         if tasks.family not in FAMILIES:
-            raise UserError("the run was trained on custom tasks: evaluate it from Python with metarl.evaluate(…, make=…)")
+            raise UserError("the run has custom tasks: evaluate it from Python with metarl.evaluate(…, make=…)")
         return FAMILIES[tasks.family].tasks(tasks)
-    names = family_names()
-    if name not in names:
-        raise UserError(str(unknown_name("task or benchmark", name, names, "metarl list envs")))
-    family = names[name]
+    families = family_names()
+    if name not in families:
+        raise UserError(str(unknown_name("task or benchmark", name, families, "metarl list envs")))
+    family = families[name]
     options = tasks.model_dump(include={"seed", "horizon", "reward_version"}) if tasks.family == family else {}
-    if family == "metaworld":
-        options |= {"benchmark": name} if name in metaworld.MULTI_CLASS else {"benchmark": "ML1", "name": name}
-    else:
-        options |= {"name": name}
-    return distribution(family, **options)
+    return distribution(family, **options, **FAMILIES[family].names()[name])

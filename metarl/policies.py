@@ -5,6 +5,7 @@ A policy object is a frozen description; its parameters are a flat dict of tenso
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ def init_mlp(sizes: tuple[int, ...], output_gain: float, generator: torch.Genera
         `weight_i` `[out, in]` and `bias_i` `[out]` for each layer i.
     """
     params: Params = {}
-    for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         gain = output_gain if layer == len(sizes) - 2 else math.sqrt(2.0)
         weight = torch.empty(fan_out, fan_in)
         torch.nn.init.orthogonal_(weight, gain, generator=generator)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from metarl.agents.maml_ppo import MamlPpo
-from metarl.checkpoint import Checkpoint, CorruptCheckpoint, Spaces, load_latest
+from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Spaces, load_latest
 from metarl.config import RunConfig, load_config
 from metarl.errors import UserError
 from metarl.sampling import scale_actions
@@ -161,7 +161,7 @@ def load(run_dir: str | Path, device: str = "cpu") -> Policy:
     config = load_config(run_dir / "config.yaml")
     try:
         checkpoint = load_latest(run_dir / "checkpoints")
-    except CorruptCheckpoint as error:
+    except CorruptCheckpointError as error:
         raise UserError(f"cannot load {run_dir}: {error}") from error
     return restore(config, checkpoint, torch.device(device))
 

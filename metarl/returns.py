@@ -81,7 +81,8 @@ def linear_baseline(observations: Tensor, returns: Tensor, time: Tensor, valid: 
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     targets = features.mT @ returns.double().unsqueeze(-1)
     coefficients = torch.linalg.solve(gram + (ridge * diagonal + 1e-12) * eye, targets)
-    return (features @ coefficients).squeeze(-1).to(returns.dtype)
+    values: Tensor = (features @ coefficients).squeeze(-1)
+    return values.to(returns.dtype)
 
 
 def normalize_advantages(advantages: Tensor, valid: Tensor, eps: float = 1e-8) -> Tensor:

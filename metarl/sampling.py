@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,22 @@ def collect(
     env_seeds = env_seed.generate_state(len(tasks) * rollouts_per_task).reshape(shape[:2])
     recorder = _Recorder(shape, envs.observation_space.shape[0], envs.action_space.shape[0])
     in_flight = min(rollouts_per_task, envs.max_envs // len(tasks))
-    for start in range(0, rollouts_per_task, in_flight):
-        wave = slice(start, min(start + in_flight, rollouts_per_task))
-        _run_wave(envs, agent, state, tasks, noise[:, wave], env_seeds[:, wave], recorder, wave)
+    with _one_thread():
+        for start in range(0, rollouts_per_task, in_flight):
+            wave = slice(start, min(start + in_flight, rollouts_per_task))
+            _run_wave(envs, agent, state, tasks, noise[:, wave], env_seeds[:, wave], recorder, wave)
     return recorder.rollout().to(agent.device)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Act with one thread: on batches this small more only wait for each other, and the workers need the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _run_wave(
@@ -158,7 +171,7 @@ class _Recorder:
                 f"{int(dropped.sum())} of {dropped.size} episodes had a NaN or infinite observation or reward and were "
                 "dropped; the environment is broken or the actions drive the simulation apart"
             )
-        length = int(self._bools["valid"].any((0, 1)).nonzero()[0][-1]) + 1
+        length = int(np.flatnonzero(self._bools["valid"].any((0, 1)))[-1]) + 1
         arrays = {**self._floats, **self._bools}
         return Rollout(**{name: torch.from_numpy(array[:, :, :length]) for name, array in arrays.items()})
 

@@ -33,14 +33,17 @@ class Tracker:
         self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
         purge = position.env_steps + 1 if position.iteration else None
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         if not position.iteration:
-            self._writer.add_text("config", f"```yaml\n{config}\n```")  # type: ignore[no-untyped-call]
+            self._writer.add_text("config", f"```yaml\n{config}\n```")
             for summary in hparams(  # type: ignore[no-untyped-call]
-                {key: value if isinstance(value, bool | int | float) else str(value) for key, value in hyperparameters.items()},
+                {
+                    key: value if isinstance(value, bool | int | float) else str(value)
+                    for key, value in hyperparameters.items()
+                },
                 dict.fromkeys(_HPARAM_METRICS, 0.0),
             ):
-                self._writer.file_writer.add_summary(summary)  # type: ignore[union-attr,no-untyped-call]
+                self._writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
 
     def write(self, position: Position, metrics: Mapping[str, float]) -> None:
         """Write scalars at a position; those that are not finite are left out."""
@@ -49,14 +52,16 @@ class Tracker:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, position.env_steps)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, position.env_steps)
 
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,12 +1,12 @@
 """THE loop: one for meta-training and for task sequences. It knows agents and environments by their Protocols.
 
-    for stage in stages:                                   # meta-RL is one stage
-        for iteration in range(stage.iterations):
-            tasks    = manager.sample(M)
-            rollouts = adapt_and_collect(envs, agent, tasks, N)      # K + 1 rollouts, adapting between them
-            metrics  = agent.update(rollouts)                        # the outer step
-            tracker.write(metrics); checkpoint.save(...)
-        evaluate on held-out tasks
+for stage in stages:                                   # meta-RL is one stage
+    for iteration in range(stage.iterations):
+        tasks    = manager.sample(M)
+        rollouts = adapt_and_collect(envs, agent, tasks, N)      # K + 1 rollouts, adapting between them
+        metrics  = agent.update(rollouts)                        # the outer step
+        tracker.write(metrics); checkpoint.save(...)
+    evaluate on held-out tasks
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from metarl.checkpoint import Checkpoint, CorruptCheckpoint, Position, Spaces, load_latest, save
+from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, Spaces, load_latest, save
 from metarl.config import RunConfig, StageConfig, dump_config, explain_validation, load_config
 from metarl.envs import FAMILIES
 from metarl.envs.manager import EnvManager
@@ -159,7 +159,9 @@ class _Trainer:
             if self.checkpoint:
                 self.agent.load_state_dict(self.checkpoint.state)
         if spaces != self.spaces:
-            raise UserError(f"the stage has {spaces}, the agent was built for {self.spaces}; all stages need the same spaces")
+            raise UserError(
+                f"the stage has {spaces}, the agent was built for {self.spaces}; all stages need the same spaces"
+            )
 
     def _run_stage(self, stage: int, envs: BatchEnv) -> bool:
         """Train to the end of a stage; returns whether it was reached."""
@@ -183,7 +185,9 @@ class _Trainer:
     def _iterate(self, stage: int, number: int, manager: EnvManager, envs: BatchEnv) -> None:
         """One iteration: sample tasks, collect and adapt, update."""
         config, began = self.config, time.perf_counter()
-        tasks = manager.sample(config.num_tasks, np.random.default_rng(seeds(config.seed, Purpose.TASKS, stage, number)))
+        tasks = manager.sample(
+            config.num_tasks, np.random.default_rng(seeds(config.seed, Purpose.TASKS, stage, number))
+        )
         rollouts = adapt_and_collect(
             envs,
             self.agent,
@@ -222,7 +226,11 @@ class _Trainer:
 
     def _save(self) -> None:
         save(
-            self.run_dir / "checkpoints", self.agent.state_dict(), self.position, self.spaces, self.config.keep_checkpoints
+            self.run_dir / "checkpoints",
+            self.agent.state_dict(),
+            self.position,
+            self.spaces,
+            self.config.keep_checkpoints,
         )
 
 
@@ -307,10 +315,12 @@ def open_run_dir(run_dir: Path, config: RunConfig, *, resume: bool, overwrite: b
         written = load_config(config_file)
         if comparable(written) != comparable(config):
             differing = [key for key, value in comparable(config).items() if comparable(written).get(key) != value]
-            raise UserError(f"{run_dir} was trained with another config ({', '.join(differing)} differ); resume with the same")
+            raise UserError(
+                f"{run_dir} was trained with another config ({', '.join(differing)} differ); resume with the same"
+            )
         try:
             return load_latest(run_dir / "checkpoints")
-        except CorruptCheckpoint as error:
+        except CorruptCheckpointError as error:
             raise UserError(f"cannot resume {run_dir}: {error}; start anew with --overwrite") from error
     if config_file.exists():
         if not overwrite:

@@ -139,8 +139,6 @@ class Rollout:
         episode_start: `[M, N, T]`, bool: the first step of an episode.
         valid: `[M, N, T]`, bool.
         success: `[M, N, T]`, 0 or 1; NaN where the family does not define success.
-        values: `[M, N, T]` or None until the agent has estimated them.
-        next_values: `[M, N, T]` or None, likewise; 0 after termination.
     """
 
     observations: torch.Tensor
@@ -153,13 +151,10 @@ class Rollout:
     episode_start: torch.Tensor
     valid: torch.Tensor
     success: torch.Tensor
-    values: torch.Tensor | None = None
-    next_values: torch.Tensor | None = None
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Rollout:
         """Return a rollout with `function` applied to every tensor."""
-        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Rollout(**{name: None if value is None else function(value) for name, value in tensors.items()})
+        return Rollout(**{field.name: function(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
     def to(self, device: torch.device | str) -> Rollout:
         """Return the rollout on `device`."""
@@ -236,7 +231,9 @@ class Agent(Protocol):
     def initial_state(self, num_tasks: int) -> Any:
         """The state before adaptation, for `num_tasks` tasks."""
 
-    def act(self, observations: torch.Tensor, noise: torch.Tensor, state: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    def act(
+        self, observations: torch.Tensor, noise: torch.Tensor, state: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Choose actions.
 
         Args:

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
+
 from metarl.agents import maml_ppo
 from metarl.agents.maml_ppo import Batch, inner_step, meta_loss
-from torch import Tensor
 
 STATES, ACTIONS, STEPS = 3, 2, 2
 ALPHA = 0.7
@@ -69,7 +70,9 @@ def enumerate_batch(mdp: Mdp, logits: Tensor) -> Batch:
             for t in range(STEPS):
                 log_p = probabilities[states[t], actions[t]].log()
                 rows.append((states[t], actions[t], log_p, sum(rewards[t:]), weight))
-    state, action, old, advantage, weight = (torch.tensor([float(r[i]) for r in rows], dtype=torch.float64) for i in range(5))
+    state, action, old, advantage, weight = (
+        torch.tensor([float(r[i]) for r in rows], dtype=torch.float64) for i in range(5)
+    )
     return Batch(torch.eye(STATES, dtype=torch.float64)[state.long()], action, old, advantage, weight)
 
 
@@ -169,12 +172,16 @@ def test_a_missing_second_order_term_or_likelihood_ratio_is_seen(theta, broken, 
         grad = torch.autograd.grad
 
         def first_order(outputs, inputs, **kwargs):
-            return tuple(g.detach() for g in grad(outputs, inputs, **kwargs)) if "create_graph" in kwargs else grad(outputs, inputs)
+            return (
+                tuple(g.detach() for g in grad(outputs, inputs, **kwargs))
+                if "create_graph" in kwargs
+                else grad(outputs, inputs)
+            )
 
         monkeypatch.setattr(torch.autograd, "grad", first_order)
     else:
-        score = lambda log_probs, old, advantages, weights: -maml_ppo.approximate_kl.__globals__["weighted_mean"](  # noqa: E731
-            log_probs * advantages, weights
+        score = lambda log_probs, old, advantages, weights: (
+            -maml_ppo.approximate_kl.__globals__["weighted_mean"](log_probs * advantages, weights)
         )
         monkeypatch.setattr(maml_ppo, "likelihood_ratio_loss", score)
     found = expected_meta_gradient(mdp, theta, 1)
@@ -193,7 +200,9 @@ def test_stacked_tasks_give_the_gradients_of_tasks_alone(theta):
         queries.append(enumerate_batch(mdps[len(queries)], adapted["logits"]))
     leaf = theta.clone().requires_grad_()
     stack = lambda batches: Batch(*(torch.stack(part) for part in zip(*batches, strict=True)))  # noqa: E731
-    outcome = meta_loss(log_prob, {"logits": leaf.expand(3, -1, -1)}, rates, [stack(supports)], stack(queries), 0.2, 0.0)
+    outcome = meta_loss(
+        log_prob, {"logits": leaf.expand(3, -1, -1)}, rates, [stack(supports)], stack(queries), 0.2, 0.0
+    )
     assert outcome.loss.shape == (3,)
     (gradient,) = torch.autograd.grad(outcome.loss.sum(), leaf)
     torch.testing.assert_close(-gradient * STEPS, alone)
