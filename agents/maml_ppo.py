@@ -1,6 +1,7 @@
 """MAML-PPO: model-agnostic meta-learning with likelihood-ratio inner steps and a PPO-clip outer objective.
 
-One iteration, for tasks i = 1..M (Finn et al. 2017, Alg. 3; outer objective in the form of ProMP, Rothfuss et al. 2019):
+One iteration, for tasks i = 1..M (Finn et al. 2017, Alg. 3; outer objective in the form of ProMP, Rothfuss et al.
+2019):
 
     θ_i⁰ = θ
     for k in 0..K−1:   collect fresh support data D_i^k with θ_i^k

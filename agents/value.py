@@ -38,7 +38,8 @@ def linear_values(rollout: Rollout, observations: Tensor, gamma: float) -> tuple
 class LearnedValue:
     """A value network for all tasks, trained by regression on normalised targets; it bootstraps at truncation.
 
-    Targets are normalised by their running mean and standard deviation, so that one learning rate fits all reward scales.
+    Targets are normalised by their running mean and standard deviation, so that one learning rate fits all reward
+    scales.
 
     Args:
         observation_size: O.
@@ -72,7 +73,8 @@ class LearnedValue:
 
     @torch.no_grad()
     def values(self, rollout: Rollout, observations: Tensor, next_observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Return V before and after each step, both `[M, N, T]`; after a termination 0, after a truncation V of the last observation.
+        """Return V before and after each step; a termination is followed by 0, a truncation by V of the last
+        observation.
 
         Args:
             rollout: complete episodes.

@@ -54,7 +54,7 @@ def distribution(family: str, **options: Any) -> TaskDistribution:
         options: the fields of the family's config.
 
     Raises:
-        ValueError: unknown family, option or task name (pydantic's ValidationError is one), with the nearest that exists.
+        ValueError: unknown family, option or task name (pydantic's ValidationError is one); names the nearest.
     """
     entry = _family(family)
     return entry.tasks(entry.config(**options))

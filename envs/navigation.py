@@ -36,10 +36,10 @@ class NavigationConfig(BaseModel):
       within 0.01 of the goal, so that all returns sum 100 rewards.
     - `semicircle`: goals on the upper unit half circle, reward 1 within 0.2 of the goal, else 0, horizon 60: a sparse
       reward that must be found by search (Rakelly et al. 2019, 5.3).
-    - `cued_wedges`, `rotated_wedges`, `rotated_cued_wedges`: four families k = 0..3, one class each. The goal lies at angle
-      k · 90° ± 40°, radius in [0.5, 1]; reward = −distance, horizon 20, position clipped to ±1.2. Rotated: actions are
-      turned by −90° · k, so that what one family taught is wrong in the next. Cued: the observation ends in a one-hot k,
-      which makes the sequence task-incremental.
+    - `cued_wedges`, `rotated_wedges`, `rotated_cued_wedges`: four families k = 0..3, one class each. The goal lies at
+      angle k · 90° ± 40°, radius in [0.5, 1]; reward = −distance, horizon 20, position clipped to ±1.2. Rotated:
+      actions are turned by −90° · k, so that what one family taught is wrong in the next. Cued: the observation ends
+      in a one-hot k, which makes the sequence task-incremental.
     """
 
     model_config = STRICT

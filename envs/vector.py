@@ -46,7 +46,7 @@ def make_envs(distribution: TaskDistribution, max_envs: int, num_workers: int) -
 
 
 def spaces(distribution: TaskDistribution) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
-    """Return the observation and action space of a distribution; raises ValueError for any but flat, bounded-action boxes."""
+    """Return the observation and action space; raises ValueError for any but flat boxes with bounded actions."""
     env = distribution.make(distribution.train_tasks[0])
     observation_space, action_space = env.observation_space, env.action_space
     env.close()

@@ -1,7 +1,7 @@
 """Saves and loads everything that training changes: safetensors and a JSON manifest, nothing that could hold code.
 
-A checkpoint appears whole or not at all: it is written beside its place, synced, and renamed; the manifest, which holds a
-hash of every file, is written last.
+A checkpoint appears whole or not at all: it is written beside its place, synced, and renamed; the manifest, which
+holds a hash of every file, is written last.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The verbs of the command line; the only module that imports everything.
 
-Exit status: 0 success, 1 a failure of the run, 2 the user's mistake (one line: cause and cure), 130 and 143 stopped by a
-signal after saving.
+Exit status: 0 success, 1 a failure of the run, 2 the user's mistake (one line: cause and cure), 130 and 143 stopped
+by a signal after saving.
 """
 
 from __future__ import annotations

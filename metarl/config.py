@@ -79,8 +79,8 @@ class RunConfig(BaseModel):
     num_envs: int | None = Field(
         None,
         ge=1,
-        description="environments stepped together, at least num_tasks; none: num_tasks for Meta-World (20 MB each), else "
-        "num_tasks · rollouts_per_task. No effect on results",
+        description="environments stepped together, at least num_tasks; none: num_tasks for Meta-World (20 MB each), "
+        "else num_tasks · rollouts_per_task. No effect on results",
     )
     checkpoint_every_iterations: int = Field(25, ge=1, description="iterations between checkpoints")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
@@ -147,7 +147,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def parse_flags(arguments: Sequence[str]) -> dict[tuple[str, ...], Any]:
-    """Read `--a.b-c value` and `--a.b-c=value` flags: path in the config → value, parsed as YAML; several values make a list.
+    """Read `--a.b-c value` and `--a.b-c=value`: path → value, parsed as YAML; several values make a list.
 
     Raises:
         UserError: a word that is not a flag's, or a flag without a value.

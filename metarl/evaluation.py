@@ -1,4 +1,4 @@
-"""Held-out evaluation: adapt as trained, report each task before and after, with intervals, beside an untrained agent."""
+"""Held-out evaluation: adapt as trained; report before and after, with intervals, beside an untrained agent."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def evaluate(
 ) -> Report:
     """Evaluate an agent on tasks, adapting to each as in training, and an untrained agent on the same tasks.
 
-    Every phase runs `rollouts_per_task` episodes with exploring actions; a phase's episodes are what the next step adapts
-    on. The return of a phase is the mean over its episodes, its success the fraction of them in which the task was solved
-    at any step.
+    Every phase runs `rollouts_per_task` episodes with exploring actions; a phase's episodes are what the next step
+    adapts on. The return of a phase is the mean over its episodes, its success the fraction of them in which the task
+    was solved at any step.
 
     Args:
         policy: from `metarl.load` or `metarl.train`, before adaptation.
@@ -63,12 +63,13 @@ def evaluate(
         make: builds the environment of a task; needed for tasks of one's own.
 
     Returns:
-        `{"protocol", "split", "held_out", "env_steps", "seed", "adaptation_steps", "rollouts_per_task", "tasks": [{"name",
-        "index", "returns": [pre, …, post], "success": [pre, …, post], "untrained_returns", "untrained_success"}],
-        "aggregate": {"return_pre": {"mean", "iqm", "ci95": [low, high]}, "return_post", "return_gain", "success_pre", …,
-        "untrained_return_post", …}, "per_class": {name: {"return_pre", "success_post", "untrained_success_post", …}}}`.
-        Intervals are 95 % bootstrap intervals of the mean over tasks, stratified by class; `gain` is post − pre, task by
-        task. Success is null where the tasks do not define it.
+        `{"protocol", "split", "held_out", "env_steps", "seed", "adaptation_steps", "rollouts_per_task", "tasks":
+        [{"name", "index", "returns": [pre, …, post], "success": [pre, …, post], "untrained_returns",
+        "untrained_success"}], "aggregate": {"return_pre": {"mean", "iqm", "ci95": [low, high]}, "return_post",
+        "return_gain", "success_pre", …, "untrained_return_post", …}, "per_class": {name: {"return_pre",
+        "success_post", "untrained_success_post", …}}}`. Intervals are 95 % bootstrap intervals of the mean over
+        tasks, stratified by class; `gain` is post − pre, task by task. Success is null where the tasks do not define
+        it.
     """
     if not tasks:
         raise ValueError("no tasks to evaluate on; expected at least one")

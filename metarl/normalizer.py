@@ -12,9 +12,9 @@ from torch import Tensor
 class Normalizer:
     """Mean and variance of all observations so far; each update returns a new one.
 
-    Statistics of a random policy alone would saturate the policy's input: on Meta-World a random policy hardly moves the
-    hand, so that goals lie many of its standard deviations away. Hence the statistics go on learning from the trained
-    policy's data, `floor` bounds the scale from below, and nothing is clipped.
+    Statistics of a random policy alone would saturate the policy's input: on Meta-World a random policy hardly moves
+    the hand, so that goals lie many of its standard deviations away. Hence the statistics go on learning from the
+    trained policy's data, `floor` bounds the scale from below, and nothing is clipped.
 
     Attributes:
         mean: `[O]`.

@@ -18,10 +18,10 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 def likelihood_ratio_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
     """Minus the likelihood-ratio (LVC) surrogate, −E[π_θ(a|s)/π_old(a|s) · A] (Rothfuss et al. 2019, Eq. 10 and 11).
 
-    `old_log_probs` are those recorded when the data was collected. In the first epoch θ is the parameter that collected,
-    the ratio is 1 and the surrogate is LVC itself; in later epochs the ratio also corrects for the data being older than
-    θ, as in ProMP. Unlike −log π · A, its second derivative is right: it holds ∇²log π + ∇log π ∇log πᵀ.
-    What LVC leaves out, by design, is how the advantages of earlier steps depend on θ through later actions.
+    `old_log_probs` are those recorded when the data was collected. In the first epoch θ is the parameter that
+    collected, the ratio is 1 and the surrogate is LVC itself; in later epochs the ratio also corrects for the data
+    being older than θ, as in ProMP. Unlike −log π · A, its second derivative is right: it holds ∇²log π + ∇log π ∇log
+    πᵀ. What LVC leaves out, by design, is how the advantages of earlier steps depend on θ through later actions.
 
     Args:
         log_probs: `[..., S]`, under the parameters to differentiate.
@@ -58,7 +58,7 @@ def ppo_clip_loss(
 
 
 def approximate_kl(log_probs: Tensor, old_log_probs: Tensor, weights: Tensor) -> Tensor:
-    """Sample estimate of KL(π_old‖π), never negative: E_old[r − 1 − log r] (Schulman 2020, "Approximating KL divergence").
+    """Estimate KL(π_old‖π) from samples, never negative: E_old[r − 1 − log r] (Schulman 2020, "Approximating KL").
 
     Args:
         log_probs: `[..., S]`.

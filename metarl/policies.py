@@ -1,4 +1,4 @@
-"""Policies as functions of explicit parameters, so that they can be adapted, stacked over tasks and differentiated through.
+"""Policies as functions of explicit parameters: to be adapted, stacked over tasks and differentiated through.
 
 A policy object is a frozen description; its parameters are a flat dict of tensors that the caller owns.
 """
@@ -19,7 +19,7 @@ _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
 
 def init_mlp(sizes: tuple[int, ...], output_gain: float, generator: torch.Generator) -> Params:
-    """Draw the parameters of an MLP: orthogonal weights, gain √2 in hidden layers (Andrychowicz et al. 2021, C56), zero biases.
+    """Draw an MLP: orthogonal weights, gain √2 in hidden layers (Andrychowicz et al. 2021, C56), zero biases.
 
     Args:
         sizes: input size, hidden sizes, output size.

@@ -1,6 +1,7 @@
 """Discounted returns, GAE, the linear feature baseline, advantage normalisation: pure functions on tensors.
 
-All of them take `[..., T]` tensors of complete episodes laid end to end; an episode ends where it terminated or was truncated.
+All of them take `[..., T]` tensors of complete episodes laid end to end; an episode ends where it terminated or was
+truncated.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def gae(
 ) -> Tensor:
     """Generalised advantage estimates (Schulman et al. 2016, Eq. 16).
 
-    A termination is followed by nothing; a truncation is followed by `next_values`, the value of the true last observation.
+    A termination is followed by nothing; a truncation is followed by `next_values`, the value of the true last
+    observation.
 
     Args:
         rewards: `[..., T]`.
@@ -58,7 +60,7 @@ def gae(
 
 
 def linear_baseline(observations: Tensor, returns: Tensor, time: Tensor, valid: Tensor, ridge: float = 1e-5) -> Tensor:
-    """Fit returns by a linear function of [o, o², t, t², t³, 1], one fit for each leading index (Duan et al. 2016, 3.3).
+    """Fit returns by a linear function of [o, o², t, t², t³, 1], one fit a task (Duan et al. 2016, 3.3).
 
     Solved in float64. The features grow with the time left, so that the fit is the value in a FINITE horizon: what it
     says after the last step is 0, and nothing is bootstrapped.

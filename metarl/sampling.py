@@ -28,8 +28,8 @@ def collect(
     """Run `rollouts_per_task` complete episodes of each task with the agent in `state`.
 
     Rollouts of a task beyond what fits into `envs.max_envs` run one after another, in waves. Neither the number of
-    environments nor that of workers changes the result: the noise of every action and the seed of every episode are drawn
-    beforehand. An episode with a NaN or infinite observation or reward is dropped: all its steps become invalid.
+    environments nor that of workers changes the result: the noise of every action and the seed of every episode are
+    drawn beforehand. An episode with a NaN or infinite observation or reward is dropped: all its steps become invalid.
 
     Args:
         envs: at least M environments.
@@ -40,7 +40,8 @@ def collect(
         seeds: the only source of randomness.
 
     Returns:
-        A rollout `[M, N, T, ...]` on the agent's device, moved there at once; T is the length of the longest episode, at most the tasks' horizon.
+        A rollout `[M, N, T, ...]` on the agent's device, moved there at once; T is the length of the longest episode,
+        at most the tasks' horizon.
 
     Raises:
         ValueError: more tasks than environments.

@@ -1,7 +1,7 @@
-"""All randomness of a run comes from one root seed, by purpose and position: no stream is carried from one use to the next.
+"""All randomness of a run comes from one root seed, by purpose and position; no stream is carried along.
 
-The seed of an iteration's rollouts is a function of (root seed, stage, iteration). A run therefore does not depend on the
-number of workers or on how often it is evaluated, and a resumed run needs no saved generator to go on exactly.
+The seed of an iteration's rollouts is a function of (root seed, stage, iteration). A run therefore does not depend on
+the number of workers or on how often it is evaluated, and a resumed run needs no saved generator to go on exactly.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ class Task:
         name: the class of the task, e.g. `reach-v3`; results are reported per class.
         index: the number of the task within (benchmark, split, name).
         seed: the seed of the distribution that the task came from.
-        options: what else the environment is built with, e.g. `{"horizon": 100}`; kept sorted, so that equal tasks are equal.
+        options: what else the environment is built with, e.g. `{"horizon": 100}`; kept sorted, so that equal tasks
+        are equal.
     """
 
     family: str

@@ -1,6 +1,7 @@
-"""The meta-gradient of MAML-PPO against ground truth: enumerable MDPs, exact returns, finite differences; all in float64.
+"""The meta-gradient of MAML-PPO against ground truth: enumerable MDPs and finite differences, in float64.
 
-An MDP of 2 steps, 3 states and 2 actions has 3 · (2 · 3)² = 108 trajectories; the expectation over them is a weighted sum.
+An MDP of 2 steps, 3 states and 2 actions has 3 · (2 · 3)² = 108 trajectories; the expectation over them is a weighted
+sum.
 """
 
 import itertools
@@ -137,7 +138,7 @@ def test_expected_estimate_matches_finite_differences_of_the_exact_return(theta,
 
 
 def test_what_lvc_leaves_out_where_actions_change_the_future(theta):
-    """With consequences, the inner Hessian is E[(∇²log π + ∇log π ∇log πᵀ) Q] with Q held fixed (Rothfuss et al. 2019, 4.2).
+    """With consequences the inner Hessian is E[(∇²log π + ∇log π ∇log πᵀ) Q], Q held fixed (Rothfuss et al. 2019).
 
     So the meta-gradient equals that of an inner step whose Q does not depend on θ, and differs from the exact one.
     """
