@@ -37,7 +37,7 @@ from metarl.types import Rollout
 
 CHUNK_BYTES = {"cpu": 2_500_000, "cuda": 500_000_000}
 """Bytes of one layer's activations in a chunk of tasks. On a CPU a chunk should stay in the cache (measured by
-`scripts/bench_update.py`); on a GPU it bounds memory: an update holds about forty times as much."""
+`scripts/bench_meta_update.py`); on a GPU it bounds memory: an update holds about forty times as much."""
 
 
 class MamlPpoConfig(BaseModel):
@@ -251,8 +251,8 @@ class MamlPpo:
         epochs = 0
         for _ in range(config.epochs):
             self._optimizer.zero_grad()
-            outcome = self._accumulate_gradient(supports, query)
-            metrics = {f"train/{name}": float(value) for name, value in outcome.items()}
+            outcome = self.accumulate_gradient(supports, query)
+            metrics |= {f"train/{name}": float(value) for name, value in outcome.items()}
             if metrics["train/kl"] > config.max_kl:
                 break
             norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), config.max_grad_norm)
@@ -266,7 +266,7 @@ class MamlPpo:
                 self.normalizer = self.normalizer.update(rollout.observations, rollout.valid)
         return metrics
 
-    def _accumulate_gradient(self, supports: Sequence[Batch], query: Batch) -> dict[str, Tensor]:
+    def accumulate_gradient(self, supports: Sequence[Batch], query: Batch) -> dict[str, Tensor]:
         """Add the gradient of the mean meta-loss over tasks to θ's, chunk by chunk; returns means over tasks."""
         config = self.config
         num_tasks, samples = query.weights.shape

@@ -35,11 +35,8 @@ _MIN_DISTANCE = {
     f"{name}-v3": metres
     for metres, listed in (
         (0.1, "assembly disassemble peg-insert-side shelf-place stick-pull stick-push"),
-        (
-            0.15,
-            "basketball coffee-pull coffee-push hand-insert pick-out-of-hole pick-place pick-place-wall push push-back",
-        ),
-        (0.15, "push-wall reach reach-wall soccer sweep-into"),
+        (0.15, "basketball coffee-pull coffee-push hand-insert pick-out-of-hole pick-place pick-place-wall"),
+        (0.15, "push push-back push-wall reach reach-wall soccer sweep-into"),
         (0.25, "box-close"),
     )
     for name in listed.split()

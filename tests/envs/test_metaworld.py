@@ -64,6 +64,12 @@ class TestGoals:
         assert_same_goals(tasks_of(name).train_tasks, official_ml1(name).train_tasks)
         assert_same_goals(tasks_of(name).test_tasks, official_ml1(name).test_tasks)
 
+    def test_sweep_into_draws_again_by_the_distance_to_its_fixed_goal(self):
+        """The drawn goal lies within 1 mm of the fixed one: seed 10 is the first where the two rules differ."""
+        assert_same_goals(
+            tasks_of("sweep-into-v3", seed=10).train_tasks, metaworld.ML1("sweep-into-v3", seed=10).train_tasks
+        )
+
     def test_ml10_is_the_official_benchmark(self):
         mine, official = MetaWorldTasks(MetaWorldConfig(benchmark="ML10", seed=SEED)), metaworld.ML10(seed=SEED)
         assert_same_goals(mine.train_tasks, official.train_tasks)
