@@ -173,7 +173,7 @@ def _train_help(name: str | None) -> int:
         prog="metarl train CONFIG.yaml",
         default=config,
         args=["--help"],
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
     return 0
 
@@ -255,14 +255,14 @@ def _inspect(arguments: list[str]) -> int:
     )
     print(f"observations {policy.spaces.observation_size}, actions {policy.spaces.action_size}")
     for stage in config.stages:
-        tasks = ", ".join(f"{key}: {value}" for key, value in stage.tasks.model_dump(exclude_defaults=True).items())
-        print(f"stage        {stage.name}: {stage.iterations} iterations of {{{stage.tasks.family}; {tasks}}}")
+        tasks = ", ".join(f"{key} {value}" for key, value in stage.tasks.model_dump(exclude_none=True).items() if value)
+        print(f"stage        {stage.name}: {stage.iterations} iterations of {tasks}")
     print(f"trained      {lines[-1]['iteration'] if lines else 0} iterations, {policy.env_steps:,} env steps")
     for prefix in ("meta_train", "meta_test"):
         last = next((line for line in reversed(lines) if f"{prefix}/return_post" in line), None)
         if last:
             figures = ", ".join(f"{key} {value:.2f}" for key, value in last.items() if key.startswith(f"{prefix}/"))
-            print(f"iteration {last['iteration']:<3}{figures}")
+            print(f"{prefix:<12} iteration {last['iteration']}: {figures.replace(f'{prefix}/', '')}")
     for path in sorted((run_dir / "evaluation").glob("*.json")):
         print(f"report       {path}")
     return 0

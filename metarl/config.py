@@ -208,8 +208,11 @@ def explain_validation(error: ValidationError) -> str:
 
 def _explain(error: ValidationError, source: str, flags: set[tuple[str, ...]]) -> str:
     lines = []
-    for item in error.errors(include_url=False):
+    items = error.errors(include_url=False)
+    for item in items:
         keys = _path(item["loc"])
+        if item["type"] == "too_short" and len(items) > 1:
+            continue  # pydantic counts an invalid item as missing, too
         named = tuple(str(key) for key in keys)
         given_by_flag = named in flags
         where = _flag(keys) if given_by_flag else ": ".join(filter(None, (source, ".".join(named))))
@@ -222,6 +225,10 @@ def _problem(item: Any, keys: tuple[str | int, ...], given_by_flag: bool) -> str
         near = difflib.get_close_matches(str(keys[-1]), _fields_at(keys[:-1]), n=1, cutoff=0.4)
         name = (lambda key: _flag((*keys[:-1], key))) if given_by_flag else repr
         return "unknown setting" + (f"; did you mean {name(near[0])}?" if near else "")
+    if item["type"] == "union_tag_invalid":
+        tag, tags = item["ctx"]["tag"], [name.strip("'") for name in item["ctx"]["expected_tags"].split(", ")]
+        near = difflib.get_close_matches(tag, tags, n=1)
+        return f"got {tag!r}, expected one of {', '.join(tags)}" + (f"; did you mean {near[0]!r}?" if near else "")
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     value = item["input"]
     found = "" if isinstance(value, dict | list | BaseModel) else f"got {value!r}, "

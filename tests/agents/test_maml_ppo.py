@@ -1,0 +1,386 @@
+"""The MAML-PPO agent on made-up rollouts: adaptation, the meta-update, the learned value function, saving."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from metarl.agents import maml_ppo
+from metarl.agents.maml_ppo import MamlPpo, MamlPpoConfig
+from metarl.agents.value import LearnedValue
+from metarl.returns import gae
+from metarl.types import Rollout
+
+OBSERVATIONS, ACTIONS = 3, 2
+
+
+def make_agent(seed=0, **settings):
+    config = MamlPpoConfig(**{"hidden_sizes": (8, 8), "epochs": 1, "max_kl": 1e9, **settings})
+    return MamlPpo(config, OBSERVATIONS, ACTIONS, torch.device("cpu"), seed)
+
+
+def collect(agent, state, tasks=3, rollouts=4, steps=6, seed=0):
+    """A rollout of `agent` in `state` on random observations: task i is rewarded for the action (i, −i).
+
+    Episode j of a task has `steps − j % 3` valid steps; the odd ones end by termination.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (tasks, rollouts, steps)
+    observations = torch.randn(*shape, OBSERVATIONS, generator=generator)
+    noise = torch.randn(tasks, rollouts * steps, ACTIONS, generator=generator)
+    actions, log_probs, _ = agent.act(observations.flatten(1, 2), noise, state)
+    actions, log_probs = actions.view(*shape, ACTIONS), log_probs.view(shape)
+    targets = torch.arange(tasks)[:, None] * torch.tensor([0.3, -0.3])
+    lengths = steps - torch.arange(rollouts) % 3
+    valid = (torch.arange(steps) < lengths[:, None]).expand(shape)
+    last = (torch.arange(steps) == lengths[:, None] - 1).expand(shape)
+    ends_itself = (torch.arange(rollouts) % 2 == 1)[:, None].expand(shape)
+    rollout = Rollout(
+        observations=observations,
+        next_observations=torch.cat([observations[:, :, 1:], torch.randn(tasks, rollouts, 1, 3)], 2),
+        actions=actions,
+        rewards=-(actions - targets[:, None, None]).square().sum(-1),
+        log_probs=log_probs,
+        terminated=last & ends_itself,
+        truncated=last & ~ends_itself,
+        episode_start=(torch.arange(steps) == 0).expand(shape),
+        valid=valid,
+        success=torch.zeros(shape),
+    )
+    padded = {"log_probs": log_probs, "rewards": rollout.rewards, "observations": observations, "actions": actions}
+    zeroed = {name: v * (valid[..., None] if v.ndim == 4 else valid) for name, v in padded.items()}
+    return replace(rollout, **zeroed)
+
+
+def iteration(agent, tasks=3, seed=0, **shape):
+    """The K + 1 rollouts of an iteration."""
+    state, rollouts = agent.initial_state(tasks), []
+    for k in range(agent.adaptation_steps + 1):
+        state = agent.adapt(state, rollouts[-1]) if rollouts else state
+        rollouts.append(collect(agent, state, tasks, seed=10 * seed + k, **shape))
+    return rollouts
+
+
+def of_task(rollout, i):
+    return rollout.map(lambda value: value[i : i + 1])
+
+
+def snapshot(agent):
+    return {name: value.clone() for name, value in agent.state_dict().items()}
+
+
+def assert_same(left, right, **tolerance):
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], msg=lambda text, n=name: f"{n}: {text}", **tolerance)
+
+
+# Adapting
+
+
+def test_a_task_adapts_alike_alone_and_among_others():
+    """Its inner loss is a mean over its own samples: the step is not divided by the number of tasks."""
+    agent = make_agent()
+    rollout = collect(agent, agent.initial_state(3))
+    together = agent.adapt(agent.initial_state(3), rollout)
+    for i in range(3):
+        alone = agent.adapt(agent.initial_state(1), of_task(rollout, i))
+        assert_same({n: v[i : i + 1] for n, v in together.items()}, alone, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(together["bias_2"][0], together["bias_2"][1], atol=1e-4)
+
+
+def test_an_inner_step_by_hand():
+    """θ' = θ − α ∇L, L = −mean of A over the task's valid samples at ratio 1, so that ∇L = −mean A ∇log π."""
+    agent = make_agent(inner_lr=0.25)
+    rollout = of_task(collect(agent, agent.initial_state(3)), 1)
+    batch = agent._prepare(rollout)
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in agent.params.items()}
+    valid = rollout.valid.flatten(1, 2)[0]
+    log_probs = agent.policy.log_prob(leaves, batch.observations[0][valid], batch.actions[0][valid])
+    gradients = torch.autograd.grad((log_probs * batch.advantages[0][valid]).mean(), list(leaves.values()))
+    adapted = agent.adapt(agent.initial_state(1), rollout)
+    expected = {n: (v + 0.25 * g).detach()[None] for (n, v), g in zip(leaves.items(), gradients, strict=True)}
+    assert_same(adapted, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adapting_changes_neither_agent_nor_state_nor_rollout():
+    agent = make_agent()
+    state = agent.initial_state(3)
+    rollout = collect(agent, state)
+    before, state_before = snapshot(agent), {name: value.clone() for name, value in state.items()}
+    rollout_before = rollout.map(torch.clone)
+    adapted = agent.adapt(state, rollout)
+    assert not torch.allclose(adapted["bias_2"], state["bias_2"], atol=1e-4)
+    assert_same(snapshot(agent), before, rtol=0, atol=0)
+    assert_same(state, state_before, rtol=0, atol=0)
+    for field in fields(rollout):
+        assert torch.equal(getattr(rollout, field.name), getattr(rollout_before, field.name))
+    assert not any(value.requires_grad for value in adapted.values())
+    assert all(value.grad is None for value in agent.params.values())
+
+
+@pytest.mark.parametrize("baseline", ["linear", "learned"])
+def test_padding_has_no_influence(baseline):
+    clean, dirty = make_agent(baseline=baseline, epochs=2), make_agent(baseline=baseline, epochs=2)
+    rollouts = iteration(clean)
+    generator = torch.Generator().manual_seed(5)
+
+    def with_garbage(rollout):
+        changes = {}
+        for name in ("observations", "next_observations", "actions", "rewards", "log_probs", "success"):
+            value = getattr(rollout, name).clone()
+            pad = ~rollout.valid
+            value[pad] = 3.0 * torch.randn(value[pad].shape, generator=generator)
+            changes[name] = value
+        return replace(rollout, **changes)
+
+    garbage = [with_garbage(rollout) for rollout in rollouts]
+    assert not torch.equal(garbage[0].observations, rollouts[0].observations)
+    state = clean.initial_state(3)
+    assert_same(dirty.adapt(state, garbage[0]), clean.adapt(state, rollouts[0]), rtol=1e-5, atol=1e-6)
+    metrics = clean.update(rollouts)
+    assert dirty.update(garbage) == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    assert_same(snapshot(dirty), snapshot(clean), rtol=1e-4, atol=1e-6)
+    assert all(value.isfinite().all() for value in snapshot(dirty).values())
+
+
+def test_a_dropped_episode_has_no_influence():
+    """An episode that is padding from its first step on."""
+    agent = make_agent()
+    rollout = collect(agent, agent.initial_state(3))
+    dropped = rollout.map(lambda value: torch.cat([value, torch.zeros_like(value[:, :1])], 1))
+    adapted = agent.adapt(agent.initial_state(3), dropped)
+    assert_same(adapted, agent.adapt(agent.initial_state(3), rollout), rtol=1e-5, atol=1e-6)
+
+
+# Updating
+
+
+def gradient(agent, rollouts):
+    agent._optimizer.zero_grad()
+    *supports, query = [agent._prepare(rollout) for rollout in rollouts]
+    totals = agent._accumulate_gradient(supports, query)
+    return {name: value.grad.clone() for name, value in agent._trained.items()} | totals
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_chunks_add_up_to_the_whole_gradient(monkeypatch, chunk, steps):
+    agent = make_agent(adaptation_steps=steps, learn_inner_lr=True, inner_kl_coef=0.1)
+    rollouts = iteration(agent)
+    whole = gradient(agent, rollouts)
+    samples, widest = 4 * 6, 8
+    monkeypatch.setitem(maml_ppo.CHUNK_BYTES, "cpu", chunk * 4 * samples * widest)
+    sizes = []
+    meta_loss = maml_ppo.meta_loss
+    monkeypatch.setattr(maml_ppo, "meta_loss", lambda *a: sizes.append(a[4].weights.ndim) or meta_loss(*a))
+    assert_same(gradient(agent, rollouts), whole, rtol=1e-5, atol=1e-6)
+    assert sizes == ([1, 1, 1] if chunk == 1 else [2, 1])  # an undivided task has no task dimension
+    assert whole["policy.weight_0"].norm() > 1e-3
+
+
+def test_the_meta_loss_is_a_mean_over_tasks():
+    agent = make_agent()
+    rollouts = iteration(agent)
+    whole = gradient(agent, rollouts)
+    parts = [gradient(agent, [of_task(rollout, i) for rollout in rollouts]) for i in range(3)]
+    for name in whole:
+        torch.testing.assert_close(whole[name], sum(part[name] for part in parts) / 3, rtol=1e-4, atol=1e-6)
+
+
+def test_the_ratio_is_1_in_the_first_epoch_only():
+    """Re-adapting θ on the support data leads back to exactly what collected the query data."""
+    settings = {"outer_lr": 0.05, "clip_eps": 0.02}
+    first = make_agent(**settings)
+    metrics = first.update(iteration(first))
+    assert metrics["train/clip_fraction"] == 0
+    assert metrics["train/kl"] == pytest.approx(0, abs=1e-6)
+    later = make_agent(**settings, epochs=3)
+    metrics = later.update(iteration(later))
+    assert metrics["train/clip_fraction"] > 0.1
+    assert metrics["train/kl"] > 1e-4
+    assert metrics["train/epochs"] == 3
+
+
+def test_every_epoch_adapts_anew_from_the_current_parameters(monkeypatch):
+    one, three = make_agent(outer_lr=0.02), make_agent(outer_lr=0.02, epochs=3)
+    rollouts = iteration(one)
+    seen = []
+    inner_step = maml_ppo.inner_step
+
+    def spy(log_prob, params, *rest):
+        seen.append(params["bias_0"][0].detach().clone())
+        return inner_step(log_prob, params, *rest)
+
+    monkeypatch.setattr(maml_ppo, "inner_step", spy)
+    three.update(rollouts)
+    monkeypatch.undo()
+    start = one.params["bias_0"].detach().clone()
+    one.update(rollouts)
+    assert len(seen) == 3
+    assert torch.equal(seen[0], start)
+    torch.testing.assert_close(seen[1], one.params["bias_0"].detach())
+    assert not torch.allclose(seen[1], start, atol=1e-4) and not torch.allclose(seen[2], seen[1], atol=1e-4)
+
+
+def test_epochs_end_when_the_kl_exceeds_its_bound():
+    bound, free = make_agent(outer_lr=0.05, epochs=5, max_kl=1e-3), make_agent(outer_lr=0.05, epochs=5)
+    one = make_agent(outer_lr=0.05)
+    rollouts = iteration(one)
+    metrics = bound.update(rollouts)
+    assert metrics["train/epochs"] == 1 and metrics["train/kl"] > 1e-3
+    assert free.update(rollouts)["train/epochs"] == 5
+    one.update(rollouts)
+    assert_same({n: v.detach() for n, v in bound.params.items()}, {n: v.detach() for n, v in one.params.items()})
+
+
+def test_two_inner_steps_are_differentiated_through_both():
+    agent = make_agent(adaptation_steps=2)
+    rollouts = iteration(agent)
+    assert len(rollouts) == 3
+    metrics = agent.update(rollouts)
+    assert metrics["train/kl"] == pytest.approx(0, abs=1e-6)  # both steps were redone as they were
+    full = gradient(agent, rollouts)
+    other = [rollouts[0].map(torch.clone), rollouts[1].map(torch.clone), rollouts[2]]
+    other[0].rewards.mul_(-1.0)  # the first support rollout alone is told otherwise
+    assert not torch.allclose(gradient(agent, other)["policy.bias_2"], full["policy.bias_2"], atol=1e-4)
+
+
+def test_updates_improve_adaptation():
+    """Task i wants the action (0.3 i, −0.3 i): 40 updates raise the return after adaptation; the same rate untrained does not."""
+    agent = make_agent(outer_lr=0.02, epochs=3, inner_lr=0.1, max_kl=0.1)
+    shape = {"rollouts": 10, "steps": 5}
+    before = iteration(agent, seed=1, **shape)[-1].episode_returns().mean()
+    for number in range(40):
+        agent.update(iteration(agent, seed=number, **shape))
+    after = iteration(agent, seed=1, **shape)[-1].episode_returns().mean()
+    assert before < -8 and after > -5
+
+
+def test_inner_rates_are_learned_only_when_asked():
+    fixed, learned = make_agent(), make_agent(learn_inner_lr=True)
+    rollouts = iteration(fixed)
+    fixed.update(rollouts)
+    learned.update(rollouts)
+    for name in fixed.params:
+        assert torch.equal(fixed.inner_lr[name], torch.full_like(fixed.inner_lr[name], 0.1))
+        assert learned.inner_lr[name].grad.abs().max() > 0
+        assert (learned.inner_lr[name] != 0.1).any()
+    assert not torch.equal(
+        learned.adapt(learned.initial_state(3), rollouts[0])["bias_2"],
+        fixed.adapt(fixed.initial_state(3), rollouts[0])["bias_2"],
+    )
+
+
+def test_the_normaliser_learns_valid_observations_after_the_update():
+    agent, off = make_agent(), make_agent(normalize_observations=False)
+    rollouts = iteration(agent)
+    agent.update(rollouts)
+    off.update(rollouts)
+    seen = torch.cat([rollout.observations[rollout.valid] for rollout in rollouts])
+    torch.testing.assert_close(agent.normalizer.mean, seen.mean(0))
+    torch.testing.assert_close(agent.normalizer.variance, seen.var(0, correction=0))
+    assert off.normalizer.count == 0
+    assert_same({n: v.detach() for n, v in off.params.items()}, {n: v.detach() for n, v in agent.params.items()})
+
+
+# The learned value function
+
+
+def make_value(epochs=5, lr=3e-3):
+    return LearnedValue(OBSERVATIONS, (8,), lr, epochs, torch.Generator().manual_seed(0), torch.device("cpu"))
+
+
+def test_values_after_a_termination_are_0_and_after_a_truncation_those_of_the_last_observation():
+    agent, value = make_agent(), make_value()
+    rollout = collect(agent, agent.initial_state(3))
+    values, following = value.values(rollout, rollout.observations, rollout.next_observations)
+    of_next, _ = value.values(rollout, rollout.next_observations, rollout.next_observations)
+    assert rollout.terminated.any() and rollout.truncated.any()
+    assert (following[rollout.terminated] == 0).all()
+    torch.testing.assert_close(following[rollout.truncated], of_next[rollout.truncated])
+    assert (following[rollout.truncated] - values[rollout.truncated]).abs().min() > 1e-5
+    assert (of_next[rollout.terminated] != 0).all()
+
+
+def test_a_constant_reward_without_an_end_is_worth_its_geometric_sum():
+    """Reward 1 a step, cut off after 6, γ = 0.9: V = 1/(1 − 0.9) = 10 everywhere; without a bootstrap at most 4.7."""
+    value, agent = make_value(), make_agent()
+    rollout = collect(agent, agent.initial_state(3))
+    rollout = replace(
+        rollout,
+        rewards=rollout.valid.float(),
+        truncated=rollout.truncated | rollout.terminated,
+        terminated=torch.zeros_like(rollout.terminated),
+    )
+    flat, losses = rollout.observations.flatten(0, 2), []
+    for _ in range(150):
+        values, following = value.values(rollout, rollout.observations, rollout.next_observations)
+        advantages = gae(rollout.rewards, values, following, rollout.terminated, rollout.truncated, 0.9, 0.95)
+        fitted = value.fit(flat, (values + advantages).flatten(), rollout.valid.flatten())
+        losses.append(fitted["train/value_loss"])
+    values, _ = value.values(rollout, rollout.observations, rollout.next_observations)
+    torch.testing.assert_close(values[rollout.valid], torch.full_like(values[rollout.valid], 10.0), atol=0.3, rtol=0)
+
+
+def test_fitting_reduces_the_loss():
+    generator = torch.Generator().manual_seed(0)
+    value, observations = make_value(), torch.randn(200, OBSERVATIONS, generator=generator)
+    targets, valid = 50.0 + 20.0 * observations[:, 0], torch.ones(200, dtype=torch.bool)
+    targets[150:], valid[150:] = float("nan"), False
+    losses = [value.fit(observations, targets, valid)["train/value_loss"] for _ in range(60)]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_the_agent_fits_its_value_function_on_all_phases():
+    agent = make_agent(baseline="learned", value_lr=1e-2)
+    before = snapshot(agent)
+    losses = [agent.update(iteration(agent, seed=number))["train/value_loss"] for number in range(15)]
+    assert losses[-1] < losses[0]
+    assert not torch.equal(snapshot(agent)["value.weight_0"], before["value.weight_0"])
+    assert "train/value_loss" not in make_agent().update(iteration(make_agent()))
+
+
+# Saving
+
+
+@pytest.mark.parametrize("settings", [{}, {"baseline": "learned", "learn_inner_lr": True, "adaptation_steps": 2}])
+def test_training_goes_on_bit_for_bit_from_a_saved_state(settings):
+    agent = make_agent(epochs=2, **settings)
+    for number in range(2):
+        agent.update(iteration(agent, seed=number))
+    restored = make_agent(seed=9, epochs=2, **settings)
+    restored.load_state_dict(snapshot(agent))
+    assert_same(snapshot(restored), snapshot(agent), rtol=0, atol=0)
+    for number in range(2, 4):
+        metrics = agent.update(iteration(agent, seed=number))
+        assert restored.update(iteration(restored, seed=number)) == metrics
+    assert_same(snapshot(restored), snapshot(agent), rtol=0, atol=0)
+
+
+def names(agent):
+    return [name for name in agent.state_dict() if not name.startswith("adam.")]
+
+
+@pytest.mark.parametrize("name", names(make_agent(baseline="learned")))
+def test_a_state_that_does_not_fit_is_refused_by_name(name):
+    agent = make_agent(baseline="learned")
+    state = snapshot(agent)
+    missing = {key: value for key, value in state.items() if key != name}
+    with pytest.raises(ValueError, match=rf"{name}.*nothing"):
+        agent.load_state_dict(missing)
+    with pytest.raises(ValueError, match=rf"{name}.*expected shape .*\(7, 7\)"):
+        agent.load_state_dict(state | {name: torch.zeros(7, 7)})
+    assert_same(snapshot(agent), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["adam.exp_avg.policy.weight_0", "value.adam.exp_avg_sq.weight_0"])
+def test_an_optimiser_state_that_does_not_fit_is_refused_by_name(name):
+    agent = make_agent(baseline="learned")
+    agent.update(iteration(agent))
+    state = snapshot(agent)
+    assert name in state
+    missing = {key: value for key, value in state.items() if key != name}
+    for broken in (missing, state | {name: torch.zeros(7, 7)}):
+        with pytest.raises(ValueError, match=name):
+            make_agent(baseline="learned").load_state_dict(broken)
