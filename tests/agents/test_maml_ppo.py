@@ -7,7 +7,7 @@ import torch
 
 from metarl.agents import maml_ppo
 from metarl.agents.maml_ppo import MamlPpo, MamlPpoConfig
-from metarl.agents.value import LearnedValue
+from metarl.agents.value import LearnedValue, linear_values
 from metarl.returns import gae
 from metarl.types import Rollout
 
@@ -30,6 +30,7 @@ def collect(agent, state, tasks=3, rollouts=4, steps=6, seed=0):
     noise = torch.randn(tasks, rollouts * steps, ACTIONS, generator=generator)
     actions, log_probs, _ = agent.act(observations.flatten(1, 2), noise, state)
     actions, log_probs = actions.view(*shape, ACTIONS), log_probs.view(shape)
+    final = torch.randn(tasks, rollouts, 1, OBSERVATIONS, generator=generator)
     targets = torch.arange(tasks)[:, None] * torch.tensor([0.3, -0.3])
     lengths = steps - torch.arange(rollouts) % 3
     valid = (torch.arange(steps) < lengths[:, None]).expand(shape)
@@ -37,7 +38,7 @@ def collect(agent, state, tasks=3, rollouts=4, steps=6, seed=0):
     ends_itself = (torch.arange(rollouts) % 2 == 1)[:, None].expand(shape)
     rollout = Rollout(
         observations=observations,
-        next_observations=torch.cat([observations[:, :, 1:], torch.randn(tasks, rollouts, 1, 3)], 2),
+        next_observations=torch.cat([observations[:, :, 1:], final], 2),
         actions=actions,
         rewards=-(actions - targets[:, None, None]).square().sum(-1),
         log_probs=log_probs,
@@ -91,13 +92,15 @@ def test_a_task_adapts_alike_alone_and_among_others():
 
 def test_an_inner_step_by_hand():
     """θ' = θ − α ∇L, L = −mean of A over the task's valid samples at ratio 1, so that ∇L = −mean A ∇log π."""
-    agent = make_agent(inner_lr=0.25)
+    agent = make_agent(inner_lr=0.25, gamma=0.99, gae_lambda=0.97)
     rollout = of_task(collect(agent, agent.initial_state(3)), 1)
-    batch = agent._prepare(rollout)
+    values, following = linear_values(rollout, rollout.observations, 0.99)
+    advantages = gae(rollout.rewards, values, following, rollout.terminated, rollout.truncated, 0.99, 0.97)
+    valid = rollout.valid
+    advantages = (advantages[valid] - advantages[valid].mean()) / advantages[valid].std(correction=0)
     leaves = {name: value.detach().clone().requires_grad_() for name, value in agent.params.items()}
-    valid = rollout.valid.flatten(1, 2)[0]
-    log_probs = agent.policy.log_prob(leaves, batch.observations[0][valid], batch.actions[0][valid])
-    gradients = torch.autograd.grad((log_probs * batch.advantages[0][valid]).mean(), list(leaves.values()))
+    log_probs = agent.policy.log_prob(leaves, rollout.observations[valid], rollout.actions[valid])
+    gradients = torch.autograd.grad((log_probs * advantages).mean(), list(leaves.values()))
     adapted = agent.adapt(agent.initial_state(1), rollout)
     expected = {n: (v + 0.25 * g).detach()[None] for (n, v), g in zip(leaves.items(), gradients, strict=True)}
     assert_same(adapted, expected, rtol=1e-5, atol=1e-6)
@@ -156,34 +159,35 @@ def test_a_dropped_episode_has_no_influence():
 # Updating
 
 
-def gradient(agent, rollouts):
-    agent._optimizer.zero_grad()
-    *supports, query = [agent._prepare(rollout) for rollout in rollouts]
-    totals = agent._accumulate_gradient(supports, query)
-    return {name: value.grad.clone() for name, value in agent._trained.items()} | totals
+def gradient(rollouts, **settings):
+    """The meta-gradient and the metrics of the first epoch of an agent as it starts."""
+    agent = make_agent(max_grad_norm=1e9, **settings)
+    metrics = agent.update(rollouts)
+    rates = {f"inner_lr.{name}": value.grad for name, value in agent.inner_lr.items() if value.requires_grad}
+    gradients = {name: value.grad for name, value in agent.params.items()} | rates
+    return gradients | {name: torch.tensor(metrics[f"train/{name}"]) for name in ("loss", "kl", "clip_fraction")}
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_chunks_add_up_to_the_whole_gradient(monkeypatch, chunk, steps):
-    agent = make_agent(adaptation_steps=steps, learn_inner_lr=True, inner_kl_coef=0.1)
-    rollouts = iteration(agent)
-    whole = gradient(agent, rollouts)
+    settings = {"adaptation_steps": steps, "learn_inner_lr": True, "inner_kl_coef": 0.1}
+    rollouts = iteration(make_agent(**settings))
+    whole = gradient(rollouts, **settings)
     samples, widest = 4 * 6, 8
     monkeypatch.setitem(maml_ppo.CHUNK_BYTES, "cpu", chunk * 4 * samples * widest)
-    sizes = []
+    dimensions = []
     meta_loss = maml_ppo.meta_loss
-    monkeypatch.setattr(maml_ppo, "meta_loss", lambda *a: sizes.append(a[4].weights.ndim) or meta_loss(*a))
-    assert_same(gradient(agent, rollouts), whole, rtol=1e-5, atol=1e-6)
-    assert sizes == ([1, 1, 1] if chunk == 1 else [2, 1])  # an undivided task has no task dimension
-    assert whole["policy.weight_0"].norm() > 1e-3
+    monkeypatch.setattr(maml_ppo, "meta_loss", lambda *a: dimensions.append(a[4].weights.ndim) or meta_loss(*a))
+    assert_same(gradient(rollouts, **settings), whole, rtol=1e-5, atol=1e-6)
+    assert dimensions == ([1, 1, 1] if chunk == 1 else [2, 1])  # a task by itself has no task dimension
+    assert whole["weight_0"].norm() > 1e-3 and whole["inner_lr.weight_2"].norm() > 1e-3
 
 
 def test_the_meta_loss_is_a_mean_over_tasks():
-    agent = make_agent()
-    rollouts = iteration(agent)
-    whole = gradient(agent, rollouts)
-    parts = [gradient(agent, [of_task(rollout, i) for rollout in rollouts]) for i in range(3)]
+    rollouts = iteration(make_agent())
+    whole = gradient(rollouts)
+    parts = [gradient([of_task(rollout, i) for rollout in rollouts]) for i in range(3)]
     for name in whole:
         torch.testing.assert_close(whole[name], sum(part[name] for part in parts) / 3, rtol=1e-4, atol=1e-6)
 
@@ -234,16 +238,24 @@ def test_epochs_end_when_the_kl_exceeds_its_bound():
     assert_same({n: v.detach() for n, v in bound.params.items()}, {n: v.detach() for n, v in one.params.items()})
 
 
+def test_the_outer_rate_shrinks_after_too_large_a_step_and_recovers():
+    agent = make_agent(outer_lr=0.05, epochs=3, max_kl=1e-3)
+    used = [agent.update(iteration(agent, seed=number))["train/outer_lr"] for number in range(2)]
+    assert used == pytest.approx([0.05, 0.05 / maml_ppo.LR_STEP])
+    calm = make_agent(outer_lr=0.05, epochs=1)
+    calm.load_state_dict(snapshot(agent))
+    used = [calm.update(iteration(calm, seed=number))["train/outer_lr"] for number in range(20)]
+    assert used == sorted(used) and used[0] < used[-1] == 0.05
+
+
 def test_two_inner_steps_are_differentiated_through_both():
     agent = make_agent(adaptation_steps=2)
     rollouts = iteration(agent)
     assert len(rollouts) == 3
-    metrics = agent.update(rollouts)
-    assert metrics["train/kl"] == pytest.approx(0, abs=1e-6)  # both steps were redone as they were
-    full = gradient(agent, rollouts)
-    other = [rollouts[0].map(torch.clone), rollouts[1].map(torch.clone), rollouts[2]]
-    other[0].rewards.mul_(-1.0)  # the first support rollout alone is told otherwise
-    assert not torch.allclose(gradient(agent, other)["policy.bias_2"], full["policy.bias_2"], atol=1e-4)
+    assert agent.update(rollouts)["train/kl"] == pytest.approx(0, abs=1e-6)  # both steps are redone as they were
+    other = replace(rollouts[0], rewards=-rollouts[0].rewards)  # the first support rollout alone is told otherwise
+    found, expected = (gradient([first, *rollouts[1:]], adaptation_steps=2) for first in (other, rollouts[0]))
+    assert not torch.allclose(found["bias_2"], expected["bias_2"], atol=1e-4)
 
 
 def test_updates_improve_adaptation():
@@ -332,13 +344,16 @@ def test_fitting_reduces_the_loss():
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_the_agent_fits_its_value_function_on_all_phases():
+def test_the_agent_fits_its_value_function_on_all_phases(monkeypatch):
     agent = make_agent(baseline="learned", value_lr=1e-2)
+    rollouts, sizes = iteration(agent), []
     before = snapshot(agent)
-    losses = [agent.update(iteration(agent, seed=number))["train/value_loss"] for number in range(15)]
-    assert losses[-1] < losses[0]
+    fit = LearnedValue.fit
+    monkeypatch.setattr(LearnedValue, "fit", lambda *a: sizes.append(int(a[3].sum())) or fit(*a))
+    assert "train/value_loss" in agent.update(rollouts)
+    assert sizes == [rollouts[0].env_steps + rollouts[1].env_steps]
     assert not torch.equal(snapshot(agent)["value.weight_0"], before["value.weight_0"])
-    assert "train/value_loss" not in make_agent().update(iteration(make_agent()))
+    assert "train/value_loss" not in make_agent().update(rollouts)
 
 
 # Saving
@@ -356,6 +371,19 @@ def test_training_goes_on_bit_for_bit_from_a_saved_state(settings):
         metrics = agent.update(iteration(agent, seed=number))
         assert restored.update(iteration(restored, seed=number)) == metrics
     assert_same(snapshot(restored), snapshot(agent), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("baseline", ["linear", "learned"])
+def test_a_fresh_state_forgets_the_optimiser(baseline):
+    """Loading a state from before the first update leaves no moments of Adam behind."""
+    settings = {"baseline": baseline, "epochs": 2}
+    used, fresh = make_agent(**settings), make_agent(**settings)
+    start = snapshot(used)
+    used.update(iteration(used))
+    used.load_state_dict(start)
+    rollouts = iteration(fresh)
+    assert used.update(rollouts) == fresh.update(rollouts)
+    assert_same(snapshot(used), snapshot(fresh), rtol=0, atol=0)
 
 
 def names(agent):

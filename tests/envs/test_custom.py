@@ -42,7 +42,9 @@ def seeds(count):
 
 def test_train_and_test_tasks_are_disjoint():
     tasks = custom("reacher", Countdown, num_train=3, num_test=2, horizon=7, seed=5)
-    assert tasks.train_tasks == [Task("reacher", "reacher", "train", "reacher", i, 5, {"horizon": 7}) for i in (0, 1, 2)]
+    assert tasks.train_tasks == [
+        Task("reacher", "reacher", "train", "reacher", i, 5, {"horizon": 7}) for i in (0, 1, 2)
+    ]
     assert tasks.test_tasks == [Task("reacher", "reacher", "test", "reacher", i, 5, {"horizon": 7}) for i in (3, 4)]
     goals = {tasks.make(task).unwrapped.goal for task in tasks.train_tasks + tasks.test_tasks}
     assert len(goals) == 5

@@ -72,7 +72,7 @@ def test_every_field_tells_tasks_apart(change):
     ],
 )
 def test_bad_json_is_named(text):
-    with pytest.raises(ValueError, match="not a task: .*Task.to_json"):
+    with pytest.raises(ValueError, match=r"not a task: .*Task\.to_json"):
         Task.from_json(text)
 
 
@@ -147,7 +147,9 @@ def rollout(valid, rewards, success):
 
 def test_returns_and_steps_by_hand():
     # 1 + 2 + 4 = 7; 3 with its padding left out, whatever it holds; dropped.
-    recorded = rollout([[1, 1, 1], [1, 0, 0], [0, 0, 0]], [[1.0, 2.0, 4.0], [3.0, 9.0, 9.0], [9.0] * 3], [[0.0] * 3] * 3)
+    recorded = rollout(
+        [[1, 1, 1], [1, 0, 0], [0, 0, 0]], [[1.0, 2.0, 4.0], [3.0, 9.0, 9.0], [9.0] * 3], [[0.0] * 3] * 3
+    )
     torch.testing.assert_close(recorded.episode_returns(), torch.tensor([[7.0, 3.0, float("nan")]]), equal_nan=True)
     assert recorded.env_steps == 4
 

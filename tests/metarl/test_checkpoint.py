@@ -1,0 +1,200 @@
+"""Checkpoints: what was saved comes back, or the one before it, and never code."""
+
+import hashlib
+import json
+import os
+import pickle
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from metarl import checkpoint
+from metarl.checkpoint import CorruptCheckpointError, Position, Spaces, load, load_latest, save
+
+SPACES = Spaces(3, (-1.0, -0.5), (1.0, 2.0))
+
+
+def state(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "weight": torch.randn(4, 3, generator=generator),
+        "count": torch.tensor(1e9 + seed, dtype=torch.float64),
+        "flags": torch.tensor([True, False]),
+        "steps": torch.tensor([seed], dtype=torch.int64),
+    }
+
+
+def saved(folder, *iterations, keep=5):
+    return [save(folder, state(i), Position(0, i, i, 100 * i), SPACES, keep) for i in iterations]
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    position = Position(stage=1, stage_iteration=2, iteration=7, env_steps=10**12)
+    path = save(folder, state(3), position, SPACES, keep=1)
+    found = load_latest(folder)
+    assert (found.path, found.position, found.spaces) == (path, position, SPACES)
+    assert path.name == "000007"
+    assert found.state.keys() == state(3).keys()
+    for name, value in state(3).items():
+        assert found.state[name].dtype == value.dtype and torch.equal(found.state[name], value)
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    shared = torch.arange(6.0)
+    save(tmp_path, {"all": shared, "part": shared[2:4], "again": shared}, Position(iteration=1), SPACES, 1)
+    found = load_latest(tmp_path).state
+    assert torch.equal(found["part"], torch.tensor([2.0, 3.0])) and torch.equal(found["again"], shared)
+
+
+def test_the_newest_by_number_is_loaded_and_the_oldest_are_removed(tmp_path):
+    saved(tmp_path, 2, 9, 10, 1_000_000, keep=3)
+    assert load_latest(tmp_path).position.iteration == 1_000_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000009", "000010", "1000000"]
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def rewrite(path, **changes):
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+DAMAGES = {
+    "a byte of the data flipped": (lambda path: flip(path / "agent.safetensors", -1), "hash"),
+    "a byte of the header flipped": (lambda path: flip(path / "agent.safetensors", 12), "hash"),
+    "truncated": (lambda path: os.truncate(path / "agent.safetensors", 40), "hash"),
+    "emptied": (lambda path: os.truncate(path / "agent.safetensors", 0), "hash"),
+    "without its data": (lambda path: (path / "agent.safetensors").unlink(), "agent.safetensors"),
+    "without a manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json"),
+    "with half a manifest": (lambda path: os.truncate(path / "manifest.json", 30), "000002"),
+    "with a manifest of another kind": (lambda path: (path / "manifest.json").write_text("[1]"), "000002"),
+    "with a manifest of bytes": (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe\x00"), "000002"),
+    "of a newer format": (lambda path: rewrite(path, format=99), "format 99; this metarl reads format 1"),
+    "without a position": (lambda path: rewrite(path, position={"stage": "?", "colour": 1}), "colour"),
+    "with a changed position": (
+        lambda path: rewrite(path, position=asdict(Position(0, 2, 2, 999_999))),
+        "manifest.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage):
+    first, second = saved(tmp_path, 1, 2)
+    harm, reason = DAMAGES[damage]
+    harm(second)
+    with pytest.raises(CorruptCheckpointError) as error:
+        load(second)
+    assert str(second) in str(error.value) and reason in str(error.value)
+    found = load_latest(tmp_path)
+    assert found.path == first and torch.equal(found.state["weight"], state(1)["weight"])
+
+
+def test_every_rejected_checkpoint_is_named(tmp_path):
+    first, second = saved(tmp_path, 1, 2)
+    flip(first / "agent.safetensors", -1)
+    (second / "manifest.json").unlink()
+    with pytest.raises(CorruptCheckpointError) as error:
+        load_latest(tmp_path)
+    assert str(first) in str(error.value) and str(second) in str(error.value)
+
+
+def test_nothing_saved(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(CorruptCheckpointError, match=f"no checkpoint in {folder}"):
+            load_latest(folder)
+
+
+def fail_at(monkeypatch, target, name, call):
+    """Have the call number `call` of `target.name` find the disk full."""
+    original, calls = getattr(target, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            raise OSError(28, "No space left on device")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(target, name, failing)
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_failure_while_writing_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch, call):
+    saved(tmp_path, 1)
+    fail_at(monkeypatch, os, "fsync", call)  # of the data, of the manifest
+    with pytest.raises(OSError, match="No space left"):
+        saved(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["000001"]
+    assert torch.equal(load_latest(tmp_path).state["weight"], state(1)["weight"])
+
+
+def test_a_failure_while_saving_an_iteration_again_leaves_it_loadable(tmp_path, monkeypatch):
+    """The last checkpoint of a run is often that of an iteration which has one already."""
+    saved(tmp_path, 1)
+    fail_at(monkeypatch, type(tmp_path), "rename", 1)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, state(5), Position(1, 0, 1, 100), SPACES, 5)
+    assert load_latest(tmp_path).position.iteration == 1
+
+
+def test_saving_an_iteration_again_replaces_it(tmp_path):
+    saved(tmp_path, 1)
+    save(tmp_path, state(5), Position(1, 0, 1, 100), SPACES, 5)
+    found = load_latest(tmp_path)
+    assert found.position.stage == 1 and torch.equal(found.state["weight"], state(5)["weight"])
+
+
+def test_what_a_killed_process_left_behind_does_no_harm(tmp_path):
+    (tmp_path / ".000009.123.tmp").mkdir(parents=True)
+    (tmp_path / ".000009.123.tmp" / "agent.safetensors").write_bytes(b"half")
+    (tmp_path / "notes").mkdir()
+    saved(tmp_path, 1)
+    assert load_latest(tmp_path).position.iteration == 1
+
+
+class _Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_renamed_pickle_is_rejected_and_not_executed(tmp_path):
+    (path,) = saved(tmp_path / "checkpoints", 1)
+    marker = tmp_path / "executed"
+    for data in (pickle.dumps(_Evil(marker)), pickle.dumps({"weight": _Evil(marker)}, protocol=0)):
+        (path / "agent.safetensors").write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()  # the hash is right: it is the format that is refused
+        rewrite(path, files={"agent.safetensors": {"sha256": digest, "bytes": len(data)}})
+        with pytest.raises(CorruptCheckpointError, match="Safetensor"):
+            load(path)
+        assert not marker.exists()
+    pickle.loads(data)
+    assert marker.exists()  # it would have done its work
+
+
+def test_a_manifest_points_nowhere_else(tmp_path):
+    """Only the one file beside the manifest is read, whatever names the manifest lists."""
+    (path,) = saved(tmp_path / "checkpoints", 1)
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"x")
+    digest = hashlib.sha256(b"x").hexdigest()
+    rewrite(path, files={"../../secret": {"sha256": digest, "bytes": 1}, str(secret): {"sha256": digest, "bytes": 1}})
+    with pytest.raises(CorruptCheckpointError, match=r"agent\.safetensors"):
+        load(path)
+
+
+def test_the_manifest_records_versions_and_position(tmp_path):
+    """Libraries' versions are recorded for whoever has to find out why a run does not go on alike."""
+    (path,) = saved(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["format"] == checkpoint.FORMAT
+    assert manifest["versions"]["torch"] and manifest["versions"]["metarl"]
+    assert manifest["position"] == asdict(Position(0, 1, 1, 100))
