@@ -73,8 +73,7 @@ class LearnedValue:
 
     @torch.no_grad()
     def values(self, rollout: Rollout, observations: Tensor, next_observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Return V before and after each step; a termination is followed by 0, a truncation by V of the last
-        observation.
+        """Return V before and after each step, both `[M, N, T]`; 0 after a termination only.
 
         Args:
             rollout: complete episodes.

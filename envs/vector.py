@@ -45,7 +45,7 @@ def make_envs(distribution: TaskDistribution, max_envs: int, num_workers: int) -
     return WorkerEnvs(distribution, max_envs, min(num_workers, max_envs))
 
 
-def spaces(distribution: TaskDistribution) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
+def env_spaces(distribution: TaskDistribution) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
     """Return the observation and action space; raises ValueError for any but flat boxes with bounded actions."""
     env = distribution.make(distribution.train_tasks[0])
     observation_space, action_space = env.observation_space, env.action_space
@@ -167,7 +167,7 @@ class SerialEnvs:
 
     def __init__(self, distribution: TaskDistribution, max_envs: int) -> None:
         self.max_envs = max_envs
-        self.observation_space, self.action_space = spaces(distribution)
+        self.observation_space, self.action_space = env_spaces(distribution)
         shapes = _Buffers.shapes(max_envs, self.observation_space.shape[0], self.action_space.shape[0])
         self._buffers = _Buffers(**{name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()})
         self._slots = _Slots(distribution, max(max_envs, MIN_POOL))
@@ -208,7 +208,7 @@ class WorkerEnvs:
 
     def __init__(self, distribution: TaskDistribution, max_envs: int, num_workers: int) -> None:
         self.max_envs = max_envs
-        self.observation_space, self.action_space = spaces(distribution)
+        self.observation_space, self.action_space = env_spaces(distribution)
         shapes = _Buffers.shapes(max_envs, self.observation_space.shape[0], self.action_space.shape[0])
         context = multiprocessing.get_context("spawn")
         memory = {

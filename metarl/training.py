@@ -27,14 +27,14 @@ from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, Spac
 from metarl.config import RunConfig, StageConfig, dump_config, explain_validation, load_config
 from metarl.envs import FAMILIES
 from metarl.envs.manager import EnvManager
-from metarl.envs.vector import make_envs
+from metarl.envs.vector import env_spaces, make_envs
 from metarl.errors import UserError
 from metarl.evaluation import Report, evaluate_agent, held_out_metrics, select_tasks
-from metarl.policy import Policy, build_agent
+from metarl.policy import Policy, build_agent, restore
 from metarl.sampling import adapt_and_collect
 from metarl.seeding import Purpose, seeds
 from metarl.tracking import Tracker
-from metarl.types import Agent, BatchEnv, Rollout, TaskDistribution
+from metarl.types import BatchEnv, Rollout, TaskDistribution
 
 Progress = Callable[[Position, Mapping[str, float]], None]
 """Told of every iteration and every evaluation, with the metrics that were tracked."""
@@ -106,62 +106,56 @@ def train(
         time.monotonic() + 60.0 * max_minutes if max_minutes is not None else float("inf"),
         should_stop,
     )
+    spaces = [_spaces(distribution) for distribution in distributions]
+    if len(set(spaces)) > 1:
+        raise UserError(
+            f"all stages need the same observation and action space; they have {', '.join(map(str, spaces))}"
+        )
     checkpoint = open_run_dir(run_dir, config, resume=resume, overwrite=overwrite)
-    return _Trainer(config, distributions, device, run_dir, checkpoint, limits, progress).run()
+    if checkpoint:
+        policy, position = restore(config, checkpoint, device), checkpoint.position
+    else:
+        agent = build_agent(config, spaces[0], device)
+        policy, position = Policy(config, agent, spaces[0], 0, agent.initial_state(1)), Position()
+    return _Trainer(config, distributions, policy, position, run_dir, limits, progress).run()
+
+
+def _spaces(distribution: TaskDistribution) -> Spaces:
+    observation_space, action_space = env_spaces(distribution)
+    low, high = (tuple(float(bound) for bound in bounds) for bounds in (action_space.low, action_space.high))
+    return Spaces(observation_space.shape[0], low, high)
 
 
 class _Trainer:
     """The state of one run: the agent, its position, and where results go."""
 
-    agent: Agent
-    spaces: Spaces
-
     def __init__(
         self,
         config: RunConfig,
         distributions: Sequence[TaskDistribution],
-        device: torch.device,
+        policy: Policy,
+        position: Position,
         run_dir: Path,
-        checkpoint: Checkpoint | None,
         limits: Limits,
         progress: Progress,
     ) -> None:
-        self.config, self.distributions, self.device, self.run_dir = config, distributions, device, run_dir
-        self.checkpoint, self.limits, self.progress = checkpoint, limits, progress
-        self.position = checkpoint.position if checkpoint else Position()
+        self.config, self.distributions, self.run_dir = config, distributions, run_dir
+        self.agent, self.spaces, self.position = policy.agent, policy.spaces, position
+        self.limits, self.progress = limits, progress
         self.report: Report | None = None
 
     def run(self) -> Run:
         config, stages = self.config, self.config.stages
         with Tracker(self.run_dir, dump_config(config), flatten(config.model_dump()), self.position) as self.tracker:
-            for stage in range(min(self.position.stage, len(stages) - 1), len(stages)):
+            for stage in range(self.position.stage, len(stages)):
                 envs = make_envs(self.distributions[stage], max_envs(config, stage), num_workers(config))
                 try:
-                    self._ensure_agent(envs)
                     if not self._run_stage(stage, envs):
                         break
                 finally:
                     envs.close()
         policy = Policy(config, self.agent, self.spaces, self.position.env_steps, self.agent.initial_state(1))
         return Run(self.run_dir, policy, self.report, finished=self.position.stage == len(stages))
-
-    def _ensure_agent(self, envs: BatchEnv) -> None:
-        """Build the agent for the first stage's spaces, or take it from the checkpoint; later stages must fit them."""
-        action_space = envs.action_space
-        spaces = Spaces(
-            envs.observation_space.shape[0],
-            tuple(float(bound) for bound in action_space.low),
-            tuple(float(bound) for bound in action_space.high),
-        )
-        if not hasattr(self, "agent"):
-            self.spaces = self.checkpoint.spaces if self.checkpoint else spaces
-            self.agent = build_agent(self.config, self.spaces, self.device)
-            if self.checkpoint:
-                self.agent.load_state_dict(self.checkpoint.state)
-        if spaces != self.spaces:
-            raise UserError(
-                f"the stage has {spaces}, the agent was built for {self.spaces}; all stages need the same spaces"
-            )
 
     def _run_stage(self, stage: int, envs: BatchEnv) -> bool:
         """Train to the end of a stage; returns whether it was reached."""
@@ -313,10 +307,11 @@ def open_run_dir(run_dir: Path, config: RunConfig, *, resume: bool, overwrite: b
         if not config_file.is_file():
             raise UserError(f"{run_dir} holds no run to resume; leave out --resume to start one")
         written = load_config(config_file)
-        if comparable(written) != comparable(config):
-            differing = [key for key, value in comparable(config).items() if comparable(written).get(key) != value]
+        before, now = comparable(written), comparable(config)
+        differing = [key for key in before | now if before.get(key) != now.get(key)]
+        if differing:
             raise UserError(
-                f"{run_dir} was trained with another config ({', '.join(differing)} differ); resume with the same"
+                f"{run_dir} was trained with other settings of {', '.join(differing)}; resume with the same"
             )
         try:
             return load_latest(run_dir / "checkpoints")

@@ -259,7 +259,7 @@ def test_two_inner_steps_are_differentiated_through_both():
 
 
 def test_updates_improve_adaptation():
-    """Task i wants the action (0.3 i, −0.3 i): 40 updates raise the return after adaptation; the same rate untrained does not."""
+    """Task i wants the action (0.3 i, −0.3 i): 40 updates raise the return after adaptation."""
     agent = make_agent(outer_lr=0.02, epochs=3, inner_lr=0.1, max_kl=0.1)
     shape = {"rollouts": 10, "steps": 5}
     before = iteration(agent, seed=1, **shape)[-1].episode_returns().mean()

@@ -64,14 +64,14 @@ def test_the_reward_is_about_the_goal_of_the_task(name):
 
 
 def test_semicircle_pays_one_within_its_radius(goals_at):
-    goals_at((0.0, 0.49), (0.0, 0.51))
+    goals_at((0.0, 0.499), (0.0, 0.501))
     batch = batch_of(tasks_of("semicircle").train_tasks[:2])
     rewards = []
     for _ in range(4):
         step = batch.step(np.array([[0.0, 1.0], [0.0, 1.0]]), np.ones(2, dtype=bool))
         np.testing.assert_array_equal(step.success, step.rewards)
         rewards.append(step.rewards.tolist())
-    # y = 0.1, 0.2, 0.3, 0.4. Distances to 0.49: 0.39, 0.29, 0.19, 0.09; to 0.51: 0.41, 0.31, 0.21, 0.11. Radius 0.2.
+    # y = 0.1, 0.2, 0.3, 0.4. Radius 0.2: 0.499 − 0.3 = 0.199 is within it, 0.501 − 0.3 = 0.201 is not.
     assert rewards == [[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from metarl.envs import distribution, vector
 from metarl.envs.navigation import NavigationBatch
-from metarl.envs.vector import SerialEnvs, WorkerEnvs, make_envs, spaces
+from metarl.envs.vector import SerialEnvs, WorkerEnvs, env_spaces, make_envs
 from metarl.types import Task
 
 INSTANCE, GOAL, ELAPSED = range(3)  # what a toy observes
@@ -351,12 +351,12 @@ BOX = gymnasium.spaces.Box(-1.0, 1.0, (2,))
 )
 def test_spaces_that_cannot_be_used_are_refused(observation_space, action_space, message):
     with pytest.raises(ValueError, match=message):
-        spaces(Spaces(observation_space, action_space))
+        env_spaces(Spaces(observation_space, action_space))
 
 
 def test_spaces_are_those_of_the_environment():
     free = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float64)
-    assert spaces(Spaces(free, BOX)) == (free, BOX)
+    assert env_spaces(Spaces(free, BOX)) == (free, BOX)
 
 
 @pytest.mark.xfail(reason="assign leaves an environment both in use and idle when building another one raises")

@@ -77,8 +77,8 @@ DAMAGES = {
     "with a manifest of bytes": (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe\x00"), "000002"),
     "of a newer format": (lambda path: rewrite(path, format=99), "format 99; this metarl reads format 1"),
     "without a position": (lambda path: rewrite(path, position={"stage": "?", "colour": 1}), "colour"),
-    "with a changed position": (
-        lambda path: rewrite(path, position=asdict(Position(0, 2, 2, 999_999))),
+    "a byte of the manifest flipped": (
+        lambda path: flip(path / "manifest.json", (path / "manifest.json").read_bytes().index(b"200")),  # env_steps
         "manifest.json",
     ),
 }

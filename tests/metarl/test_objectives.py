@@ -57,7 +57,8 @@ def test_every_loss_is_a_mean_over_its_own_samples():
     generator = torch.Generator().manual_seed(0)
     log_probs, old, advantages = (torch.randn(4, generator=generator, dtype=torch.float64) for _ in range(3))
     data = (log_probs, old, advantages, torch.ones(4, dtype=torch.float64))
-    padded = [torch.cat([part, torch.full((3,), fill, dtype=torch.float64)]) for part, fill in zip(data, (9, -9, 9, 0))]
+    filling = zip(data, (9.0, -9.0, 9.0, 0.0), strict=True)
+    padded = [torch.cat([part, torch.full((3,), fill, dtype=torch.float64)]) for part, fill in filling]
     stacked = [torch.stack([part, torch.randn(7, generator=generator, dtype=torch.float64)]) for part in padded]
     stacked[3][1] = 1.0
     for alone, with_padding, among_tasks in zip(losses(*data), losses(*padded), losses(*stacked), strict=True):

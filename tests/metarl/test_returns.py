@@ -72,7 +72,7 @@ def episodes():
 
 
 def test_lambda_0_gives_temporal_differences(episodes):
-    rewards, values, next_values, terminated, truncated = episodes
+    rewards, values, next_values, *_ = episodes
     expected = rewards + 0.9 * next_values - values
     expected[3] = rewards[3] - values[3]
     torch.testing.assert_close(gae(*episodes, 0.9, 0.0), expected)

@@ -1,5 +1,7 @@
 """collect() with a scripted agent on environments whose every number is known."""
 
+import dataclasses
+
 import gymnasium
 import numpy as np
 import pytest
@@ -147,6 +149,15 @@ def test_an_environment_that_forgets_its_horizon_is_truncated_there():
     rollout = collect(SerialEnvs(tasks, 2), Scripted(), 0.0, train, 1, np.random.SeedSequence(0))
     assert rollout.terminated[:, 0].tolist() == [[0, 0, 0, 0, 1], [0] * 5]
     assert rollout.truncated[:, 0].tolist() == [[0] * 5, [0, 0, 0, 0, 1]]
+
+
+def test_an_episode_stops_at_the_horizon_of_its_own_task():
+    tasks, train = lines(1)
+    mixed = [train[0], dataclasses.replace(train[0], options={"horizon": 3})]
+    rollout = collect(SerialEnvs(tasks, 4), Scripted(), 0.0, mixed, 2, np.random.SeedSequence(0))
+    for n in (0, 1):
+        assert rollout.valid[:, n].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+        assert rollout.truncated[:, n].tolist() == [[0, 0, 0, 0, 1], [0, 0, 1, 0, 0]]
 
 
 def test_a_rollout_is_as_long_as_its_longest_episode():

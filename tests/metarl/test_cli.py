@@ -1,0 +1,384 @@
+"""The command line: exit statuses, messages of one line, and every verb on small runs."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from metarl.checkpoint import load_latest
+from metarl.cli import main
+from metarl.config import embedded_configs, load_config
+from metarl.errors import UserError
+from metarl.tracking import read_metrics
+
+SMALL = [
+    "--num-tasks",
+    "2",
+    "--rollouts-per-task",
+    "1",
+    "--num-workers",
+    "0",
+    "--device",
+    "cpu",
+    "--agent.hidden-sizes",
+    "[8]",
+    "--agent.epochs",
+    "1",
+    "--stages.0.tasks.horizon",
+    "5",
+    "--stages.0.iterations",
+    "1",
+    "--evaluation.num-tasks",
+    "1",
+]
+
+
+@pytest.fixture
+def metarl(capsys):
+    """Run a command: exit status, stdout, stderr."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as error:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return error.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def mistake(metarl):
+    """Run a command that must be refused: its one line."""
+
+    def run(*arguments):
+        status, out, err = metarl(*arguments)
+        assert status == 2, (out, err)
+        assert out == "" and err.startswith("metarl: ") and len(err.splitlines()) == 1 and "Traceback" not in err
+        return err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small run."""
+    run_dir = tmp_path_factory.mktemp("runs") / "small"
+    with pytest.raises(SystemExit) as error:
+        main(["train", "navigation_maml_ppo", "--run-dir", str(run_dir), *SMALL])
+    assert error.value.code == 0
+    return run_dir
+
+
+# Words that are not understood
+
+
+def test_no_arguments_show_help(metarl):
+    status, out, err = metarl()
+    assert status == 2 and err == ""
+    for verb in ("train", "evaluate", "inspect", "list", "doctor"):
+        assert f"\n  {verb} " in out
+    assert metarl("--help") == (0, out, "")
+
+
+def test_unknown_words_are_answered_with_the_nearest(mistake, tmp_path):
+    assert "did you mean 'train'?" in mistake("trian", "quickstart")
+    assert "train, evaluate, inspect, list, doctor" in mistake("xyzzy")
+    assert "did you mean 'quickstart'?" in mistake("train", "quickstrat")
+    misspelt = mistake("train", "quickstart", "--agent.inner-lrr", "0.1", "--run-dir", tmp_path / "run")
+    assert misspelt == "metarl: --agent.inner-lrr: unknown setting; did you mean --agent.inner-lr?\n"
+    assert not (tmp_path / "run").exists()
+    assert "name a config" in mistake("train")
+    assert "--nonsense" in mistake("evaluate", "somewhere", "--nonsense")
+    assert "metarl evaluate --help" in mistake("evaluate")
+    assert "envs" in mistake("list", "everything")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--num-tasks 0", "--num-tasks: got 0"),
+        ("--agent.outer-lr -1", "--agent.outer-lr: got -1"),
+        ("--agent.gamma 1.5", "--agent.gamma: got 1.5"),
+        ("--seed", "--seed has no value"),
+        ("--run-dir", "--run-dir"),
+        ("--max-iterations 0", "--max-iterations is 0; expected more than 0"),
+        ("--max-iterations some", "--max-iterations"),
+        ("--max-minutes nan", "--max-minutes is nan"),
+        ("--resume --overwrite", "--resume and --overwrite exclude each other"),
+        ("--resume --run-dir /nowhere/at/all", "/nowhere/at/all holds no run to resume"),
+        ("--stages.0.tasks.name reach-v9", "did you mean 'reach-v3'?"),
+        ("stray", "unexpected argument 'stray'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(mistake, tmp_path, monkeypatch, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    assert expected in mistake("train", "quickstart", *flags.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(mistake, trained, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = ["train", "navigation_maml_ppo", *SMALL, "--device", "cuda", "--run-dir", run_dir]
+    assert "--device cpu or auto" in mistake(*arguments)
+    assert not run_dir.exists()
+    assert "--device cpu or auto" in mistake("evaluate", trained, "--device", "cuda")
+
+
+def test_debug_shows_where(capsys):
+    with pytest.raises(UserError, match="did you mean"):
+        main(["train", "quickstrat", "--debug"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_failure_that_is_not_the_users_has_status_1(metarl, monkeypatch, tmp_path):
+    def broken(*args, **kwargs):
+        raise RuntimeError("the first line\nand a second")
+
+    monkeypatch.setattr("metarl.training.train", broken)
+    status, _, err = metarl("train", "navigation_maml_ppo", *SMALL, "--run-dir", tmp_path)
+    assert (status, err) == (1, "metarl: RuntimeError: the first line (--debug shows where)\n")
+    with pytest.raises(RuntimeError, match="second"):
+        main(["train", "navigation_maml_ppo", *SMALL, "--run-dir", str(tmp_path), "--debug"])
+
+
+# train
+
+
+@pytest.mark.parametrize("name", embedded_configs())
+def test_every_embedded_config_trains(metarl, tmp_path, name):
+    run_dir = tmp_path / name
+    status, out, err = metarl("train", name, *SMALL, "--max-iterations", 1, "--run-dir", run_dir)
+    assert status == 0, err
+    assert "finished: " in out and str(run_dir) in out
+    first, evaluation = read_metrics(run_dir)
+    assert first["env_steps"] == 2 * 1 * 5 * (load_config(name).agent.adaptation_steps + 1)
+    assert "meta_train/return_post" in first and "meta_test/return_post" in evaluation
+    assert load_latest(run_dir / "checkpoints").position.iteration == 1
+
+
+def test_flags_reach_the_run(metarl, tmp_path):
+    flags = [
+        "--num-workers",
+        "1",
+        "--seed=5",
+        "--agent.inner-lr",
+        "0.25",
+        "--agent.hidden-sizes",
+        "6",
+        "4",
+        "--max-minutes",
+        "5",
+    ]
+    status, _, err = metarl("train", "navigation_maml_ppo", *SMALL, *flags, "--run-dir", tmp_path)
+    assert status == 0, err
+    config = load_config(tmp_path / "config.yaml")
+    assert (config.num_workers, config.seed, config.agent.inner_lr) == (1, 5, 0.25)
+    assert config.agent.hidden_sizes == (6, 4) and config.stages[0].tasks.horizon == 5
+
+
+def test_a_run_goes_to_runs_by_the_name_of_its_config(metarl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("stages: [{tasks: {family: navigation}}]")
+    assert metarl("train", "mine.yaml", *SMALL)[0] == 0
+    assert (tmp_path / "runs" / "mine" / "metrics.jsonl").is_file()
+
+
+def test_stopping_and_going_on(metarl, mistake, tmp_path):
+    arguments = ["train", "navigation_maml_ppo", *SMALL, "--stages.0.iterations", 3, "--run-dir", tmp_path / "run"]
+    status, out, _ = metarl(*arguments, "--max-iterations", 2)
+    assert status == 0 and "stopped; go on with --resume" in out
+    refused = mistake(*arguments)
+    assert "already holds a run" in refused and "--resume" in refused and "--overwrite" in refused
+    assert "agent.gamma" in mistake(*arguments, "--resume", "--agent.gamma", "0.5")
+    status, out, _ = metarl(*arguments, "--resume")
+    assert status == 0 and "finished" in out
+    assert [line["iteration"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 3]
+    assert metarl(*arguments, "--overwrite", "--max-iterations", 1)[0] == 0
+    assert [line["iteration"] for line in read_metrics(tmp_path / "run")] == [1]
+
+
+def test_a_directory_that_cannot_be_written(mistake, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused = mistake("train", "navigation_maml_ppo", *SMALL, "--run-dir", tmp_path / "file" / "run")
+    assert "cannot write to" in refused and "--run-dir" in refused
+
+
+@pytest.mark.parametrize("name", [[], ["navigation_maml_ppo"]])
+def test_help_shows_settings_with_their_defaults(metarl, name):
+    status, out, _ = metarl("train", *name, "--help")
+    assert status == 0
+    for flag in ("--run-dir", "--resume", "--overwrite", "--max-iterations", "--seed", "--agent.inner-lr"):
+        assert flag in out
+    for flag in ("--num-workers", "--stages.0.iterations", "--evaluation.num-tasks", "--agent.adaptation-steps"):
+        assert flag in out
+    assert "the root of all randomness" in out
+    iterations = load_config(*(name or ["quickstart"])).stages[0].iterations
+    assert str(iterations) in out.partition("--stages.0.iterations")[2][:200]
+
+
+# The other verbs
+
+
+def test_evaluate_writes_the_report_and_shows_it(metarl, trained, tmp_path):
+    path = tmp_path / "below" / "report.json"
+    arguments = ["evaluate", trained, "--num-tasks", 3, "--adaptation-steps", 2, "--num-workers", 0, "--json", path]
+    status, out, err = metarl(*arguments)
+    assert status == 0, err
+    report = json.loads(path.read_text())
+    assert report.keys() >= {
+        *("protocol", "split", "held_out", "env_steps", "seed", "adaptation_steps", "rollouts_per_task"),
+        *("tasks", "aggregate", "per_class"),
+    }
+    assert len(report["tasks"]) == 3
+    for row in report["tasks"]:
+        assert len(row["returns"]) == len(row["success"]) == 3
+    assert len(report["aggregate"]["success_post"]["ci95"]) == 2
+    for text in ("3 held-out tasks", "before adaptation", "after 2 step(s)", "gain", "untrained, after", str(path)):
+        assert text in out
+    mean = report["aggregate"]["return_pre"]["mean"]
+    assert f"{mean:.1f} [" in out
+    again = tmp_path / "again.json"
+    metarl(*arguments[:-1], again)
+    assert again.read_text() == path.read_text()
+
+
+def test_evaluate_on_other_tasks(metarl, mistake, trained):
+    small = ["--num-tasks", 2, "--rollouts-per-task", 1, "--num-workers", 0]
+    status, out, _ = metarl("evaluate", trained, "--split", "train", *small)
+    assert status == 0 and "train tasks (NOT held out)" in out
+    assert json.loads((trained / "evaluation" / "train.json").read_text())["held_out"] is False
+    status, out, _ = metarl("evaluate", trained, "--tasks", "semicircle", *small)
+    report = json.loads((trained / "evaluation" / "semicircle_test.json").read_text())
+    assert status == 0 and {row["name"] for row in report["tasks"]} == {"semicircle"}
+    assert "did you mean 'semicircle'?" in mistake("evaluate", trained, "--tasks", "semicircel")
+    assert "report " in metarl("inspect", trained)[1]
+
+
+def test_evaluate_on_tasks_of_other_spaces_is_refused(mistake, trained):
+    refused = mistake("evaluate", trained, "--tasks", "HalfCheetahVel", "--num-tasks", 1, "--num-workers", 0)
+    assert "17" in refused and "2" in refused
+
+
+@pytest.mark.parametrize("flags", ["--seed -1", "--num-workers -1", "--num-tasks 0", "--num-tasks x", "--split both"])
+def test_evaluate_refuses_numbers_out_of_range(mistake, trained, flags):
+    assert flags.split()[0] in mistake("evaluate", trained, *flags.split())
+
+
+def test_what_is_no_run_is_refused(mistake, tmp_path):
+    for verb in ("evaluate", "inspect"):
+        assert "holds no run" in mistake(verb, tmp_path)
+        assert "holds no run" in mistake(verb, tmp_path / "missing")
+
+
+@pytest.fixture
+def two_checkpoints(metarl, tmp_path):
+    flags = ["--stages.0.iterations", "3", "--checkpoint-every-iterations", "1"]
+    arguments = ["train", "navigation_maml_ppo", *SMALL, *flags, "--run-dir", tmp_path / "run"]
+    assert metarl(*arguments, "--max-iterations", 2)[0] == 0
+    return arguments, tmp_path / "run" / "checkpoints"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(metarl, two_checkpoints):
+    arguments, checkpoints = two_checkpoints
+    (checkpoints / "000002" / "agent.safetensors").write_bytes(b"text")
+    status, out, err = metarl("inspect", checkpoints.parent)
+    assert status == 0 and "20 env steps" in out
+    assert "000002" in out + err  # never silently
+    status, out, err = metarl(*arguments, "--resume")
+    assert status == 0 and [line["iteration"] for line in read_metrics(checkpoints.parent)] == [1, 2, 3, 3]
+    assert "000002" in out + err
+
+
+def test_a_run_without_a_valid_checkpoint_is_refused_with_reasons(mistake, two_checkpoints):
+    arguments, checkpoints = two_checkpoints
+    for path in checkpoints.glob("*/agent.safetensors"):
+        path.write_bytes(b"")
+    for refused in (mistake("inspect", checkpoints.parent), mistake(*arguments, "--resume")):
+        assert "000001" in refused and "000002" in refused and "hash" in refused
+
+
+def test_inspect_shows_what_a_run_holds(metarl, trained):
+    status, out, _ = metarl("inspect", trained)
+    assert status == 0
+    for text in ("maml_ppo, K = 1", "observations 2, actions 2", "1 iterations", "20 env steps", "return_post"):
+        assert text in out
+
+
+def test_list_shows_names_with_their_purpose(metarl):
+    for what, names in (
+        ("configs", embedded_configs()),
+        ("agents", ["maml_ppo"]),
+        ("envs", ["ML10", "ML45", "reach-v3", "HalfCheetahVel", "goals"]),
+    ):
+        status, out, _ = metarl("list", what)
+        words = [line.split(maxsplit=1) for line in out.splitlines()]
+        assert status == 0 and {word[0] for word in words} >= set(names)
+        assert all(len(word) == 2 for word in words)
+
+
+def test_doctor_looks_at_every_library_and_family(metarl, monkeypatch):
+    status, out, _ = metarl("doctor")
+    assert status == 0 and "BAD" not in out
+    for name in ("python", "torch", "gpu", "navigation", "mujoco", "metaworld"):
+        assert f"ok  {name} " in out
+    monkeypatch.setattr("metarl.doctor._steps_per_second", lambda family, options: 1 / 0)
+    status, out, _ = metarl("doctor")
+    assert status == 1 and "BAD mujoco              ZeroDivisionError" in out
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "inspect", "list", "doctor"])
+def test_every_verb_has_help(metarl, verb):
+    status, out, _ = metarl(verb, "--help")
+    assert status == 0 and f"usage: metarl {verb}" in out
+
+
+# As a process of its own
+
+COMMAND = [sys.executable, "-c", "from metarl.cli import main; main()"]
+
+
+def test_a_mistake_as_a_process():
+    done = subprocess.run([*COMMAND, "train", "quickstart", "--sede", "1"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "metarl: --sede: unknown setting; did you mean --seed?\n"
+
+
+def test_output_that_nobody_reads_is_no_traceback():
+    with subprocess.Popen([*COMMAND, "list", "envs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+        assert process.wait(timeout=60) in (0, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_resume_goes_on_as_if_nothing_had_been(metarl, tmp_path, number, status):
+    def arguments(name):
+        flags = ["--stages.0.iterations", "100000", "--run-dir", str(tmp_path / name)]
+        return ["train", "navigation_maml_ppo", *SMALL, *flags]
+
+    stopped = tmp_path / "stopped"
+    process = subprocess.Popen(
+        [*COMMAND, *arguments("stopped")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while len(read_metrics(stopped)) < 2:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == status and "saving after this iteration" in err and "Traceback" not in err
+    done = load_latest(stopped / "checkpoints").position.iteration
+    assert done >= 2 and read_metrics(stopped)[-1]["iteration"] == done
+    assert metarl(*arguments("stopped"), "--resume", "--max-iterations", done + 2)[0] == 0
+    assert metarl(*arguments("whole"), "--max-iterations", done + 2)[0] == 0
+    assert [line["iteration"] for line in read_metrics(stopped)] == list(range(1, done + 3))
+    ours, theirs = (load_latest(tmp_path / name / "checkpoints").state for name in ("stopped", "whole"))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
