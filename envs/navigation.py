@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
-from metarl.errors import STRICT
+from metarl.errors import STRICT, unknown_name
 from metarl.types import BoolArray, FloatArray, Step, Task
 
 Name = Literal["goals", "semicircle", "cued_wedges", "rotated_wedges", "rotated_cued_wedges"]
@@ -48,12 +48,26 @@ class NavigationConfig(BaseModel):
     name: Name = "goals"
     """Which distribution of goals."""
     horizon: int | None = Field(None, ge=1, description="steps an episode; none: that of the distribution")
-    wedges: tuple[int, ...] = Field(
-        (0, 1, 2, 3), description="which wedge families take part (wedge distributions only)"
+    wedges: tuple[Literal[0, 1, 2, 3], ...] = Field(
+        (0, 1, 2, 3), min_length=1, description="which wedge families take part (wedge distributions only)"
     )
     num_train: int = Field(1000, ge=1, description="training goals")
     num_test: int = Field(100, ge=1, description="held-out goals")
     seed: int = Field(0, ge=0, description="seed of the goals")
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _known(cls, name: object) -> object:
+        if isinstance(name, str) and name not in get_args(Name):
+            raise unknown_name("navigation distribution", name, get_args(Name), "metarl list envs")
+        return name
+
+    @field_validator("wedges")
+    @classmethod
+    def _once(cls, wedges: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(wedges)) < len(wedges):
+            raise ValueError(f"wedges {wedges} name a family twice; each counts once")
+        return wedges
 
 
 class _Variant(NamedTuple):

@@ -113,8 +113,14 @@ class _Slots:
         """Have one environment for each task."""
         if [task for task, _ in self._used] == list(tasks):
             return
-        self._idle += self._used
-        self._used = [(task, self._take(task)) for task in tasks]
+        for task, env in self._used:
+            if hasattr(env.unwrapped, "set_task"):
+                self._idle.append((task, env))
+            else:
+                env.close()
+        self._used = []
+        for task in tasks:
+            self._used.append((task, self._take(task)))
         surplus = max(0, len(self._used) + len(self._idle) - self._pool_size)
         for _, env in self._idle[:surplus]:
             env.close()
@@ -123,11 +129,9 @@ class _Slots:
     def _take(self, task: Task) -> gymnasium.Env[Any, Any]:
         kind = (task.family, task.benchmark, task.name, task.options)
         for i, (other, env) in enumerate(self._idle):
-            if (other.family, other.benchmark, other.name, other.options) == kind and hasattr(
-                env.unwrapped, "set_task"
-            ):
+            if (other.family, other.benchmark, other.name, other.options) == kind:
                 del self._idle[i]
-                env.unwrapped.set_task(task)
+                env.unwrapped.set_task(task)  # type: ignore[attr-defined]
                 return env
         return self._distribution.make(task)
 
@@ -229,18 +233,14 @@ class WorkerEnvs:
 
     def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
         """See `BatchEnv.reset`."""
-        for (connection, _), part in zip(self._workers, self._parts(len(tasks)), strict=True):
-            connection.send_bytes(_RESET)
-            connection.send((part.start, tasks[part], seeds[part]))
-        self._wait()
+        parts = self._parts(len(tasks))
+        self._ask(_RESET, [(part.start, tasks[part], seeds[part]) for part in parts])
         return self._buffers.observations[: len(tasks)]
 
     def step(self, actions: FloatArray, active: BoolArray) -> Step:
         """See `BatchEnv.step`."""
         self._buffers.actions[: len(actions)], self._buffers.active[: len(actions)] = actions, active
-        for connection, _ in self._workers:
-            connection.send_bytes(_STEP)
-        self._wait()
+        self._ask(_STEP)
         return self._buffers.step(len(actions))
 
     def _parts(self, count: int) -> list[slice]:
@@ -248,15 +248,27 @@ class WorkerEnvs:
         bounds = [count * i // len(self._workers) for i in range(len(self._workers) + 1)]
         return [slice(low, high) for low, high in itertools.pairwise(bounds)]
 
-    def _wait(self) -> None:
+    def _ask(self, request: bytes, details: Sequence[Any] = ()) -> None:
+        """Have all workers do something, and wait for all, so that no answer is left for the next request."""
+        if not self._workers:
+            raise RuntimeError("the environments are closed; make new ones")
+        failures = []
+        for number, (connection, _) in enumerate(self._workers):
+            with contextlib.suppress(OSError):  # a dead worker is found when its answer is missing
+                connection.send_bytes(request)
+                if details:
+                    connection.send(details[number])
         for number, (connection, process) in enumerate(self._workers):
             try:
                 answer = connection.recv_bytes()
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):
                 process.join(timeout=1.0)
-                raise RuntimeError(f"environment worker {number} died with exit code {process.exitcode}") from None
-            if answer != _OK:
-                raise RuntimeError(f"an environment failed in worker {number}:\n{answer.decode()}")
+                failures.append(f"environment worker {number} died with exit code {process.exitcode}")
+            else:
+                if answer != _OK:
+                    failures.append(f"an environment failed in worker {number}:\n{answer.decode()}")
+        if failures:
+            raise RuntimeError("\n".join(failures))
 
     def close(self) -> None:
         """See `BatchEnv.close`."""
@@ -266,6 +278,7 @@ class WorkerEnvs:
             process.join(timeout=5.0)
             if process.is_alive():
                 process.terminate()
+                process.join()
         self._workers = []
 
 

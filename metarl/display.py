@@ -78,11 +78,12 @@ def _arrow(metrics: Mapping[str, float], prefix: str) -> str:
 def report_tables(report: Mapping[str, Any]) -> list[Table]:
     """Return an evaluation report as tables: all tasks together, and by class if there are several."""
     kind = "held-out tasks" if report["held_out"] else f"{report['split']} tasks (NOT held out)"
-    title = f"{len(report['tasks'])} {kind}, {report['rollouts_per_task']} episodes each, mean [95 % interval]"
+    title = f"{len(report['tasks'])} {kind}, {report['rollouts_per_task']} episodes each"
     aggregate = Table(title=title, title_justify="left")
     measures = [name for name in ("return", "success") if f"{name}_post" in report["aggregate"]]
-    for column in ("", *measures):
-        aggregate.add_column(column, justify="right" if column else "left")
+    aggregate.add_column("mean [95 % interval]")
+    for measure in measures:
+        aggregate.add_column(measure, justify="right")
     for label, suffix, prefix in (
         ("before adaptation", "pre", ""),
         (f"after {report['adaptation_steps']} step(s)", "post", ""),
@@ -101,6 +102,8 @@ def _interval(entry: Mapping[str, Any] | None, measure: str) -> str:
         return ""
     digits = 2 if measure == "success" else 1
     low, high = entry["ci95"]
+    if low == high:  # one task a class: there is nothing to estimate an interval from
+        return f"{entry['mean']:.{digits}f}"
     return f"{entry['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from metarl.seeding import children
 from metarl.types import Agent, BatchEnv, BoolArray, FloatArray, Rollout, Step, Task
 
 
@@ -49,7 +50,7 @@ def collect(
     """
     if len(tasks) > envs.max_envs:
         raise ValueError(f"{len(tasks)} tasks do not fit into {envs.max_envs} environments; collect them in parts")
-    noise_seed, env_seed = seeds.spawn(2)
+    noise_seed, env_seed = children(seeds, 2)
     horizon = max(int(task.option("horizon")) for task in tasks)
     shape = (len(tasks), rollouts_per_task, horizon)
     generator = torch.Generator().manual_seed(int(noise_seed.generate_state(1, np.uint64)[0]))
@@ -132,7 +133,8 @@ class _Recorder:
         active: BoolArray,
     ) -> BoolArray:
         """Write step t of a wave; returns which environments go on, `[E]`."""
-        sane = np.isfinite(step.rewards) & np.isfinite(step.observations).all(-1)
+        numbers = np.concatenate([observations, step.observations, step.rewards[:, None]], axis=-1)
+        sane: BoolArray = (np.abs(numbers) <= np.finfo(np.float32).max).all(-1)  # False for NaN, too
         written = active & sane
         truncated = step.truncated | ((t == self._shape[2] - 1) & ~step.terminated)
         self._put("observations", wave, t, observations, written)
@@ -146,7 +148,8 @@ class _Recorder:
         self._put("episode_start", wave, t, np.full(len(active), t == 0), written)
         self._put("valid", wave, t, active, written)
         self._drop(wave, (active & ~sane).reshape(self._shape[0], -1))
-        return written & ~step.terminated & ~truncated
+        going_on: BoolArray = written & ~step.terminated & ~truncated
+        return going_on
 
     def _put(self, name: str, wave: slice, t: int, values: np.ndarray[Any, Any], written: BoolArray) -> None:
         array = self._floats.get(name, self._bools.get(name))
@@ -201,7 +204,7 @@ def adapt_and_collect(
     steps = agent.adaptation_steps if adaptation_steps is None else adaptation_steps
     state = agent.initial_state(len(tasks))
     rollouts: list[Rollout] = []
-    for phase_seeds in seeds.spawn(steps + 1):
+    for phase_seeds in children(seeds, steps + 1):
         if rollouts:
             state = agent.adapt(state, rollouts[-1])
         rollouts.append(collect(envs, agent, state, tasks, rollouts_per_task, phase_seeds))

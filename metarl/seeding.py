@@ -37,3 +37,8 @@ def seeds(root: int, purpose: Purpose, *position: int) -> np.random.SeedSequence
 def integer_seed(root: int, purpose: Purpose, *position: int) -> int:
     """Return a seed for a torch generator."""
     return int(seeds(root, purpose, *position).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def children(parent: np.random.SeedSequence, count: int) -> list[np.random.SeedSequence]:
+    """Return independent seeds below `parent`, the same each time (`spawn` counts its calls)."""
+    return [np.random.SeedSequence(parent.entropy, spawn_key=(*parent.spawn_key, i)) for i in range(count)]

@@ -226,7 +226,6 @@ def test_wrong_names_and_numbers_are_named():
 
 
 @pytest.mark.parametrize("wedges", [(4,), (-1,), ()])
-@pytest.mark.xfail(reason="NavigationConfig.wedges is not validated; (4,) fails at reset with an IndexError")
 def test_a_wedge_that_does_not_exist_is_refused(wedges):
     with pytest.raises(ValueError, match="wedges"):
         distribution("navigation", name="rotated_cued_wedges", wedges=wedges)

@@ -275,9 +275,6 @@ def test_an_exception_in_a_worker_comes_with_its_traceback(workers):
         step_all(envs, 2)
 
 
-@pytest.mark.xfail(
-    reason="after worker 0 failed, the answer of worker 1 stays in its pipe and is taken for the next one"
-)
 def test_after_an_exception_a_reset_waits_for_every_worker(workers):
     tasks = toys("unplugged", "a", "a", "slow")
     envs = workers(Toys(tasks), 2, 2)
@@ -299,7 +296,6 @@ def test_a_worker_killed_at_work_is_told(workers):
 
 
 @pytest.mark.parametrize("call", ["step", "reset"])
-@pytest.mark.xfail(raises=BrokenPipeError, reason="sending to a dead worker is not caught")
 def test_a_worker_killed_between_two_calls_is_told(call, workers):
     tasks = toys("a", "a")
     envs = workers(Toys(tasks), 2, 1)
@@ -359,7 +355,6 @@ def test_spaces_are_those_of_the_environment():
     assert env_spaces(Spaces(free, BOX)) == (free, BOX)
 
 
-@pytest.mark.xfail(reason="assign leaves an environment both in use and idle when building another one raises")
 def test_a_failed_build_does_not_give_one_environment_to_two_tasks(monkeypatch):
     tasks = toys("a", "a", "a", "missing")
     envs = SerialEnvs(Toys(tasks), 2)

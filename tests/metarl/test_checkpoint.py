@@ -49,9 +49,9 @@ def test_tensors_that_share_memory_are_saved(tmp_path):
 
 
 def test_the_newest_by_number_is_loaded_and_the_oldest_are_removed(tmp_path):
-    saved(tmp_path, 2, 9, 10, 1_000_000, keep=3)
+    saved(tmp_path, 2, 10, 999_999, 1_000_000, keep=3)
     assert load_latest(tmp_path).position.iteration == 1_000_000
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["000009", "000010", "1000000"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000010", "1000000", "999999"]
 
 
 def flip(path, at):

@@ -15,26 +15,15 @@ from metarl.config import embedded_configs, load_config
 from metarl.errors import UserError
 from metarl.tracking import read_metrics
 
-SMALL = [
-    "--num-tasks",
-    "2",
-    "--rollouts-per-task",
-    "1",
-    "--num-workers",
-    "0",
-    "--device",
-    "cpu",
-    "--agent.hidden-sizes",
-    "[8]",
-    "--agent.epochs",
-    "1",
-    "--stages.0.tasks.horizon",
-    "5",
-    "--stages.0.iterations",
-    "1",
-    "--evaluation.num-tasks",
-    "1",
-]
+
+def words(text):
+    return text.split()
+
+
+SMALL = words(
+    "--num-tasks 2 --rollouts-per-task 1 --num-workers 0 --device cpu --agent.hidden-sizes [8] --agent.epochs 1 "
+    "--stages.0.tasks.horizon 5 --stages.0.iterations 1 --evaluation.num-tasks 1"
+)
 
 
 @pytest.fixture
@@ -162,18 +151,7 @@ def test_every_embedded_config_trains(metarl, tmp_path, name):
 
 
 def test_flags_reach_the_run(metarl, tmp_path):
-    flags = [
-        "--num-workers",
-        "1",
-        "--seed=5",
-        "--agent.inner-lr",
-        "0.25",
-        "--agent.hidden-sizes",
-        "6",
-        "4",
-        "--max-minutes",
-        "5",
-    ]
+    flags = words("--num-workers 1 --seed=5 --agent.inner-lr 0.25 --agent.hidden-sizes 6 4 --max-minutes 5")
     status, _, err = metarl("train", "navigation_maml_ppo", *SMALL, *flags, "--run-dir", tmp_path)
     assert status == 0, err
     config = load_config(tmp_path / "config.yaml")
