@@ -19,15 +19,16 @@ Must not import environments, training or tracking.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt
 from torch import Tensor
 
 from metarl.agents.value import LearnedValue, linear_values
-from metarl.errors import STRICT
+from metarl.errors import STRICT, as_tuple
 from metarl.normalizer import Normalizer
 from metarl.objectives import approximate_kl, likelihood_ratio_loss, ppo_clip_loss
 from metarl.optimizers import adam_state, load_adam_state
@@ -35,9 +36,19 @@ from metarl.policies import GaussianMlp, Params, gaussian_log_prob
 from metarl.returns import gae, normalize_advantages
 from metarl.types import Rollout
 
-CHUNK_BYTES = {"cpu": 2_500_000, "cuda": 500_000_000}
-"""Bytes of one layer's activations in a chunk of tasks. On a CPU a chunk should stay in the cache (measured by
-`scripts/bench_meta_update.py`); on a GPU it bounds memory: an update holds about forty times as much."""
+CPU_CHUNK_BYTES = 2_500_000
+"""Bytes of one layer's activations in a chunk of tasks on a CPU: it should stay in the cache (measured with
+`scripts/bench_meta_update.py`)."""
+
+GPU_CHUNK_FRACTION = 0.01
+"""The same on a GPU, as a fraction of its free memory: an update holds about forty times as much."""
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Return how large one layer's activations may be in a chunk of tasks."""
+    if device.type == "cuda":
+        return int(GPU_CHUNK_FRACTION * torch.cuda.mem_get_info(device)[0])
+    return CPU_CHUNK_BYTES
 
 
 LR_STEP = 1.1
@@ -52,7 +63,9 @@ class MamlPpoConfig(BaseModel):
     model_config = STRICT
 
     name: Literal["maml_ppo"] = "maml_ppo"
-    hidden_sizes: tuple[int, ...] = Field((64, 64), description="widths of the policy's hidden layers")
+    hidden_sizes: Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)] = Field(
+        (64, 64), description="widths of the policy's hidden layers"
+    )
     activation: Literal["tanh", "relu"] = Field("tanh", description="nonlinearity of the hidden layers")
     init_std: float = Field(1.0, gt=0, description="initial action standard deviation; actions span ±1")
     min_std: float = Field(0.05, gt=0, description="lower bound of the standard deviation")
@@ -67,8 +80,9 @@ class MamlPpoConfig(BaseModel):
     max_kl: float = Field(
         0.05,
         gt=0,
-        description="an iteration's epochs end when KL(old‖new) on the query data exceeds it; the learning rate then "
-        "falls by a tenth for the next iteration, else it rises by a tenth, up to outer_lr",
+        description="an iteration's epochs end when KL(old‖new) on the query data, measured before each step, exceeds "
+        "it; the learning rate then falls by a tenth for the next iteration, else it rises by a tenth, up to outer_lr. "
+        "Needs epochs ≥ 2",
     )
     max_grad_norm: float = Field(0.5, gt=0, description="the meta-gradient is scaled down to this norm")
     gamma: float = Field(0.99, ge=0, le=1, description="discount a step")
@@ -100,7 +114,9 @@ LogProb = Callable[[Params, Tensor, Tensor], Tensor]
 """log π_θ(a|s) from (θ, observations, actions)."""
 
 
-def inner_step(log_prob: LogProb, params: Params, inner_lr: Params, support: Batch) -> tuple[Params, Tensor]:
+def inner_step(
+    log_prob: LogProb, params: Params, inner_lr: Params, support: Batch, *, create_graph: bool = True
+) -> tuple[Params, Tensor]:
     """One adaptation step, θ' = θ − α ∇ L_LR(θ), differentiable with respect to θ and α (Finn et al. 2017, Eq. 1).
 
     Args:
@@ -108,13 +124,14 @@ def inner_step(log_prob: LogProb, params: Params, inner_lr: Params, support: Bat
         params: θ, plain or stacked `[M, ...]`; part of a graph or leaves that require a gradient.
         inner_lr: α for each parameter, broadcast against it.
         support: data collected with θ (or, in later epochs, with what θ was then), stacked like θ.
+        create_graph: False if nothing will be differentiated through the step.
 
     Returns:
         θ', and the KL of the collecting policy from the current one on the support data, scalar or `[M]`.
     """
     log_probs = log_prob(params, support.observations, support.actions)
     loss = likelihood_ratio_loss(log_probs, support.log_probs, support.advantages, support.weights)
-    gradients = torch.autograd.grad(loss.sum(), list(params.values()), create_graph=True)
+    gradients = torch.autograd.grad(loss.sum(), list(params.values()), create_graph=create_graph)
     adapted = {
         name: value - inner_lr[name] * gradient
         for (name, value), gradient in zip(params.items(), gradients, strict=True)
@@ -196,9 +213,13 @@ class MamlPpo:
         if config.baseline == "learned":
             value_args = (observation_size, config.hidden_sizes, config.value_lr, config.value_epochs)
             self.value = LearnedValue(*value_args, generator, device)
-        self.normalizer = Normalizer.identity(observation_size, config.normalizer_floor).to(device)
+        self._use_normalizer(Normalizer.identity(observation_size, config.normalizer_floor))
         self._optimizer = torch.optim.Adam(self._trained.values(), lr=config.outer_lr)
         self._outer_lr = config.outer_lr
+
+    def _use_normalizer(self, normalizer: Normalizer) -> None:
+        """Keep one copy for updates and one for acting, so that acting never waits for the device."""
+        self.normalizer, self._acting_normalizer = normalizer.to(self.device), normalizer.to("cpu")
 
     @property
     def _trained(self) -> Params:
@@ -214,22 +235,21 @@ class MamlPpo:
     @torch.no_grad()
     def act(self, observations: Tensor, noise: Tensor, state: Params) -> tuple[Tensor, Tensor, Params]:
         """Draw actions; see `Agent.act`."""
-        normalizer = self.normalizer.to("cpu")
-        mean, log_std = self.policy.distribution(state, normalizer(observations))
+        mean, log_std = self.policy.distribution(state, self._acting_normalizer(observations))
         actions = mean + log_std.exp() * noise
         return actions, gaussian_log_prob(mean, log_std, actions), state
 
     @torch.no_grad()
     def log_prob(self, state: Params, observations: Tensor, actions: Tensor) -> Tensor:
         """Log-density of given actions; see `Agent.log_prob`."""
-        inputs = self.normalizer.to("cpu")(observations).flatten(1, 2)
+        inputs = self._acting_normalizer(observations).flatten(1, 2)
         return self.policy.log_prob(state, inputs, actions.flatten(1, 2)).view(actions.shape[:-1])
 
     def adapt(self, state: Params, rollout: Rollout) -> Params:
         """One inner step for every task on its own data; see `Agent.adapt`."""
         support = self._prepare(rollout.to(self.device))
-        params = {name: value.to(self.device).requires_grad_() for name, value in state.items()}
-        adapted, _ = inner_step(self.policy.log_prob, params, self.inner_lr, support)
+        params = {name: value.detach().to(self.device).clone().requires_grad_() for name, value in state.items()}
+        adapted, _ = inner_step(self.policy.log_prob, params, self.inner_lr, support, create_graph=False)
         return {name: value.detach().cpu() for name, value in adapted.items()}
 
     def _prepare(self, rollout: Rollout) -> Batch:
@@ -268,6 +288,8 @@ class MamlPpo:
                 break
             norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), config.max_grad_norm)
             metrics["train/grad_norm"] = float(norm)
+            if not math.isfinite(metrics["train/loss"] + metrics["train/grad_norm"]):
+                raise FloatingPointError(f"the meta-gradient is not finite: {metrics}; lower outer_lr or inner_lr")
             self._optimizer.step()
             epochs += 1
         factor = LR_STEP if epochs == config.epochs else 1.0 / LR_STEP
@@ -275,8 +297,10 @@ class MamlPpo:
         std = self.params["log_std"].detach().exp().clamp(config.min_std, config.max_std).mean()
         metrics |= {"train/epochs": float(epochs), "train/std": float(std)} | self._fit_value(rollouts)
         if config.normalize_observations:
+            normalizer = self.normalizer
             for rollout in rollouts:
-                self.normalizer = self.normalizer.update(rollout.observations, rollout.valid)
+                normalizer = normalizer.update(rollout.observations, rollout.valid)
+            self._use_normalizer(normalizer)
         return metrics
 
     def accumulate_gradient(self, supports: Sequence[Batch], query: Batch) -> dict[str, Tensor]:
@@ -284,7 +308,7 @@ class MamlPpo:
         config = self.config
         num_tasks, samples = query.weights.shape
         widest = max(config.hidden_sizes, default=self.policy.observation_size)
-        chunk = max(1, CHUNK_BYTES[self.device.type] // (4 * samples * widest))
+        chunk = max(1, chunk_bytes(self.device) // (4 * samples * widest))
         totals: dict[str, Tensor] = {}
         for start in range(0, num_tasks, chunk):
             count = min(chunk, num_tasks - start)
@@ -339,7 +363,7 @@ class MamlPpo:
                 for name, value in params.items():
                     value.copy_(state[f"{prefix}.{name}"])
         statistics = {name: state[f"normalizer.{name}"] for name in self.normalizer.state_dict()}
-        self.normalizer = Normalizer(**statistics, floor=self.config.normalizer_floor).to(self.device)
+        self._use_normalizer(Normalizer(**statistics, floor=self.config.normalizer_floor))
         if self.value is not None:
             self.value.load_state_dict({name.removeprefix("value."): value for name, value in state.items()})
         self._outer_lr = float(state["outer_lr"])

@@ -10,14 +10,14 @@ numbers come from a private stream without physics: a task is rebuilt from its f
 from __future__ import annotations
 
 from functools import cache, cached_property, lru_cache
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from metarl.errors import STRICT, unknown_name
+from metarl.errors import STRICT, as_tuple, unknown_name
 from metarl.types import FloatArray, Task
 
 Official = Literal["ML1", "ML10", "ML25", "ML45"]
@@ -62,8 +62,12 @@ class MetaWorldConfig(BaseModel):
     family: Literal["metaworld"] = "metaworld"
     benchmark: Literal[Official, "custom"] = Field("ML1", description="which distribution of tasks")
     name: str | None = Field(None, description="the class of ML1, e.g. reach-v3 (ML1 only)")
-    names: tuple[str, ...] = Field((), description="classes to train on (custom only)")
-    test_names: tuple[str, ...] = Field((), description="held-out classes (custom only); none: other goals of `names`")
+    names: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = Field(
+        (), description="classes to train on (custom only)"
+    )
+    test_names: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = Field(
+        (), description="held-out classes (custom only); none: other goals of `names`"
+    )
     horizon: int = Field(MAX_HORIZON, ge=1, le=MAX_HORIZON, description="steps an episode")
     reward_version: Literal["v1", "v2"] = Field("v2", description="Meta-World's reward_function_version")
     seed: int = Field(0, ge=0, le=2**32 - 2, description="seed of the goals")

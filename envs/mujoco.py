@@ -214,13 +214,17 @@ class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
 
         Raises:
             ValueError: the action has another shape.
+            FloatingPointError: the physics diverged; MuJoCo has silently reset itself.
         """
         family, model, data = self._family, self.model, self.data
         if np.shape(action) != (model.nu,):
             raise ValueError(f"action has shape {np.shape(action)}; expected ({model.nu},)")
         before = family.position(model, data)
         data.ctrl[:] = action
+        time_s = data.time
         mujoco.mj_step(model, data, nstep=self._frame_skip)
+        if data.time <= time_s:
+            raise FloatingPointError(f"physics of {self.task.name} diverged and was reset; drop the episode")
         if family.contacts:
             mujoco.mj_rnePostConstraint(model, data)
         after = family.position(model, data)

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
-from metarl.errors import STRICT, unknown_name
+from metarl.errors import STRICT, as_tuple, unknown_name
 from metarl.types import BoolArray, FloatArray, Step, Task
 
 Name = Literal["goals", "semicircle", "cued_wedges", "rotated_wedges", "rotated_cued_wedges"]
+
+_STREAM = 2  # keeps the goals' random numbers apart from those of a run with the same seed
 
 ACTION_SCALE = 0.1
 """A full action moves the point by this much a step, in the units of the plane (Finn et al. 2017, 5.2)."""
@@ -48,7 +50,7 @@ class NavigationConfig(BaseModel):
     name: Name = "goals"
     """Which distribution of goals."""
     horizon: int | None = Field(None, ge=1, description="steps an episode; none: that of the distribution")
-    wedges: tuple[Literal[0, 1, 2, 3], ...] = Field(
+    wedges: Annotated[tuple[Literal[0, 1, 2, 3], ...], BeforeValidator(as_tuple)] = Field(
         (0, 1, 2, 3), min_length=1, description="which wedge families take part (wedge distributions only)"
     )
     num_train: int = Field(1000, ge=1, description="training goals")
@@ -68,6 +70,12 @@ class NavigationConfig(BaseModel):
         if len(set(wedges)) < len(wedges):
             raise ValueError(f"wedges {wedges} name a family twice; each counts once")
         return wedges
+
+    @model_validator(mode="after")
+    def _wedges_have_a_use(self) -> NavigationConfig:
+        if "wedges" in self.model_fields_set and self.wedges != (0, 1, 2, 3) and not _VARIANTS[self.name].wedges:
+            raise ValueError(f"wedges={self.wedges} with name={self.name!r}: only wedge distributions have wedges")
+        return self
 
 
 class _Variant(NamedTuple):
@@ -132,7 +140,8 @@ def choices() -> dict[str, dict[str, str]]:
 def goal(task: Task) -> FloatArray:
     """The hidden goal `[2]` of a task, a pure function of its fields."""
     wedge = _wedge(task)
-    entropy = np.random.SeedSequence(task.seed, spawn_key=(("train", "test").index(task.split), wedge, task.index))
+    position = (("train", "test").index(task.split), wedge, task.index)
+    entropy = np.random.SeedSequence([task.seed, _STREAM], spawn_key=position)
     rng = np.random.default_rng(entropy)
     if task.benchmark == "goals":
         return rng.uniform(-0.5, 0.5, size=2)

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import traceback
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -43,6 +44,11 @@ def make_envs(distribution: TaskDistribution, max_envs: int, num_workers: int) -
     if num_workers == 0:
         return SerialEnvs(distribution, max_envs)
     return WorkerEnvs(distribution, max_envs, min(num_workers, max_envs))
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def env_spaces(distribution: TaskDistribution) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
@@ -230,6 +236,7 @@ class WorkerEnvs:
                 process.start()
             theirs.close()
             self._workers.append((ours, process))
+        self._stop = weakref.finalize(self, _stop, self._workers)  # at exit, too
 
     def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
         """See `BatchEnv.reset`."""
@@ -272,14 +279,19 @@ class WorkerEnvs:
 
     def close(self) -> None:
         """See `BatchEnv.close`."""
-        for connection, _ in self._workers:
-            connection.close()
-        for _, process in self._workers:
-            process.join(timeout=5.0)
-            if process.is_alive():
-                process.terminate()
-                process.join()
+        self._stop()
         self._workers = []
+
+
+def _stop(workers: Sequence[tuple[Connection, Any]]) -> None:
+    """End worker processes: a closed connection tells them to, and one that hangs is killed."""
+    for connection, _ in workers:
+        connection.close()
+    for _, process in workers:
+        process.join(timeout=5.0)
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 @contextlib.contextmanager
@@ -303,7 +315,8 @@ def _work(
     shapes: dict[str, tuple[tuple[int, ...], DTypeLike]],
 ) -> None:
     """Serve one worker's environments until the other end of the connection closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what an interrupt means
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process decides what a signal means, and ends its workers
+        signal.signal(number, signal.SIG_IGN)
     buffers = _Buffers.view(memory, shapes)
     slots = _Slots(distribution, pool_size)
     first = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from torch import Tensor
 from metarl.types import FloatArray
 
 FORMAT = 1
+_LOG = logging.getLogger(__name__)
 _STATE_FILE = "agent.safetensors"
 _LIBRARIES = ("metarl", "torch", "gymnasium", "metaworld", "mujoco")
 
@@ -97,7 +99,9 @@ def save(folder: Path, state: Mapping[str, Tensor], position: Position, spaces: 
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{position.iteration:06d}"
     temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    replaced = folder / f".{target.name}.replaced.tmp"
+    for left_over in (temporary, replaced):
+        shutil.rmtree(left_over, ignore_errors=True)
     temporary.mkdir()
     try:
         data = safetensors.torch.save({name: value.clone() for name, value in state.items()})
@@ -110,19 +114,25 @@ def save(folder: Path, state: Mapping[str, Tensor], position: Position, spaces: 
             "versions": {name: version(name) for name in _LIBRARIES},
         }
         _write(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
-        shutil.rmtree(target, ignore_errors=True)
+        _sync(temporary)
+        if target.exists():
+            target.rename(replaced)
         temporary.rename(target)
         _sync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
         raise
+    for left_over in folder.glob(".*.tmp"):
+        shutil.rmtree(left_over, ignore_errors=True)
     for old in _newest_first(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def load_latest(folder: Path) -> Checkpoint:
-    """Load the newest checkpoint that passes its checks.
+    """Load the newest checkpoint that passes its checks; each newer one is named in a warning, with the reason.
 
     Raises:
         CorruptCheckpointError: there is none; the message names each one that was rejected, and why.
@@ -130,9 +140,13 @@ def load_latest(folder: Path) -> Checkpoint:
     rejected = []
     for path in _newest_first(folder):
         try:
-            return load(path)
+            checkpoint = load(path)
         except CorruptCheckpointError as error:
             rejected.append(str(error))
+        else:
+            for reason in rejected:
+                _LOG.warning("metarl: rejected a checkpoint, an older one is used: %s", reason)
+            return checkpoint
     raise CorruptCheckpointError("; ".join(rejected) or f"no checkpoint in {folder}")
 
 

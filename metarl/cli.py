@@ -41,10 +41,11 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with its status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
     try:
-        status = _dispatch(arguments)
+        status = _dispatch([word for word in arguments if word != "--debug"])
     except UserError as error:
-        if "--debug" in arguments:
+        if debug:
             raise
         print(f"metarl: {error}", file=sys.stderr)
         status = 2
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
-        if "--debug" in arguments:
+        if debug:
             raise
         first, *_ = str(error).splitlines() or [""]
         print(f"metarl: {type(error).__name__}: {first} (--debug shows where)", file=sys.stderr)
@@ -97,7 +98,6 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--max-iterations", type=int)
     parser.add_argument("--max-minutes", type=float)
-    parser.add_argument("--debug", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     config_name = arguments[0] if arguments and not arguments[0].startswith("-") else None
     options, flags = parser.parse_known_args(arguments[1:] if config_name else arguments)
@@ -188,13 +188,12 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_argument("--num-tasks", type=_positive, help="how many tasks, balanced over classes (all)")
     parser.add_argument("--rollouts-per-task", type=_positive, help="episodes a task and phase (as in training)")
     parser.add_argument("--adaptation-steps", type=_positive, help="K (as in training)")
-    parser.add_argument("--seed", type=int, help="of episodes and intervals (the run's)")
-    parser.add_argument("--num-workers", type=int, help="processes that step environments (one a core)")
+    parser.add_argument("--seed", type=_not_negative, help="of episodes and intervals (the run's)")
+    parser.add_argument("--num-workers", type=_not_negative, help="processes that step environments (one a core)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where adapting is computed")
     parser.add_argument(
         "--json", metavar="FILE", type=Path, help="where the report goes (RUN_DIR/evaluation/<split>.json)"
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
 
     import numpy as np
@@ -204,13 +203,20 @@ def _evaluate(arguments: list[str]) -> int:
     from metarl.evaluation import distribution_of, evaluate, select_tasks
     from metarl.policy import load
     from metarl.seeding import Purpose, seeds
-    from metarl.training import num_workers, resolve_device
+    from metarl.training import num_workers
 
-    policy = load(options.run_dir, device=str(resolve_device(options.device)))
+    policy = load(options.run_dir, device=options.device)
     distribution = distribution_of(policy.config, options.tasks)
     tasks = distribution.test_tasks if options.split == "test" else distribution.train_tasks
     if options.num_tasks:
         tasks = select_tasks(tasks, options.num_tasks, np.random.default_rng(seeds(0, Purpose.EVALUATION_TASKS)))
+    name = f"{options.tasks}_{options.split}" if options.tasks else options.split
+    path: Path = options.json or Path(options.run_dir) / "evaluation" / f"{name}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise UserError(f"cannot write the report to {path}: {error.strerror}; choose another with --json") from error
     console = Console()
     with console.status(f"evaluating on {len(tasks)} tasks"):
         report = evaluate(
@@ -223,25 +229,28 @@ def _evaluate(arguments: list[str]) -> int:
         )
     for table in report_tables(report):
         console.print(table)
-    name = f"{options.tasks}_{options.split}" if options.tasks else options.split
-    path: Path = options.json or Path(options.run_dir) / "evaluation" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
     return 0
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is too small; expected at least 1")
-    return value
+    return _at_least(1, text)
+
+
+def _not_negative(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.lstrip("-").isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least {least}")
+    return int(text)
 
 
 def _inspect(arguments: list[str]) -> int:
     parser = _Parser("metarl inspect", description="Show what a run directory holds.")
     parser.add_argument("run_dir")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
 
     from metarl.policy import load

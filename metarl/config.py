@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from metarl.agents.maml_ppo import MamlPpoConfig
 from metarl.envs.metaworld import MetaWorldConfig
@@ -80,13 +80,19 @@ class RunConfig(BaseModel):
         None,
         ge=1,
         description="environments stepped together, at least num_tasks; none: num_tasks for Meta-World (20 MB each), "
-        "else num_tasks · rollouts_per_task. No effect on results",
+        "else num_tasks · rollouts_per_task. Changes results by rounding alone",
     )
     checkpoint_every_iterations: int = Field(25, ge=1, description="iterations between checkpoints")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
     agent: AgentConfig = Field(default_factory=MamlPpoConfig)
     stages: tuple[StageConfig, ...] = Field((StageConfig(),), min_length=1)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @model_validator(mode="after")
+    def _envs_hold_the_tasks(self) -> RunConfig:
+        if self.num_envs is not None and self.num_envs < self.num_tasks:
+            raise ValueError(f"num_envs is {self.num_envs}; expected at least num_tasks, {self.num_tasks}")
+        return self
 
 
 def embedded_configs() -> dict[str, Path]:

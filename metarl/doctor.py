@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -34,9 +33,11 @@ def findings() -> Iterator[tuple[str, str, bool]]:
             yield name, f"missing: pip install {name}", False
     import torch
 
+    from metarl.envs.vector import usable_cores
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; updates run on the CPU"
     yield "gpu", gpu, True
-    yield "cpu cores", f"{len(os.sched_getaffinity(0))} usable, {torch.get_num_threads()} torch threads", True
+    yield "cpu cores", f"{usable_cores()} usable, {torch.get_num_threads()} torch threads", True
     for family, options in (
         ("navigation", {}),
         ("mujoco", {"name": "HalfCheetahDir"}),

@@ -15,6 +15,11 @@ class UserError(Exception):
     """A mistake that the user can mend; the command line prints its one line and exits with status 2."""
 
 
+def as_tuple(value: object) -> object:
+    """Let a single value stand for a list of one, as a flag gives it."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
 def unknown_name(what: str, name: str, choices: Iterable[str], where_to_look: str) -> ValueError:
     """Return the error for a name that does not exist, with the nearest one that does.
 

@@ -15,12 +15,12 @@ from metarl.config import RunConfig
 from metarl.envs import FAMILIES, distribution
 from metarl.envs import make as make_env
 from metarl.envs.manager import EnvManager
-from metarl.envs.vector import make_envs
+from metarl.envs.vector import env_spaces, make_envs
 from metarl.errors import UserError, unknown_name
 from metarl.policy import Policy, build_agent
 from metarl.sampling import adapt_and_collect
-from metarl.seeding import Purpose, seeds
-from metarl.types import Agent, BatchEnv, Task, TaskDistribution
+from metarl.seeding import Purpose, children, seeds
+from metarl.types import Agent, BatchEnv, Rollout, Task, TaskDistribution
 
 Report = dict[str, Any]
 """JSON: see `evaluate`."""
@@ -68,16 +68,28 @@ def evaluate(
         "untrained_success"}], "aggregate": {"return_pre": {"mean", "iqm", "ci95": [low, high]}, "return_post",
         "return_gain", "success_pre", …, "untrained_return_post", …}, "per_class": {name: {"return_pre",
         "success_post", "untrained_success_post", …}}}`. Intervals are 95 % bootstrap intervals of the mean over
-        tasks, stratified by class; `gain` is post − pre, task by task. Success is null where the tasks do not define
-        it.
+        tasks, stratified by class; `gain` is post − pre, task by task. Success is null where a task does not define
+        it, and so are phases whose episodes all had to be dropped; both are left out of the aggregates.
     """
     if not tasks:
         raise ValueError("no tasks to evaluate on; expected at least one")
+    if policy.adapted:
+        raise ValueError(
+            "the policy is adapted already, and evaluating adapts by itself; give the agent before adaptation"
+        )
+    distribution = _Tasks(tasks, make)
+    observation_space, action_space = env_spaces(distribution)
+    found, expected = (observation_space.shape[0], action_space.shape[0]), policy.spaces
+    if found != (expected.observation_size, expected.action_size):
+        raise UserError(
+            f"the tasks have (observation, action) sizes {found}; the agent was trained for "
+            f"{(expected.observation_size, expected.action_size)}"
+        )
     config = policy.config
     seed = config.seed if seed is None else seed
     rollouts = rollouts_per_task or config.evaluation.rollouts_per_task or config.rollouts_per_task
     untrained = build_agent(config, policy.spaces, policy.agent.device, Purpose.UNTRAINED_AGENT)
-    envs = make_envs(_Tasks(tasks, make), min(len(tasks), MAX_ENVS), num_workers)
+    envs = make_envs(distribution, min(len(tasks), MAX_ENVS), num_workers)
     try:
         report = evaluate_agent(
             policy.agent,
@@ -133,9 +145,12 @@ def evaluate_agent(
 
 def _phases(
     agent: Agent, envs: BatchEnv, tasks: Sequence[Task], rollouts_per_task: int, seed: int, adaptation_steps: int | None
-) -> list[tuple[list[float], list[float | None]]]:
-    """Return for each task its mean return and success rate, before adaptation and after each step."""
-    results: list[tuple[list[float], list[float | None]]] = []
+) -> list[tuple[list[float | None], list[float | None]]]:
+    """Return for each task its mean return and success rate, before adaptation and after each step; None if
+    undefined.
+    """
+    results: list[tuple[list[float | None], list[float | None]]] = []
+    task_seeds = children(seeds(seed, Purpose.EVALUATION_ROLLOUTS), len(tasks))
     for start in range(0, len(tasks), envs.max_envs):
         part = tasks[start : start + envs.max_envs]
         rollouts = adapt_and_collect(
@@ -143,38 +158,49 @@ def _phases(
             agent,
             part,
             rollouts_per_task,
-            seeds(seed, Purpose.EVALUATION_ROLLOUTS, start),
+            task_seeds[start : start + envs.max_envs],
             adaptation_steps,
         )
-        returns = torch.stack([rollout.episode_returns().nanmean(-1) for rollout in rollouts], -1).tolist()
-        success = torch.stack([rollout.episode_success().nanmean(-1) for rollout in rollouts], -1).tolist()
-        defined = [[None if math.isnan(value) else value for value in row] for row in success]
-        results += list(zip(returns, defined, strict=True))
+        returns, success = (
+            torch.stack([measure(rollout).nanmean(-1) for rollout in rollouts], -1).tolist()
+            for measure in (Rollout.episode_returns, Rollout.episode_success)
+        )
+        results += [(_defined(a), _defined(b)) for a, b in zip(returns, success, strict=True)]
     return results
+
+
+def _defined(values: Sequence[float]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values]
 
 
 _MEASURES = {"return": "returns", "success": "success"}
 
 
-def _measures(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Return each measure as one value a task; success only where all tasks define it."""
-    measures: dict[str, list[float]] = {}
+def _measures(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], list[float]]]:
+    """Return each measure as the classes and values of the tasks for which it is defined; those with none are left
+    out.
+    """
+    measures: dict[str, tuple[list[str], list[float]]] = {}
     for prefix in ("", "untrained_"):
         for measure, field in _MEASURES.items():
-            phases = [row.get(prefix + field) for row in rows]
-            if any(values is None or None in values for values in phases):
+            kept = [row for row in rows if prefix + field in row and None not in row[prefix + field]]
+            if not kept:
                 continue
-            pre, post = [values[0] for values in phases if values], [values[-1] for values in phases if values]
-            measures[f"{prefix}{measure}_pre"], measures[f"{prefix}{measure}_post"] = pre, post
+            classes = [row["name"] for row in kept]
+            pre, post = ([row[prefix + field][phase] for row in kept] for phase in (0, -1))
+            measures[f"{prefix}{measure}_pre"], measures[f"{prefix}{measure}_post"] = (classes, pre), (classes, post)
             if not prefix:
-                measures[f"{measure}_gain"] = [after - before for before, after in zip(pre, post, strict=True)]
+                gains = [after - before for before, after in zip(pre, post, strict=True)]
+                measures[f"{measure}_gain"] = classes, gains
     return measures
 
 
 def _aggregate(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seeds(seed, Purpose.BOOTSTRAP))
-    strata = [row["name"] for row in rows]
-    return {name: statistics.aggregate(np.array(values), strata, rng) for name, values in _measures(rows).items()}
+    return {
+        name: statistics.aggregate(np.array(values), classes, rng)
+        for name, (classes, values) in _measures(rows).items()
+    }
 
 
 def _per_class(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -182,7 +208,7 @@ def _per_class(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         name: {
             measure: float(np.mean(values))
-            for measure, values in _measures([row for row in rows if row["name"] == name]).items()
+            for measure, (_, values) in _measures([row for row in rows if row["name"] == name]).items()
         }
         for name in classes
     }

@@ -7,12 +7,18 @@ instance the probabilities of enumerated trajectories.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Return Σ w·v / Σ w over the last dimension; 0 if all weights are 0."""
     return (values * weights).sum(-1) / weights.sum(-1).clamp_min(1e-12)
+
+
+def _log_ratio(log_probs: Tensor, old_log_probs: Tensor, weights: Tensor) -> Tensor:
+    """Return log π − log π_old, 0 for samples without weight: in padding it is meaningless and could overflow."""
+    return torch.where(weights > 0, log_probs - old_log_probs, 0.0)
 
 
 def likelihood_ratio_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
@@ -32,7 +38,7 @@ def likelihood_ratio_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: 
     Returns:
         The loss, `[...]`.
     """
-    return -weighted_mean((log_probs - old_log_probs).exp() * advantages, weights)
+    return -weighted_mean(_log_ratio(log_probs, old_log_probs, weights).exp() * advantages, weights)
 
 
 def ppo_clip_loss(
@@ -50,7 +56,7 @@ def ppo_clip_loss(
     Returns:
         The loss `[...]`, and the fraction of samples whose ratio lies beyond the clip range `[...]` (no gradient).
     """
-    ratio = (log_probs - old_log_probs).exp()
+    ratio = _log_ratio(log_probs, old_log_probs, weights).exp()
     clipped = ratio.clamp(1.0 - clip_eps, 1.0 + clip_eps)
     surrogate = (ratio * advantages).minimum(clipped * advantages)
     beyond = ((ratio.detach() - 1.0).abs() > clip_eps).to(ratio.dtype)
@@ -68,5 +74,5 @@ def approximate_kl(log_probs: Tensor, old_log_probs: Tensor, weights: Tensor) ->
     Returns:
         `[...]`; differentiable with respect to `log_probs`.
     """
-    log_ratio = log_probs - old_log_probs
+    log_ratio = _log_ratio(log_probs, old_log_probs, weights)
     return weighted_mean(log_ratio.exp() - 1.0 - log_ratio, weights)

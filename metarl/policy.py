@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -39,6 +40,7 @@ class Policy:
         spaces: sizes and bounds that it was built for.
         env_steps: environment steps of its training.
         state: the agent's adaptation state for one task.
+        adapted: whether it has been adapted to a task.
     """
 
     config: RunConfig
@@ -46,6 +48,7 @@ class Policy:
     spaces: Spaces
     env_steps: int
     state: Any
+    adapted: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -58,7 +61,7 @@ class Policy:
         state: Any = None,
         episode_start: NDArray[np.bool_] | None = None,
         deterministic: bool = False,
-    ) -> tuple[FloatArray, Any]:
+    ) -> tuple[NDArray[np.float32], Any]:
         """Choose actions; the signature of stable-baselines3.
 
         Args:
@@ -68,12 +71,18 @@ class Policy:
             deterministic: the mean instead of a draw (from torch's global generator).
 
         Returns:
-            Actions `[A]` or `[B, A]` within the bounds of the action space, and `state`.
+            Actions `[A]` or `[B, A]`, float32, within the bounds of the action space, and `state`.
 
         Raises:
             ValueError: wrong shape, NaN or infinity.
         """
         observation = np.asarray(observation, dtype=np.float64)
+        actions, _ = self._draw(observation, deterministic)
+        scaled = scale_actions(np.clip(actions, -1.0, 1.0), *self.spaces.action_bounds)
+        return scaled.reshape(*observation.shape[:-1], -1).astype(np.float32), state
+
+    def _draw(self, observation: FloatArray, deterministic: bool) -> tuple[FloatArray, FloatArray]:
+        """Return actions `[B, A]` in which ±1 are the bounds, not clipped, and their log-probabilities `[B]`."""
         size = self.spaces.observation_size
         if observation.ndim not in (1, 2) or observation.shape[-1] != size:
             raise ValueError(f"observation has shape {observation.shape}; expected ({size},) or (batch, {size})")
@@ -82,22 +91,47 @@ class Policy:
         batch = torch.from_numpy(np.atleast_2d(observation)).float()[None]
         shape = (1, batch.shape[1], self.spaces.action_size)
         noise = torch.zeros(shape) if deterministic else torch.randn(shape)
-        actions, _, _ = self.agent.act(batch, noise, self.state)
-        scaled = scale_actions(actions[0].double().numpy(), *self.spaces.action_bounds)
-        return scaled.reshape(*observation.shape[:-1], -1), state
+        actions, log_probs, _ = self.agent.act(batch, noise, self.state)
+        return actions[0].double().numpy(), log_probs[0].double().numpy()
+
+    def record(self, env: gymnasium.Env[Any, Any], episodes: int) -> list[Trajectory]:
+        """Run exploring episodes, to adapt on: the procedure of training.
+
+        Args:
+            env: of the new task; its episodes must end (see `gymnasium.wrappers.TimeLimit`).
+            episodes: how many.
+
+        Returns:
+            Trajectories whose actions are the policy's draws before clipping, with their log-probabilities.
+        """
+        return [self._episode(env) for _ in range(episodes)]
+
+    def _episode(self, env: gymnasium.Env[Any, Any]) -> Trajectory:
+        bounds = self.spaces.action_bounds
+        steps: list[tuple[Any, ...]] = []
+        observation, _ = env.reset()
+        ended = False
+        while not ended:
+            actions, log_probs = self._draw(np.asarray(observation, dtype=np.float64), deterministic=False)
+            action = scale_actions(np.clip(actions[0], -1.0, 1.0), *bounds).astype(np.float32)
+            following, reward, terminated, truncated, _ = env.step(action)
+            steps.append((observation, scale_actions(actions[0], *bounds), reward, terminated, truncated, log_probs[0]))
+            observation, ended = following, terminated or truncated
+        return Trajectory(*(np.array(part) for part in zip(*steps, strict=True)))
 
     def adapt(self, trajectories: Sequence[Trajectory]) -> Policy:
         """Return the policy after one adaptation step on recorded episodes of the new task; this one stays as it is.
 
         Args:
-            trajectories: at least one episode, best collected with this policy, exploring. Without `log_probs` those of
-                this policy are used, as if it had collected them.
+            trajectories: at least one episode, best from `record`. Others are accepted: without `log_probs` those of
+            this policy are used, as if it had collected them; actions that were clipped make for a shorter step than
+            the one that was trained. The last observation of an episode stands for the one after it.
 
         Raises:
             ValueError: no trajectory, or sizes that do not fit.
         """
         rollout = self._rollout(trajectories)
-        return replace(self, state=self.agent.adapt(self.state, rollout))
+        return replace(self, state=self.agent.adapt(self.state, rollout), adapted=True)
 
     def _rollout(self, trajectories: Sequence[Trajectory]) -> Rollout:
         """Pad trajectories to a rollout `[1, N, T, ...]`."""
@@ -145,15 +179,25 @@ def _fields(observation_size: int, action_size: int) -> list[tuple[str, tuple[in
     ]
 
 
+def resolve_device(device: str) -> torch.device:
+    """Return the device; `auto` takes the GPU if there is one. Raises UserError for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: PyTorch finds no GPU here; use --device cpu or auto, or see `metarl doctor`")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
 def load(run_dir: str | Path, device: str = "cpu") -> Policy:
     """Load the agent of a run, before adaptation.
 
     Args:
         run_dir: what `metarl train` wrote.
-        device: where adapting is computed.
+        device: where adapting is computed: `cpu`, `cuda`, or `auto`.
 
     Raises:
-        UserError: no run there, or nothing in it can be loaded; the message names what was rejected, and why.
+        UserError: no such device; no run there, or nothing in it can be loaded; the message names what was rejected,
+        and why.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
@@ -163,11 +207,14 @@ def load(run_dir: str | Path, device: str = "cpu") -> Policy:
         checkpoint = load_latest(run_dir / "checkpoints")
     except CorruptCheckpointError as error:
         raise UserError(f"cannot load {run_dir}: {error}") from error
-    return restore(config, checkpoint, torch.device(device))
+    return restore(config, checkpoint, resolve_device(device))
 
 
 def restore(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> Policy:
     """Return the policy that a checkpoint holds."""
     agent = build_agent(config, checkpoint.spaces, device)
-    agent.load_state_dict(checkpoint.state)
+    try:
+        agent.load_state_dict(checkpoint.state)
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path} does not fit the run's config: {error}") from error
     return Policy(config, agent, checkpoint.spaces, checkpoint.position.env_steps, agent.initial_state(1))

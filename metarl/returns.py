@@ -87,19 +87,20 @@ def linear_baseline(observations: Tensor, returns: Tensor, time: Tensor, valid: 
     return values.to(returns.dtype)
 
 
-def normalize_advantages(advantages: Tensor, valid: Tensor, eps: float = 1e-8) -> Tensor:
+def normalize_advantages(advantages: Tensor, valid: Tensor, eps: float = 1e-5) -> Tensor:
     """Shift and scale advantages to mean 0 and STANDARD DEVIATION 1 within each task.
 
     Args:
         advantages: `[M, S]`.
         valid: `[M, S]`, bool.
-        eps: added to the standard deviation; equal advantages become 0.
+        eps: eps · (1 + |mean|) is added to the deviation, so that rounding in equal advantages is not blown up.
 
     Returns:
         `[M, S]`, 0 where not valid.
     """
     weights = valid.to(advantages.dtype)
     count = weights.sum(-1, keepdim=True).clamp_min(1.0)
-    centred = (advantages - (advantages * weights).sum(-1, keepdim=True) / count) * weights
+    mean = (advantages * weights).sum(-1, keepdim=True) / count
+    centred = (advantages - mean) * weights
     std = (centred.square().sum(-1, keepdim=True) / count).sqrt()
-    return centred / (std + eps)
+    return centred / (std + eps * (1.0 + mean.abs()))

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from metarl.seeding import children
 from metarl.types import Agent, BatchEnv, BoolArray, FloatArray, Rollout, Step, Task
 
 
 def scale_actions(actions: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
-    """Clip policy actions `[..., A]` to ±1 and map ±1 to the bounds `[A]` of the action space."""
-    return (high + low) / 2 + (high - low) / 2 * np.clip(actions, -1.0, 1.0)
+    """Map policy actions `[..., A]`, in which ±1 are the bounds, to the action space with bounds `[A]`."""
+    return (high + low) / 2 + (high - low) / 2 * actions
 
 
 def collect(
@@ -24,13 +25,14 @@ def collect(
     state: Any,
     tasks: Sequence[Task],
     rollouts_per_task: int,
-    seeds: np.random.SeedSequence,
+    seeds: Sequence[np.random.SeedSequence],
 ) -> Rollout:
     """Run `rollouts_per_task` complete episodes of each task with the agent in `state`.
 
-    Rollouts of a task beyond what fits into `envs.max_envs` run one after another, in waves. Neither the number of
-    environments nor that of workers changes the result: the noise of every action and the seed of every episode are
-    drawn beforehand. An episode with a NaN or infinite observation or reward is dropped: all its steps become invalid.
+    Rollouts of a task beyond what fits into `envs.max_envs` run one after another, in waves. The number of workers does
+    not change the result, that of environments changes it by rounding alone: the noise of every action and the seed of
+    every episode are drawn beforehand. An episode with a NaN or infinite observation or reward is dropped: all its
+    steps become invalid.
 
     Args:
         envs: at least M environments.
@@ -38,7 +40,7 @@ def collect(
         state: of M tasks, from `initial_state` or `adapt`.
         tasks: M.
         rollouts_per_task: N.
-        seeds: the only source of randomness.
+        seeds: one a task, the only source of randomness.
 
     Returns:
         A rollout `[M, N, T, ...]` on the agent's device, moved there at once; T is the length of the longest episode,
@@ -50,12 +52,10 @@ def collect(
     """
     if len(tasks) > envs.max_envs:
         raise ValueError(f"{len(tasks)} tasks do not fit into {envs.max_envs} environments; collect them in parts")
-    noise_seed, env_seed = children(seeds, 2)
     horizon = max(int(task.option("horizon")) for task in tasks)
     shape = (len(tasks), rollouts_per_task, horizon)
-    generator = torch.Generator().manual_seed(int(noise_seed.generate_state(1, np.uint64)[0]))
-    noise = torch.randn(*shape, envs.action_space.shape[0], generator=generator)
-    env_seeds = env_seed.generate_state(len(tasks) * rollouts_per_task).reshape(shape[:2])
+    noise = torch.stack([_noise(task_seeds, *shape[1:], envs.action_space.shape[0]) for task_seeds in seeds])
+    env_seeds = np.stack([task_seeds.generate_state(rollouts_per_task + 2, np.uint32)[2:] for task_seeds in seeds])
     recorder = _Recorder(shape, envs.observation_space.shape[0], envs.action_space.shape[0])
     in_flight = min(rollouts_per_task, envs.max_envs // len(tasks))
     with _one_thread():
@@ -76,13 +76,19 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _noise(seeds: np.random.SeedSequence, *shape: int) -> torch.Tensor:
+    """Draw the noise of one task's actions `[N, T, A]`."""
+    generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+    return torch.randn(*shape, generator=generator)
+
+
 def _run_wave(
     envs: BatchEnv,
     agent: Agent,
     state: Any,
     tasks: Sequence[Task],
     noise: torch.Tensor,
-    seeds: np.ndarray[Any, np.dtype[np.uint32]],
+    seeds: NDArray[Any],
     recorder: _Recorder,
     wave: slice,
 ) -> None:
@@ -94,7 +100,7 @@ def _run_wave(
     for t in range(horizon):
         inputs = torch.from_numpy(observations.reshape(num_tasks, parallel, -1)).float()
         actions, log_probs, state = agent.act(inputs, noise[:, :, t], state)
-        scaled = scale_actions(actions.double().numpy(), low, high)
+        scaled = scale_actions(np.clip(actions.double().numpy(), -1.0, 1.0), low, high)
         step = envs.step(scaled.reshape(-1, action_size), active)
         active = recorder.record(wave, t, observations, actions.numpy(), log_probs.numpy(), step, active)
         if not active.any():
@@ -185,7 +191,7 @@ def adapt_and_collect(
     agent: Agent,
     tasks: Sequence[Task],
     rollouts_per_task: int,
-    seeds: np.random.SeedSequence,
+    seeds: Sequence[np.random.SeedSequence],
     adaptation_steps: int | None = None,
 ) -> list[Rollout]:
     """Collect before adaptation and after each step of it: the procedure of training and of evaluation alike.
@@ -195,7 +201,7 @@ def adapt_and_collect(
         agent: adapts as it does in training, with exploring actions and fresh data for each step.
         tasks: M.
         rollouts_per_task: N.
-        seeds: the only source of randomness.
+        seeds: one a task, the only source of randomness: what happens in a task does not depend on the others.
         adaptation_steps: K; the agent's own if None.
 
     Returns:
@@ -204,7 +210,8 @@ def adapt_and_collect(
     steps = agent.adaptation_steps if adaptation_steps is None else adaptation_steps
     state = agent.initial_state(len(tasks))
     rollouts: list[Rollout] = []
-    for phase_seeds in children(seeds, steps + 1):
+    by_phase = zip(*(children(task_seeds, steps + 1) for task_seeds in seeds), strict=True)
+    for phase_seeds in by_phase:
         if rollouts:
             state = agent.adapt(state, rollouts[-1])
         rollouts.append(collect(envs, agent, state, tasks, rollouts_per_task, phase_seeds))

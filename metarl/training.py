@@ -11,7 +11,6 @@ for stage in stages:                                   # meta-RL is one stage
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,19 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 
 from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, Spaces, load_latest, save
 from metarl.config import RunConfig, StageConfig, dump_config, explain_validation, load_config
 from metarl.envs import FAMILIES
 from metarl.envs.manager import EnvManager
-from metarl.envs.vector import env_spaces, make_envs
+from metarl.envs.vector import env_spaces, make_envs, usable_cores
 from metarl.errors import UserError
 from metarl.evaluation import Report, evaluate_agent, held_out_metrics, select_tasks
-from metarl.policy import Policy, build_agent, restore
+from metarl.policy import Policy, build_agent, resolve_device, restore
 from metarl.sampling import adapt_and_collect
-from metarl.seeding import Purpose, seeds
+from metarl.seeding import Purpose, children, seeds
 from metarl.tracking import Tracker
 from metarl.types import BatchEnv, Rollout, TaskDistribution
 
@@ -113,6 +111,8 @@ def train(
         )
     checkpoint = open_run_dir(run_dir, config, resume=resume, overwrite=overwrite)
     if checkpoint:
+        if checkpoint.spaces != spaces[0]:
+            raise UserError(f"{run_dir} was trained for {checkpoint.spaces}; its tasks now have {spaces[0]}")
         policy, position = restore(config, checkpoint, device), checkpoint.position
     else:
         agent = build_agent(config, spaces[0], device)
@@ -171,6 +171,7 @@ class _Trainer:
                 self._evaluate(stage, envs)
             if (number + 1) % config.checkpoint_every_iterations == 0:
                 self._save()
+        self._save()
         self._evaluate(stage, envs)
         self.position = replace(self.position, stage=stage + 1, stage_iteration=0)
         self._save()
@@ -187,7 +188,7 @@ class _Trainer:
             self.agent,
             tasks,
             config.rollouts_per_task,
-            seeds(config.seed, Purpose.ROLLOUTS, stage, number),
+            children(seeds(config.seed, Purpose.ROLLOUTS, stage, number), len(tasks)),
         )
         collected = time.perf_counter()
         metrics = rollout_metrics(rollouts) | self.agent.update(rollouts)
@@ -271,25 +272,14 @@ def task_distribution(stage: StageConfig) -> TaskDistribution:
     return FAMILIES[stage.tasks.family].tasks(stage.tasks)
 
 
-def resolve_device(device: str) -> torch.device:
-    """Return the device; `auto` takes the GPU if there is one. Raises UserError for a GPU that is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: PyTorch finds no GPU here; use --device cpu or auto, or see `metarl doctor`")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
 def num_workers(config: RunConfig) -> int:
     """Return how many processes step environments."""
-    return config.num_workers if config.num_workers is not None else len(os.sched_getaffinity(0))
+    return config.num_workers if config.num_workers is not None else usable_cores()
 
 
 def max_envs(config: RunConfig, stage: int) -> int:
     """Return how many environments are stepped together."""
     if config.num_envs is not None:
-        if config.num_envs < config.num_tasks:
-            raise UserError(f"num_envs is {config.num_envs}; expected at least num_tasks, {config.num_tasks}")
         return config.num_envs
     heavy = config.stages[stage].tasks.family == "metaworld"
     return config.num_tasks * (1 if heavy else config.rollouts_per_task)
@@ -317,13 +307,14 @@ def open_run_dir(run_dir: Path, config: RunConfig, *, resume: bool, overwrite: b
             return load_latest(run_dir / "checkpoints")
         except CorruptCheckpointError as error:
             raise UserError(f"cannot resume {run_dir}: {error}; start anew with --overwrite") from error
-    if config_file.exists():
-        if not overwrite:
-            raise UserError(f"{run_dir} already holds a run; go on with it by --resume, or replace it by --overwrite")
-        for name in ("checkpoints", "tensorboard", "evaluation", "plots"):
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-        (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+    holds_run = config_file.exists()
+    if holds_run and not overwrite:
+        raise UserError(f"{run_dir} already holds a run; go on with it by --resume, or replace it by --overwrite")
     try:
+        if holds_run:
+            for name in ("checkpoints", "tensorboard", "evaluation", "plots"):
+                shutil.rmtree(run_dir / name, ignore_errors=True)
+            (run_dir / "metrics.jsonl").unlink(missing_ok=True)
         run_dir.mkdir(parents=True, exist_ok=True)
         config_file.write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
@@ -333,7 +324,7 @@ def open_run_dir(run_dir: Path, config: RunConfig, *, resume: bool, overwrite: b
 
 def comparable(config: RunConfig) -> dict[str, Any]:
     """Return the settings that results depend on, flat: a run may go on elsewhere with other workers."""
-    return flatten(config.model_dump(exclude={"device", "num_workers", "num_envs", "keep_checkpoints"}))
+    return flatten(config.model_dump(exclude={"device", "num_workers", "keep_checkpoints"}))
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

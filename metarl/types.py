@@ -159,7 +159,7 @@ class Rollout:
 
     def to(self, device: torch.device | str) -> Rollout:
         """Return the rollout on `device`."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device))
 
     @property
     def env_steps(self) -> int:

@@ -175,7 +175,7 @@ def test_chunks_add_up_to_the_whole_gradient(monkeypatch, chunk, steps):
     rollouts = iteration(make_agent(**settings))
     whole = gradient(rollouts, **settings)
     samples, widest = 4 * 6, 8
-    monkeypatch.setitem(maml_ppo.CHUNK_BYTES, "cpu", chunk * 4 * samples * widest)
+    monkeypatch.setattr(maml_ppo, "CPU_CHUNK_BYTES", chunk * 4 * samples * widest)
     dimensions = []
     meta_loss = maml_ppo.meta_loss
     monkeypatch.setattr(maml_ppo, "meta_loss", lambda *a: dimensions.append(a[4].weights.ndim) or meta_loss(*a))
