@@ -355,7 +355,7 @@ class MamlPpo:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned; raises ValueError naming the entry that is missing or does not fit."""
         for name, value in self.state_dict().items():
-            if not name.startswith("adam.") and (name not in state or state[name].shape != value.shape):
+            if "adam." not in name and (name not in state or state[name].shape != value.shape):
                 found = tuple(state[name].shape) if name in state else "nothing"
                 raise ValueError(f"cannot load {name!r}: expected shape {tuple(value.shape)}, found {found}")
         with torch.no_grad():

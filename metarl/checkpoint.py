@@ -113,6 +113,7 @@ def save(folder: Path, state: Mapping[str, Tensor], position: Position, spaces: 
             "files": {_STATE_FILE: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}},
             "versions": {name: version(name) for name in _LIBRARIES},
         }
+        manifest["sha256"] = _checksum(manifest)
         _write(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
         _sync(temporary)
         if target.exists():
@@ -156,6 +157,8 @@ def load(path: Path) -> Checkpoint:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CorruptCheckpointError(f"{path}: format {manifest['format']}; this metarl reads format {FORMAT}")
+        if manifest.pop("sha256") != _checksum(manifest):
+            raise CorruptCheckpointError(f"{path / 'manifest.json'}: its hash is not its own; the file is damaged")
         data = (path / _STATE_FILE).read_bytes()
         if hashlib.sha256(data).hexdigest() != manifest["files"][_STATE_FILE]["sha256"]:
             raise CorruptCheckpointError(f"{path / _STATE_FILE}: its hash is not the manifest's; the file is damaged")
@@ -168,6 +171,11 @@ def load(path: Path) -> Checkpoint:
         )
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise CorruptCheckpointError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """Hash of a manifest's content, which damage to the file changes whatever it hits."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -129,7 +129,7 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
     path = find_config(str(name_or_path))
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -179,7 +179,7 @@ def parse_flags(arguments: Sequence[str]) -> dict[tuple[str, ...], Any]:
 def _value(words: list[str]) -> Any:
     try:
         parsed = [yaml.safe_load(word) for word in words]
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         parsed = list(words)
     return parsed[0] if len(parsed) == 1 else parsed
 
@@ -193,7 +193,7 @@ def _lay_over(tree: Any, keys: tuple[str, ...], value: Any) -> None:
     *parents, last = keys
     for i, key in enumerate(parents):
         if isinstance(tree, list):
-            if not key.isdigit() or int(key) >= len(tree):
+            if not (key.isascii() and key.isdigit()) or int(key) >= len(tree):
                 raise UserError(
                     f"{_flag(keys)}: there is no {'.'.join(keys[: i + 1])}; the list has {len(tree)} item(s)"
                 )
@@ -217,13 +217,17 @@ def _explain(error: ValidationError, source: str, flags: set[tuple[str, ...]]) -
     items = error.errors(include_url=False)
     for item in items:
         keys = _path(item["loc"])
+        given = [flag for flag in flags if flag[: len(keys)] == tuple(map(str, keys))]
+        if given and len(given[0]) > len(keys) and item["type"].endswith("_type"):
+            lines.append(f"{_flag(given[0])}: {'.'.join(map(str, keys))} is a single value and has no settings")
+            continue
         if item["type"] == "too_short" and len(items) > 1:
             continue  # pydantic counts an invalid item as missing, too
         named = tuple(str(key) for key in keys)
         given_by_flag = named in flags
         where = _flag(keys) if given_by_flag else ": ".join(filter(None, (source, ".".join(named))))
         lines.append(f"{where}: {_problem(item, keys, given_by_flag)}")
-    return "; ".join(lines)
+    return " ".join("; ".join(lines).split())
 
 
 def _problem(item: Any, keys: tuple[str | int, ...], given_by_flag: bool) -> str:

@@ -146,9 +146,7 @@ def evaluate_agent(
 def _phases(
     agent: Agent, envs: BatchEnv, tasks: Sequence[Task], rollouts_per_task: int, seed: int, adaptation_steps: int | None
 ) -> list[tuple[list[float | None], list[float | None]]]:
-    """Return for each task its mean return and success rate, before adaptation and after each step; None if
-    undefined.
-    """
+    """Return each task's mean return and success rate, before adaptation and after each step; None if undefined."""
     results: list[tuple[list[float | None], list[float | None]]] = []
     task_seeds = children(seeds(seed, Purpose.EVALUATION_ROLLOUTS), len(tasks))
     for start in range(0, len(tasks), envs.max_envs):
@@ -177,9 +175,7 @@ _MEASURES = {"return": "returns", "success": "success"}
 
 
 def _measures(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], list[float]]]:
-    """Return each measure as the classes and values of the tasks for which it is defined; those with none are left
-    out.
-    """
+    """Return each measure as the classes and values of the tasks that define it."""
     measures: dict[str, tuple[list[str], list[float]]] = {}
     for prefix in ("", "untrained_"):
         for measure, field in _MEASURES.items():

@@ -17,9 +17,9 @@ class Normalizer:
     trained policy's data, `floor` bounds the scale from below, and nothing is clipped.
 
     Attributes:
-        mean: `[O]`.
-        variance: `[O]`.
-        count: scalar float64, how many observations it has seen.
+        mean: `[O]`, float64.
+        variance: `[O]`, float64.
+        count: scalar, float64, how many observations it has seen.
         floor: smallest scale, in the units of the observation; a constant entry is not blown up.
     """
 
@@ -32,11 +32,13 @@ class Normalizer:
     def identity(cls, observation_size: int, floor: float) -> Normalizer:
         """Return the normaliser that has seen nothing, and changes nothing."""
         size = (observation_size,)
-        return cls(torch.zeros(size), torch.ones(size), torch.zeros((), dtype=torch.float64), floor)
+        mean, variance = torch.zeros(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64)
+        return cls(mean, variance, torch.zeros((), dtype=torch.float64), floor)
 
     def __call__(self, observations: Tensor) -> Tensor:
         """Shift and scale `[..., O]`."""
-        return (observations - self.mean) / self.variance.sqrt().clamp_min(self.floor)
+        scale = self.variance.sqrt().clamp_min(self.floor)
+        return (observations - self.mean.to(observations.dtype)) / scale.to(observations.dtype)
 
     def update(self, observations: Tensor, valid: Tensor) -> Normalizer:
         """Merge a batch into the statistics (Chan et al. 1979, Eq. 2.1), in float64.
@@ -54,7 +56,7 @@ class Normalizer:
         squares = self.variance * self.count + batch.var(0, correction=0) * count
         variance = (squares + delta.square() * self.count * count / total) / total
         mean = self.mean + delta * count / total
-        return Normalizer(mean.to(self.mean.dtype), variance.to(self.variance.dtype), total, self.floor)
+        return Normalizer(mean, variance, total, self.floor)
 
     def to(self, device: torch.device | str) -> Normalizer:
         """Return the normaliser on `device`."""

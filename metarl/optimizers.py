@@ -21,9 +21,19 @@ def adam_state(optimizer: torch.optim.Adam, params: Mapping[str, Tensor]) -> dic
 
 
 def load_adam_state(optimizer: torch.optim.Adam, params: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Restore what `adam_state` returned; a parameter without an entry starts afresh."""
+    """Restore what `adam_state` returned; a parameter without entries starts afresh.
+
+    Raises:
+        ValueError: an entry is missing or has another shape; the message names it.
+    """
+    optimizer.state.clear()
     for name, param in params.items():
-        if f"adam.step.{name}" in state:
+        if any(f"adam.{entry}.{name}" in state for entry in _ENTRIES):
+            for entry in _ENTRIES:
+                key, expected = f"adam.{entry}.{name}", () if entry == "step" else tuple(param.shape)
+                found = tuple(state[key].shape) if key in state else "nothing"
+                if found != expected:
+                    raise ValueError(f"cannot load {key!r}: expected shape {expected}, found {found}")
             entries = {entry: state[f"adam.{entry}.{name}"].clone() for entry in _ENTRIES}
             optimizer.state[param] = {
                 key: value if key == "step" else value.to(param.device) for key, value in entries.items()

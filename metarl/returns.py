@@ -87,7 +87,7 @@ def linear_baseline(observations: Tensor, returns: Tensor, time: Tensor, valid: 
     return values.to(returns.dtype)
 
 
-def normalize_advantages(advantages: Tensor, valid: Tensor, eps: float = 1e-5) -> Tensor:
+def normalize_advantages(advantages: Tensor, valid: Tensor, eps: float = 1e-6) -> Tensor:
     """Shift and scale advantages to mean 0 and STANDARD DEVIATION 1 within each task.
 
     Args:

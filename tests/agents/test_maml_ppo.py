@@ -290,8 +290,8 @@ def test_the_normaliser_learns_valid_observations_after_the_update():
     agent.update(rollouts)
     off.update(rollouts)
     seen = torch.cat([rollout.observations[rollout.valid] for rollout in rollouts])
-    torch.testing.assert_close(agent.normalizer.mean, seen.mean(0))
-    torch.testing.assert_close(agent.normalizer.variance, seen.var(0, correction=0))
+    torch.testing.assert_close(agent.normalizer.mean.float(), seen.mean(0))
+    torch.testing.assert_close(agent.normalizer.variance.float(), seen.var(0, correction=0))
     assert off.normalizer.count == 0
     assert_same({n: v.detach() for n, v in off.params.items()}, {n: v.detach() for n, v in agent.params.items()})
 
@@ -410,5 +410,5 @@ def test_an_optimiser_state_that_does_not_fit_is_refused_by_name(name):
     assert name in state
     missing = {key: value for key, value in state.items() if key != name}
     for broken in (missing, state | {name: torch.zeros(7, 7)}):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=name.removeprefix("value.")):
             make_agent(baseline="learned").load_state_dict(broken)

@@ -62,7 +62,9 @@ def flip(path, at):
 
 def rewrite(path, **changes):
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | changes))
+    manifest |= changes
+    del manifest["sha256"]
+    (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": checkpoint._checksum(manifest)}))
 
 
 DAMAGES = {

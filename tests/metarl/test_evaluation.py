@@ -93,6 +93,26 @@ def test_a_phase_is_the_mean_of_its_episodes(policy, goals, monkeypatch):
         assert [row["success"][k] for row in report["tasks"]] == pytest.approx(success.tolist())
 
 
+def test_every_phase_is_collected_with_what_the_phases_before_led_to(policy, goals, monkeypatch):
+    collected = []
+    monkeypatch.setattr(
+        metarl.evaluation, "adapt_and_collect", lambda *a: collected.append(adapt_and_collect(*a)) or collected[-1]
+    )
+    evaluate(policy, goals.test_tasks)
+    state = policy.agent.initial_state(6)
+    for rollout in collected[0]:
+        log_probs = policy.agent.log_prob(state, rollout.observations, rollout.actions)
+        torch.testing.assert_close(rollout.log_probs, log_probs)
+        state = policy.agent.adapt(state, rollout)
+        adapted = policy.agent.log_prob(state, rollout.observations, rollout.actions)
+        assert (adapted - log_probs).abs().max() > 1e-3
+
+
+def test_a_task_is_evaluated_alike_whatever_tasks_come_after_it(policy, goals):
+    alone, among = (evaluate(policy, goals.test_tasks[:count])["tasks"][0] for count in (1, 6))
+    assert alone["returns"] == pytest.approx(among["returns"], rel=1e-4)
+
+
 def test_the_untrained_agent_is_another_one_and_the_same_for_all_policies(policy, goals, report):
     assert report["aggregate"]["untrained_return_pre"] != report["aggregate"]["return_pre"]
     other = make_policy(2, (-1.0, -1.0), (1.0, 1.0), adaptation_steps=2)
@@ -280,7 +300,7 @@ def test_predict_refuses_what_is_no_observation(policy, observation, message):
 def record(policy, tasks, episodes=3):
     """A rollout of one task, and the same as trajectories; actions lie within ±1, so that clipping changes none."""
     envs = metarl.envs.navigation.NavigationTasks(metarl.envs.navigation.NavigationConfig()).make_batch(episodes)
-    rollout = collect(envs, policy.agent, policy.state, tasks, episodes, np.random.SeedSequence(0))
+    rollout = collect(envs, policy.agent, policy.state, tasks, episodes, [np.random.SeedSequence(0)] * len(tasks))
     actions = rollout.actions.clamp(-1.0, 1.0)
     rollout = metarl.types.Rollout(
         **{

@@ -10,6 +10,7 @@ import torch
 from metarl.envs import custom
 from metarl.envs.vector import SerialEnvs
 from metarl.sampling import adapt_and_collect, collect, scale_actions
+from metarl.seeding import children
 
 LOW, HIGH = np.array([-2.0, 0.0]), np.array([4.0, 1.0])
 NAN = float("nan")
@@ -82,7 +83,7 @@ def lines(num_tasks, horizon=5, **settings):
 def run(num_tasks, rollouts, *, seed=0, max_envs=None, agent=None, horizon=5, **settings):
     tasks, train = lines(num_tasks, horizon, **settings)
     envs = SerialEnvs(tasks, max_envs or num_tasks * rollouts)
-    return collect(envs, agent or Scripted(), 0.0, train, rollouts, np.random.SeedSequence(seed))
+    return collect(envs, agent or Scripted(), 0.0, train, rollouts, children(np.random.SeedSequence(seed), len(train)))
 
 
 def assert_same(left, right):
@@ -90,10 +91,10 @@ def assert_same(left, right):
         torch.testing.assert_close(tensor, getattr(right, name), rtol=0, atol=0, equal_nan=True, msg=name)
 
 
-def test_actions_are_clipped_and_scaled_by_hand():
+def test_actions_are_scaled_by_hand():
     # −2..4: middle 1, half width 3. 0..1: middle 0.5, half width 0.5.
     actions = np.array([[0.0, 0.0], [1.0, -1.0], [0.5, 0.25], [-7.0, 2.0]])
-    expected = [[1.0, 0.5], [4.0, 0.0], [2.5, 0.625], [-2.0, 1.0]]
+    expected = [[1.0, 0.5], [4.0, 0.0], [2.5, 0.625], [-20.0, 1.5]]
     np.testing.assert_allclose(scale_actions(actions, LOW, HIGH), expected, rtol=0, atol=1e-12)
 
 
@@ -146,7 +147,7 @@ def test_terminated_is_not_truncated():
 def test_an_environment_that_forgets_its_horizon_is_truncated_there():
     tasks, train = lines(2, ends_at={0: 5})
     tasks = tasks._replace(make=lambda task: Line(task, ends_at={0: 5}))  # without TimeLimit
-    rollout = collect(SerialEnvs(tasks, 2), Scripted(), 0.0, train, 1, np.random.SeedSequence(0))
+    rollout = collect(SerialEnvs(tasks, 2), Scripted(), 0.0, train, 1, children(np.random.SeedSequence(0), len(train)))
     assert rollout.terminated[:, 0].tolist() == [[0, 0, 0, 0, 1], [0] * 5]
     assert rollout.truncated[:, 0].tolist() == [[0] * 5, [0, 0, 0, 0, 1]]
 
@@ -154,7 +155,7 @@ def test_an_environment_that_forgets_its_horizon_is_truncated_there():
 def test_an_episode_stops_at_the_horizon_of_its_own_task():
     tasks, train = lines(1)
     mixed = [train[0], dataclasses.replace(train[0], options={"horizon": 3})]
-    rollout = collect(SerialEnvs(tasks, 4), Scripted(), 0.0, mixed, 2, np.random.SeedSequence(0))
+    rollout = collect(SerialEnvs(tasks, 4), Scripted(), 0.0, mixed, 2, children(np.random.SeedSequence(0), len(mixed)))
     for n in (0, 1):
         assert rollout.valid[:, n].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
         assert rollout.truncated[:, n].tolist() == [[0, 0, 0, 0, 1], [0, 0, 1, 0, 0]]
@@ -218,7 +219,9 @@ def test_a_number_beyond_float32_is_dropped_too():
     huge = gymnasium.wrappers.TransformReward
     tasks = tasks._replace(make=lambda task: huge(Line(task), lambda reward: 1e39 if task.index == 0 else reward))
     with np.errstate(over="ignore"):
-        rollout = collect(SerialEnvs(tasks, 3), Scripted(), 0.0, train, 1, np.random.SeedSequence(0))
+        rollout = collect(
+            SerialEnvs(tasks, 3), Scripted(), 0.0, train, 1, children(np.random.SeedSequence(0), len(train))
+        )
     assert rollout.rewards.isfinite().all()
 
 
@@ -273,7 +276,7 @@ def test_the_number_of_threads_is_restored_even_after_an_error():
 def test_each_adaptation_step_gets_fresh_data():
     tasks, train = lines(2)
     agent = Scripted()
-    rollouts = adapt_and_collect(SerialEnvs(tasks, 4), agent, train, 2, np.random.SeedSequence(0))
+    rollouts = adapt_and_collect(SerialEnvs(tasks, 4), agent, train, 2, children(np.random.SeedSequence(0), len(train)))
     assert len(rollouts) == 3
     assert len(agent.adapted_on) == 2
     assert all(seen is rollout for seen, rollout in zip(agent.adapted_on, rollouts[:-1], strict=True))
@@ -289,7 +292,9 @@ def test_each_adaptation_step_gets_fresh_data():
 def test_the_number_of_adaptation_steps_may_be_given(steps):
     tasks, train = lines(2)
     agent, envs = Scripted(), SerialEnvs(tasks, 4)
-    rollouts = adapt_and_collect(envs, agent, train, 2, np.random.SeedSequence(0), adaptation_steps=steps)
+    rollouts = adapt_and_collect(
+        envs, agent, train, 2, children(np.random.SeedSequence(0), len(train)), adaptation_steps=steps
+    )
     assert (len(rollouts), len(agent.adapted_on)) == (steps + 1, steps)
 
 
@@ -297,10 +302,12 @@ def test_adapt_and_collect_repeats_itself_for_equal_seeds():
     tasks, train = lines(2, random=True, horizon=6)
 
     def rollouts(seed):
-        return adapt_and_collect(SerialEnvs(tasks, 8), Scripted(), train, 8, np.random.SeedSequence(seed))
+        return adapt_and_collect(
+            SerialEnvs(tasks, 8), Scripted(), train, 8, children(np.random.SeedSequence(seed), len(train))
+        )
 
     for left, right in zip(rollouts(3), rollouts(3), strict=True):
         assert_same(left, right)
     assert not torch.equal(rollouts(3)[0].actions, rollouts(4)[0].actions)
     with pytest.raises(ValueError, match="2 tasks do not fit into 1 environments"):
-        adapt_and_collect(SerialEnvs(tasks, 1), Scripted(), train, 1, np.random.SeedSequence(0))
+        adapt_and_collect(SerialEnvs(tasks, 1), Scripted(), train, 1, children(np.random.SeedSequence(0), len(train)))

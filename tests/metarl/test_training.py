@@ -66,6 +66,20 @@ def test_the_global_generators_have_no_influence(tmp_path):
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_no_iteration_repeats_the_randomness_of_another(tmp_path, monkeypatch):
+    drawn = []
+    for module in (metarl.training, metarl.evaluation):
+
+        def spy(*args, collect=module.adapt_and_collect):
+            drawn.extend(seeds.generate_state(2).tobytes() for seeds in args[4])
+            return collect(*args)
+
+        monkeypatch.setattr(module, "adapt_and_collect", spy)
+    train(stages(*TWO_STAGES, evaluation={"num_tasks": 2, "every_iterations": 0}), run_dir=tmp_path)
+    # 3 iterations of 2 tasks, all different; both stages are evaluated with the same seeds of 2 tasks, again others.
+    assert len(drawn) == 10 and len(set(drawn)) == 8
+
+
 def test_evaluating_does_not_change_training(tmp_path):
     often, never = tmp_path / "often", tmp_path / "never"
     train(navigation("--stages.0.iterations 4 --evaluation.every-iterations 1"), run_dir=often)
@@ -81,8 +95,8 @@ def test_the_number_of_workers_has_no_influence(tmp_path):
         "--num-tasks 2 --rollouts-per-task 2 --device cpu --agent.hidden-sizes [8] --agent.epochs 2 "
         "--stages.0.tasks.horizon 5 --stages.0.iterations 2"
     )
-    for workers, envs in ((0, 2), (1, 4), (2, 3)):
-        flags = f"{shrunk} --num-workers {workers} --num-envs {envs}".split()
+    for workers in (0, 1, 2):
+        flags = f"{shrunk} --num-workers {workers} --num-envs 3".split()
         train(load_config("half_cheetah_dir_maml_ppo", flags), run_dir=tmp_path / str(workers))
     assert_same_run(tmp_path / "0", tmp_path / "1")
     assert_same_run(tmp_path / "1", tmp_path / "2")
@@ -216,7 +230,7 @@ def test_resuming_with_another_config_names_what_differs(tmp_path, changed, name
 
 def test_what_has_no_effect_on_results_may_change_on_resuming(tmp_path):
     train(navigation(), run_dir=tmp_path, max_iterations=1)
-    train(navigation("--num-workers 2 --num-envs 5 --keep-checkpoints 1"), run_dir=tmp_path, resume=True)
+    train(navigation("--num-workers 2 --keep-checkpoints 1"), run_dir=tmp_path, resume=True)
     train(navigation(), run_dir=tmp_path / "other")
     assert_same_run(tmp_path, tmp_path / "other")
 
