@@ -412,3 +412,16 @@ def test_an_optimiser_state_that_does_not_fit_is_refused_by_name(name):
     for broken in (missing, state | {name: torch.zeros(7, 7)}):
         with pytest.raises(ValueError, match=name.removeprefix("value.")):
             make_agent(baseline="learned").load_state_dict(broken)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("baseline", ["linear", "learned"])
+def test_the_gpu_computes_what_the_cpu_does(baseline):
+    config = MamlPpoConfig(hidden_sizes=(8, 8), epochs=3, learn_inner_lr=True, baseline=baseline)
+    agents = [MamlPpo(config, OBSERVATIONS, ACTIONS, torch.device(name), 0) for name in ("cpu", "cuda")]
+    rollouts = iteration(agents[0])
+    for agent in agents:
+        agent.update([rollout.to(agent.device) for rollout in rollouts])
+    on_cpu, on_gpu = (agent.state_dict() for agent in agents)
+    assert_same(on_gpu, on_cpu, rtol=1e-3, atol=1e-5)
