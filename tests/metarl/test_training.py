@@ -1,5 +1,7 @@
 """The loop on a small scale: reproducible, resumable bit for bit, everything written where it is looked for."""
 
+import time
+
 import gymnasium
 import numpy as np
 import pytest
@@ -317,6 +319,7 @@ def test_resuming_leaves_no_scalar_twice_in_tensorboard(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(navigation(LONGER), run_dir=tmp_path, progress=crash)
+    time.sleep(1.1)  # TensorBoard orders event files by the second of their making
     train(navigation(LONGER), run_dir=tmp_path, resume=True)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
