@@ -53,8 +53,7 @@ def chunk_bytes(device: torch.device) -> int:
 
 LR_STEP = 1.1
 """By how much the outer learning rate changes an iteration. As the policy's deviation shrinks, the same step in θ moves
-the adapted policy further: at a constant rate a single step came to exceed max_kl fourfold on HalfCheetahDir, and the
-return fell from 500 to 430."""
+the adapted policy further: at a constant rate a single step comes to exceed max_kl, and the return falls again."""
 
 
 class MamlPpoConfig(BaseModel):
@@ -156,7 +155,7 @@ def meta_loss(
     clip_eps: float,
     inner_kl_coef: float,
 ) -> MetaLoss:
-    """The PPO-clip loss after K inner steps from θ (Rothfuss et al. 2019, Eq. 12).
+    """The PPO-clip loss after K inner steps from θ (Rothfuss et al. 2019, "ProMP").
 
     Args:
         log_prob: the policy.

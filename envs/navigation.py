@@ -22,7 +22,7 @@ Name = Literal["goals", "semicircle", "cued_wedges", "rotated_wedges", "rotated_
 _STREAM = 2  # keeps the goals' random numbers apart from those of a run with the same seed
 
 ACTION_SCALE = 0.1
-"""A full action moves the point by this much a step, in the units of the plane (Finn et al. 2017, 5.2)."""
+"""A full action moves the point by this much a step, in the units of the plane (Finn et al. 2017, 5.3)."""
 
 NUM_WEDGES = 4
 """Families of the wedge distributions, the stages of a continual sequence."""
@@ -34,10 +34,10 @@ class NavigationConfig(BaseModel):
     The point starts at the origin and moves by 0.1 · clip(action, ±1) a step. Its goal is not observed.
 
     - `goals`: goals uniform in [−0.5, 0.5]², reward = −distance after the move, horizon 100. The 2D task of Finn et al.
-      2017, 5.2, in the form of its published code (the distance, not its square); deviation: the episode does not end
+      2017, 5.3, in the form of its published code (the distance, not its square); deviation: the episode does not end
       within 0.01 of the goal, so that all returns sum 100 rewards.
     - `semicircle`: goals on the upper unit half circle, reward 1 within 0.2 of the goal, else 0, horizon 60: a sparse
-      reward that must be found by search (Rakelly et al. 2019, 5.3).
+      reward that must be found by search (Rakelly et al. 2019).
     - `cued_wedges`, `rotated_wedges`, `rotated_cued_wedges`: four families k = 0..3, one class each. The goal lies at
       angle k · 90° ± 40°, radius in [0.5, 1]; reward = −distance, horizon 20, position clipped to ±1.2. Rotated:
       actions are turned by −90° · k, so that what one family taught is wrong in the next. Cued: the observation ends

@@ -15,7 +15,7 @@ from metarl.config import RunConfig
 from metarl.envs import FAMILIES, distribution
 from metarl.envs import make as make_env
 from metarl.envs.manager import EnvManager
-from metarl.envs.vector import env_spaces, make_envs
+from metarl.envs.vector import make_envs
 from metarl.errors import UserError, unknown_name
 from metarl.policy import Policy, build_agent
 from metarl.sampling import adapt_and_collect
@@ -77,20 +77,16 @@ def evaluate(
         raise ValueError(
             "the policy is adapted already, and evaluating adapts by itself; give the agent before adaptation"
         )
-    distribution = _Tasks(tasks, make)
-    observation_space, action_space = env_spaces(distribution)
-    found, expected = (observation_space.shape[0], action_space.shape[0]), policy.spaces
-    if found != (expected.observation_size, expected.action_size):
-        raise UserError(
-            f"the tasks have (observation, action) sizes {found}; the agent was trained for "
-            f"{(expected.observation_size, expected.action_size)}"
-        )
     config = policy.config
     seed = config.seed if seed is None else seed
     rollouts = rollouts_per_task or config.evaluation.rollouts_per_task or config.rollouts_per_task
     untrained = build_agent(config, policy.spaces, policy.agent.device, Purpose.UNTRAINED_AGENT)
-    envs = make_envs(distribution, min(len(tasks), MAX_ENVS), num_workers)
+    envs = make_envs(_Tasks(tasks, make), min(len(tasks) * rollouts, MAX_ENVS), num_workers)
     try:
+        found = envs.observation_space.shape[0], envs.action_space.shape[0]
+        expected = policy.spaces.observation_size, policy.spaces.action_size
+        if found != expected:
+            raise UserError(f"the tasks have (observation, action) sizes {found}; the agent was trained for {expected}")
         report = evaluate_agent(
             policy.agent,
             envs,

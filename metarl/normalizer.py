@@ -41,7 +41,7 @@ class Normalizer:
         return (observations - self.mean.to(observations.dtype)) / scale.to(observations.dtype)
 
     def update(self, observations: Tensor, valid: Tensor) -> Normalizer:
-        """Merge a batch into the statistics (Chan et al. 1979, Eq. 2.1), in float64.
+        """Merge a batch into the statistics (Chan et al. 1979), in float64.
 
         Args:
             observations: `[..., O]`.

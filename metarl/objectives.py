@@ -22,7 +22,7 @@ def _log_ratio(log_probs: Tensor, old_log_probs: Tensor, weights: Tensor) -> Ten
 
 
 def likelihood_ratio_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
-    """Minus the likelihood-ratio (LVC) surrogate, −E[π_θ(a|s)/π_old(a|s) · A] (Rothfuss et al. 2019, Eq. 10 and 11).
+    """Minus the likelihood-ratio (LVC) surrogate, −E[π_θ(a|s)/π_old(a|s) · A] (Rothfuss et al. 2019, "LVC").
 
     `old_log_probs` are those recorded when the data was collected. In the first epoch θ is the parameter that
     collected, the ratio is 1 and the surrogate is LVC itself; in later epochs the ratio also corrects for the data

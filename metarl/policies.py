@@ -19,7 +19,7 @@ _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
 
 def init_mlp(sizes: tuple[int, ...], output_gain: float, generator: torch.Generator) -> Params:
-    """Draw an MLP: orthogonal weights, gain √2 in hidden layers (Andrychowicz et al. 2021, C56), zero biases.
+    """Draw an MLP: orthogonal weights, gain √2 in hidden layers (Andrychowicz et al. 2021), zero biases.
 
     Args:
         sizes: input size, hidden sizes, output size.

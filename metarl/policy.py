@@ -19,7 +19,7 @@ from metarl.agents.maml_ppo import MamlPpo
 from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Spaces, load_latest
 from metarl.config import RunConfig, load_config
 from metarl.errors import UserError
-from metarl.sampling import scale_actions
+from metarl.sampling import rollout_arrays, scale_actions
 from metarl.seeding import Purpose, integer_seed
 from metarl.types import Agent, FloatArray, Rollout, Trajectory
 
@@ -140,24 +140,23 @@ class Policy:
         sizes = (self.spaces.observation_size, self.spaces.action_size)
         low, high = self.spaces.action_bounds
         shape = (1, len(trajectories), max(len(t.rewards) for t in trajectories))
-        floats = {name: np.zeros((*shape, *last), np.float32) for name, last in _fields(*sizes)}
-        bools = {name: np.zeros(shape, np.bool_) for name in ("terminated", "truncated", "episode_start", "valid")}
+        arrays = rollout_arrays(shape, *sizes)
         for n, trajectory in enumerate(trajectories):
             found = (trajectory.observations.shape[1], trajectory.actions.shape[1])
             if found != sizes:
                 raise ValueError(f"trajectory {n} has (observation, action) sizes {found}; the agent expects {sizes}")
             length = len(trajectory.rewards)
             where = (0, n, slice(length))
-            floats["observations"][where] = trajectory.observations
+            arrays["observations"][where] = trajectory.observations
             following = np.concatenate([trajectory.observations[1:], trajectory.observations[-1:]])
-            floats["next_observations"][where] = following
-            floats["actions"][where] = (trajectory.actions - (high + low) / 2) / ((high - low) / 2)
-            floats["rewards"][where] = trajectory.rewards
-            floats["success"][where] = np.nan
-            bools["terminated"][where], bools["truncated"][where] = trajectory.terminated, trajectory.truncated
-            bools["truncated"][0, n, length - 1] |= not trajectory.terminated[-1]
-            bools["episode_start"][0, n, 0] = bools["valid"][where] = True
-        rollout = Rollout(**{name: torch.from_numpy(array) for name, array in {**floats, **bools}.items()})
+            arrays["next_observations"][where] = following
+            arrays["actions"][where] = (trajectory.actions - (high + low) / 2) / ((high - low) / 2)
+            arrays["rewards"][where] = trajectory.rewards
+            arrays["success"][where] = np.nan
+            arrays["terminated"][where], arrays["truncated"][where] = trajectory.terminated, trajectory.truncated
+            arrays["truncated"][0, n, length - 1] |= not trajectory.terminated[-1]
+            arrays["episode_start"][0, n, 0] = arrays["valid"][where] = True
+        rollout = Rollout(**{name: torch.from_numpy(array) for name, array in arrays.items()})
         return replace(rollout, log_probs=self._log_probs(rollout, trajectories))
 
     def _log_probs(self, rollout: Rollout, trajectories: Sequence[Trajectory]) -> torch.Tensor:
@@ -166,17 +165,6 @@ class Policy:
             if trajectory.log_probs is not None:
                 log_probs[0, n, : len(trajectory.log_probs)] = torch.from_numpy(trajectory.log_probs).float()
         return log_probs
-
-
-def _fields(observation_size: int, action_size: int) -> list[tuple[str, tuple[int, ...]]]:
-    return [
-        ("observations", (observation_size,)),
-        ("next_observations", (observation_size,)),
-        ("actions", (action_size,)),
-        ("rewards", ()),
-        ("log_probs", ()),
-        ("success", ()),
-    ]
 
 
 def resolve_device(device: str) -> torch.device:

@@ -60,7 +60,7 @@ def gae(
 
 
 def linear_baseline(observations: Tensor, returns: Tensor, time: Tensor, valid: Tensor, ridge: float = 1e-5) -> Tensor:
-    """Fit returns by a linear function of [o, o², t, t², t³, 1], one fit a task (Duan et al. 2016, 3.3).
+    """Fit returns by a linear function of [o, o², t, t², t³, 1], one fit a task (Duan et al. 2016).
 
     Solved in float64. The features grow with the time left, so that the fit is the value in a FINITE horizon: what it
     says after the last step is 0, and nothing is bootstrapped.

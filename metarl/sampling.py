@@ -108,24 +108,26 @@ def _run_wave(
         observations = step.observations.copy()
 
 
+def rollout_arrays(shape: tuple[int, int, int], observation_size: int, action_size: int) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a `Rollout` by name, all zero: nothing is valid yet.
+
+    Args:
+        shape: (M, N, T).
+        observation_size: O.
+        action_size: A.
+    """
+    last = {"observations": (observation_size,), "next_observations": (observation_size,), "actions": (action_size,)}
+    floats = {name: np.zeros((*shape, *size), np.float32) for name, size in last.items()}
+    floats |= {name: np.zeros(shape, np.float32) for name in ("rewards", "log_probs", "success")}
+    flags = {name: np.zeros(shape, np.bool_) for name in ("terminated", "truncated", "episode_start", "valid")}
+    return {**floats, **flags}
+
+
 class _Recorder:
     """Preallocated arrays of one rollout; float32, as the agent will read them."""
 
     def __init__(self, shape: tuple[int, int, int], observation_size: int, action_size: int) -> None:
-        self._floats = {
-            name: np.zeros((*shape, *last), dtype=np.float32)
-            for name, last in (
-                ("observations", (observation_size,)),
-                ("next_observations", (observation_size,)),
-                ("actions", (action_size,)),
-                ("rewards", ()),
-                ("log_probs", ()),
-                ("success", ()),
-            )
-        }
-        self._bools = {
-            name: np.zeros(shape, dtype=np.bool_) for name in ("terminated", "truncated", "episode_start", "valid")
-        }
+        self._arrays = rollout_arrays(shape, observation_size, action_size)
         self._shape = shape
 
     def record(
@@ -158,9 +160,7 @@ class _Recorder:
         return going_on
 
     def _put(self, name: str, wave: slice, t: int, values: np.ndarray[Any, Any], written: BoolArray) -> None:
-        array = self._floats.get(name, self._bools.get(name))
-        assert array is not None
-        target = array[:, wave, t]
+        target = self._arrays[name][:, wave, t]
         values = values.reshape(target.shape)
         if written.all():
             target[...] = values
@@ -170,20 +170,19 @@ class _Recorder:
 
     def _drop(self, wave: slice, broken: BoolArray) -> None:
         if broken.any():
-            for array in (*self._floats.values(), *self._bools.values()):
+            for array in self._arrays.values():
                 array[:, wave][broken] = 0
 
     def rollout(self) -> Rollout:
         """Return the rollout on the CPU, cut to its longest episode."""
-        dropped = ~self._bools["valid"].any(-1)
+        dropped = ~self._arrays["valid"].any(-1)
         if dropped.mean() > 0.5:
             raise RuntimeError(
                 f"{int(dropped.sum())} of {dropped.size} episodes had a NaN or infinite observation or reward and were "
                 "dropped; the environment is broken or the actions drive the simulation apart"
             )
-        length = int(np.flatnonzero(self._bools["valid"].any((0, 1)))[-1]) + 1
-        arrays = {**self._floats, **self._bools}
-        return Rollout(**{name: torch.from_numpy(array[:, :, :length]) for name, array in arrays.items()})
+        length = int(np.flatnonzero(self._arrays["valid"].any((0, 1)))[-1]) + 1
+        return Rollout(**{name: torch.from_numpy(array[:, :, :length]) for name, array in self._arrays.items()})
 
 
 def adapt_and_collect(

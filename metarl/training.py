@@ -167,7 +167,9 @@ class _Trainer:
                 self._save()
                 return False
             self._iterate(stage, number, manager, envs)
-            if every and (number + 1) % every == 0 and number + 1 < iterations:
+            if number + 1 == iterations:
+                break  # the end of the stage saves and evaluates in any case
+            if every and (number + 1) % every == 0:
                 self._evaluate(stage, envs)
             if (number + 1) % config.checkpoint_every_iterations == 0:
                 self._save()
