@@ -230,14 +230,16 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
 
         Raises:
             gymnasium.error.ResetNeeded: the episode has ended, or none has begun.
-            FloatingPointError: the physics diverged; upstream would go on from a silently reset simulation.
+            FloatingPointError: the physics diverged, or the action is not finite; upstream would go on from a
+                simulation that MuJoCo has silently reset.
         """
         if self._steps_left == 0:
             raise gymnasium.error.ResetNeeded(f"no episode in progress in {self.task.name}; call reset() before step()")
-        time_s = self._official.data.time
-        observation, reward, _, _, info = self._official.step(action)
-        if self._official.data.time <= time_s:
-            raise FloatingPointError(f"physics diverged in task {self.task.to_json()}; drop the episode")
+        try:
+            observation, reward, _, _, info = self._official.step(action)
+        except FloatingPointError:
+            self._steps_left = 0
+            raise
         self._steps_left -= 1
         info["success"] = float(info["success"])
         return observation, float(reward), False, self._steps_left == 0, info
@@ -249,9 +251,11 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
 
 def _build(task: Task) -> Any:
     """The one place where an official environment is created."""
+    from metarl.envs.sawyer import fast_class
+
     goal_vector(task)  # names a wrong field before the model is compiled
     _, reward_version = _options(task)
-    official = _official_class(task.name)(reward_function_version=reward_version)
+    official = fast_class(_official_class(task.name))(reward_function_version=reward_version)
     official._partially_observable = True
     official.__dict__.pop("sawyer_observation_space", None)  # cached, and a step clips to it: it must know of that
     return official
