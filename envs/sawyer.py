@@ -74,9 +74,9 @@ def _norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> 
 
 
 def _hstack(arrays: Sequence[Any], **options: Any) -> Any:
-    if not options and all(type(x) is np.ndarray and x.ndim == 1 for x in arrays):
-        return np.concatenate(arrays)
-    return np.hstack(arrays, **options)
+    if options or len(arrays) != 2 or not (type(arrays[0]) is type(arrays[1]) is np.ndarray):
+        return np.hstack(arrays, **options)
+    return np.concatenate(arrays) if arrays[0].ndim == 1 else np.hstack(arrays)
 
 
 def _clip(x: Any, low: Any, high: Any, **options: Any) -> Any:
@@ -304,7 +304,6 @@ class _Snapshot:
         model, data = env._sim.model, env._sim.data
         for field, values in self._model:
             getattr(model, field)[:] = values
-        mujoco.mj_resetData(model, data)
         mujoco.mj_setState(model, data, self._state, _STATE)
         mj_forward(model, data)
         mujoco.mj_setState(model, data, self._state, _STATE)  # the pass has changed where the solver starts from
@@ -496,14 +495,13 @@ class _Fast:
         product = official_rewards.hamacher_product
         initial = self.obj_init_pos
         y, initial_y = obj_pos.item(1), initial.item(1)
-        left, right = (
-            _tolerance(
-                abs(pad_y - y),
-                bounds=(obj_radius, pad_success_thresh),
-                margin=abs(abs(pad_y - initial_y) - pad_success_thresh),
-                sigmoid="long_tail",
-            )
-            for pad_y in (self.data.body("leftpad").xpos.item(1), self.data.body("rightpad").xpos.item(1))
+        bounds = (obj_radius, pad_success_thresh)
+        left, right = self.data.body("leftpad").xpos.item(1), self.data.body("rightpad").xpos.item(1)
+        left_margin = abs(abs(left - initial_y) - pad_success_thresh)
+        right_margin = abs(abs(right - initial_y) - pad_success_thresh)
+        caging_y = product(
+            _tolerance(abs(left - y), bounds, left_margin, "long_tail"),
+            _tolerance(abs(right - y), bounds, right_margin, "long_tail"),
         )
         tcp = self.tcp_center
         caging_xz = _tolerance(
@@ -513,7 +511,7 @@ class _Fast:
             sigmoid="long_tail",
         )
         gripper_closed = min(max(0, action[-1]), desired_gripper_effort) / desired_gripper_effort
-        caging = product(product(left, right), float(caging_xz))
+        caging = product(caging_y, float(caging_xz))
         caging_and_gripping = product(caging, gripper_closed if caging > 0.97 else 0.0)
         if high_density:
             caging_and_gripping = (caging_and_gripping + caging) / 2
