@@ -196,6 +196,7 @@ class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         super().reset(seed=seed)
         family, model, data = self._family, self.model, self.data
         mujoco.mj_resetData(model, data)  # the solver's warm start would leak from the episode before
+        data.warning.number[:] = 1  # MuJoCo prints, and writes MUJOCO_LOG.TXT, at the first warning of each kind
         noise = family.reset_noise
         data.qpos[:] = model.qpos0 + self.np_random.uniform(-noise, noise, model.nq)
         if family.normal_velocities:
@@ -214,11 +215,13 @@ class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
 
         Raises:
             ValueError: the action has another shape.
-            FloatingPointError: the physics diverged; MuJoCo has silently reset itself.
+            FloatingPointError: the action is NaN or infinite, or the physics diverged and MuJoCo has silently reset it.
         """
         family, model, data = self._family, self.model, self.data
         if np.shape(action) != (model.nu,):
             raise ValueError(f"action has shape {np.shape(action)}; expected ({model.nu},)")
+        if not np.isfinite(action).all():
+            raise FloatingPointError(f"action {action} is not finite")
         before = family.position(model, data)
         data.ctrl[:] = action
         time_s = data.time

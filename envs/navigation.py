@@ -159,6 +159,8 @@ def _wedge(task: Task) -> int:
 class NavigationBatch:
     """E point masses stepped together, each with its own goal; a `BatchEnv`."""
 
+    lanes = 1  # one computation for all costs least
+
     def __init__(self, name: str, max_envs: int) -> None:
         self.max_envs = max_envs
         self._variant = variant = _VARIANTS[name]
@@ -183,20 +185,24 @@ class NavigationBatch:
     def _observations(self) -> FloatArray:
         return np.concatenate([self._positions, self._cues], axis=-1)
 
-    def step(self, actions: FloatArray, active: BoolArray) -> Step:
-        """Move the active points; see `BatchEnv.step`."""
+    def step_async(self, rows: slice, actions: FloatArray, active: BoolArray) -> None:
+        """Move the active points of `rows`; see `BatchEnv.step_async`."""
         variant = self._variant
         moves = ACTION_SCALE * np.clip(actions, -1.0, 1.0)
         if variant.rotated:
-            moves = np.einsum("eij,ej->ei", self._rotations, moves)
-        moved = np.clip(self._positions + moves, -variant.bound, variant.bound)
-        self._positions = np.where(active[:, None], moved, self._positions)
-        self._elapsed += active
-        distances = np.linalg.norm(self._positions - self._goals, axis=-1)
-        near = distances < variant.radius
-        rewards = near.astype(np.float64) if variant.sparse else -distances
-        terminated = np.zeros(len(actions), dtype=np.bool_)
-        return Step(self._observations(), rewards, terminated, self._elapsed >= self._horizons, near.astype(np.float64))
+            moves = np.einsum("eij,ej->ei", self._rotations[rows], moves)
+        moved = np.clip(self._positions[rows] + moves, -variant.bound, variant.bound)
+        self._positions[rows] = np.where(active[:, None], moved, self._positions[rows])
+        self._elapsed[rows] += active
+
+    def step_wait(self, rows: slice) -> Step:
+        """See `BatchEnv.step_wait`."""
+        distances = np.linalg.norm(self._positions[rows] - self._goals[rows], axis=-1)
+        near = distances < self._variant.radius
+        rewards = near.astype(np.float64) if self._variant.sparse else -distances
+        terminated = np.zeros(len(near), dtype=np.bool_)
+        truncated = self._elapsed[rows] >= self._horizons[rows]
+        return Step(self._observations()[rows], rewards, terminated, truncated, near.astype(np.float64))
 
     def close(self) -> None:
         """Nothing to free."""
@@ -223,6 +229,7 @@ class NavigationEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
 
     def step(self, action: NDArray[np.float32]) -> tuple[FloatArray, float, bool, bool, dict[str, Any]]:
         """Move by 0.1 · clip(action, ±1)."""
-        step = self._batch.step(np.asarray(action, dtype=np.float64)[None], np.ones(1, dtype=np.bool_))
+        self._batch.step_async(slice(0, 1), np.asarray(action, dtype=np.float64)[None], np.ones(1, dtype=np.bool_))
+        step = self._batch.step_wait(slice(0, 1))
         info = {"success": float(step.success[0])}
         return step.observations[0], float(step.rewards[0]), False, bool(step.truncated[0]), info

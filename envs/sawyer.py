@@ -236,8 +236,7 @@ class _Simulation:
 
     def silence(self) -> None:
         """Keep MuJoCo from printing warnings and writing MUJOCO_LOG.TXT, which it does at the first of each kind."""
-        for warning in self.data.warning:
-            warning.number = 1
+        self.data.warning.number[:] = 1
 
 
 @cache

@@ -2,15 +2,17 @@
 
 What is stepped, and in which order results come back, does not depend on the number of workers. A step costs one short
 message a worker and copies no array: observations, actions and rewards lie in memory that all processes share.
+Environment i belongs to worker i modulo their number, so that each has its share of every task and of every lane.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import multiprocessing
 import os
+import pickle
 import signal
+import struct
 import traceback
 import weakref
 from collections.abc import Sequence
@@ -24,9 +26,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from metarl.types import BatchEnv, BoolArray, FloatArray, Step, Task, TaskDistribution
 
-MIN_POOL = 50
-"""Environments that one process keeps at least, in use or idle: compiling a model again costs more than the memory
-(about 20 MB for a Meta-World environment, under 1 MB for a MuJoCo one)."""
+LANES = 2
+"""While the environments of one lane are stepped, actions are computed for the other."""
+
+POOL = 400
+"""Environments that all processes keep together at least, in use or idle, since building one takes longer than the
+memory is worth (4 MB for a Meta-World environment, under 1 MB for a MuJoCo one)."""
 
 
 def make_envs(distribution: TaskDistribution, max_envs: int, num_workers: int) -> BatchEnv:
@@ -96,22 +101,22 @@ class _Buffers:
             **{name: np.frombuffer(memory[name], dtype).reshape(shape) for name, (shape, dtype) in shapes.items()}
         )
 
-    def step(self, count: int) -> Step:
-        """Return views of the first `count` environments."""
+    def step(self, rows: slice) -> Step:
+        """Return views of the environments `rows`."""
         return Step(
-            self.observations[:count],
-            self.rewards[:count],
-            self.terminated[:count],
-            self.truncated[:count],
-            self.success[:count],
+            self.observations[rows], self.rewards[rows], self.terminated[rows], self.truncated[rows], self.success[rows]
         )
 
 
 class _Slots:
-    """The environments of one process: those in use, in order, and a pool of idle ones to retarget."""
+    """The environments of one process: those in use, in order, and a pool of idle ones to retarget.
 
-    def __init__(self, distribution: TaskDistribution, pool_size: int) -> None:
+    The process has every `stride`-th of all environments in use, from `first` on.
+    """
+
+    def __init__(self, distribution: TaskDistribution, pool_size: int, first: int = 0, stride: int = 1) -> None:
         self._distribution, self._pool_size = distribution, pool_size
+        self._first, self._stride = first, stride
         self._used: list[tuple[Task, gymnasium.Env[Any, Any]]] = []
         self._idle: list[tuple[Task, gymnasium.Env[Any, Any]]] = []  # the longest unused first
 
@@ -141,14 +146,18 @@ class _Slots:
                 return env
         return self._distribution.make(task)
 
-    def reset(self, buffers: _Buffers, first: int, seeds: NDArray[np.uint32]) -> None:
-        """Reset all; observations go to `buffers`, from environment `first` on."""
+    def reset(self, buffers: _Buffers, seeds: NDArray[np.uint32]) -> None:
+        """Reset all that this process has, its seeds in order; observations go to `buffers`."""
         for i, (_, env) in enumerate(self._used):
-            buffers.observations[first + i] = env.reset(seed=int(seeds[i]))[0]
+            buffers.observations[self._first + i * self._stride] = env.reset(seed=int(seeds[i]))[0]
 
-    def step(self, buffers: _Buffers, first: int) -> None:
-        """Step those that are active with the actions in `buffers`, and write there what they return."""
-        for i, (_, env) in enumerate(self._used, start=first):
+    def step(self, buffers: _Buffers, start: int, stop: int) -> None:
+        """Step those of `start` to `stop` that are active with the actions in `buffers`; results go there, too."""
+        mine = range(self._first, self._first + len(self._used) * self._stride, self._stride)
+        skipped = max(0, -(-(start - self._first) // self._stride))
+        for i, (_, env) in zip(mine[skipped:], self._used[skipped:], strict=True):
+            if i >= stop:
+                break
             if buffers.active[i]:
                 try:
                     observation, reward, terminated, truncated, info = env.step(buffers.actions[i].copy())
@@ -175,31 +184,36 @@ class SerialEnvs:
         max_envs: how many at most.
     """
 
+    lanes = LANES
+
     def __init__(self, distribution: TaskDistribution, max_envs: int) -> None:
         self.max_envs = max_envs
         self.observation_space, self.action_space = env_spaces(distribution)
         shapes = _Buffers.shapes(max_envs, self.observation_space.shape[0], self.action_space.shape[0])
         self._buffers = _Buffers(**{name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()})
-        self._slots = _Slots(distribution, max(max_envs, MIN_POOL))
+        self._slots = _Slots(distribution, max(max_envs, POOL))
 
     def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
         """See `BatchEnv.reset`."""
         self._slots.assign(tasks)
-        self._slots.reset(self._buffers, 0, seeds)
+        self._slots.reset(self._buffers, seeds)
         return self._buffers.observations[: len(tasks)]
 
-    def step(self, actions: FloatArray, active: BoolArray) -> Step:
-        """See `BatchEnv.step`."""
-        self._buffers.actions[: len(actions)], self._buffers.active[: len(actions)] = actions, active
-        self._slots.step(self._buffers, 0)
-        return self._buffers.step(len(actions))
+    def step_async(self, rows: slice, actions: FloatArray, active: BoolArray) -> None:
+        """See `BatchEnv.step_async`."""
+        self._buffers.actions[rows], self._buffers.active[rows] = actions, active
+        self._slots.step(self._buffers, rows.start, rows.stop)
+
+    def step_wait(self, rows: slice) -> Step:
+        """See `BatchEnv.step_wait`."""
+        return self._buffers.step(rows)
 
     def close(self) -> None:
         """See `BatchEnv.close`."""
         self._slots.close()
 
 
-_STEP, _RESET, _OK = b"step", b"reset", b"ok"
+_OK = b"ok"
 
 
 class WorkerEnvs:
@@ -213,8 +227,10 @@ class WorkerEnvs:
         num_workers: how many processes, at least 1.
 
     Raises:
-        RuntimeError: (by `reset` and `step`) an environment raised, with its traceback, or a worker died.
+        RuntimeError: (by `reset` and `step_wait`) an environment raised, with its traceback, or a worker died.
     """
+
+    lanes = LANES
 
     def __init__(self, distribution: TaskDistribution, max_envs: int, num_workers: int) -> None:
         self.max_envs = max_envs
@@ -226,11 +242,12 @@ class WorkerEnvs:
             for name, (shape, dtype) in shapes.items()
         }
         self._buffers = _Buffers.view(memory, shapes)
+        self._requests = 0  # sent, and not yet answered by all
         self._workers: list[tuple[Connection, Any]] = []
-        pool_size = max(-(-max_envs // num_workers), MIN_POOL)
-        for _ in range(num_workers):
+        pool_size = -(-max(max_envs, POOL) // num_workers)
+        for number in range(num_workers):
             ours, theirs = context.Pipe()
-            arguments = (theirs, distribution, pool_size, memory, shapes)
+            arguments = (theirs, distribution, pool_size, number, num_workers, memory, shapes)
             process = context.Process(target=_work, args=arguments, daemon=True)
             with _single_threaded():
                 process.start()
@@ -240,31 +257,37 @@ class WorkerEnvs:
 
     def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
         """See `BatchEnv.reset`."""
-        parts = self._parts(len(tasks))
-        self._ask(_RESET, [(part.start, tasks[part], seeds[part]) for part in parts])
+        while self._requests:  # of an episode that was given up
+            with contextlib.suppress(RuntimeError):
+                self._wait()
+        stride = len(self._workers)
+        self._ask([pickle.dumps((tasks[number::stride], seeds[number::stride])) for number in range(stride)])
+        self._wait()
         return self._buffers.observations[: len(tasks)]
 
-    def step(self, actions: FloatArray, active: BoolArray) -> Step:
-        """See `BatchEnv.step`."""
-        self._buffers.actions[: len(actions)], self._buffers.active[: len(actions)] = actions, active
-        self._ask(_STEP)
-        return self._buffers.step(len(actions))
+    def step_async(self, rows: slice, actions: FloatArray, active: BoolArray) -> None:
+        """See `BatchEnv.step_async`."""
+        self._buffers.actions[rows], self._buffers.active[rows] = actions, active
+        self._ask([_ROWS.pack(rows.start, rows.stop)] * len(self._workers))
 
-    def _parts(self, count: int) -> list[slice]:
-        """Split `count` environments evenly over the workers, in order."""
-        bounds = [count * i // len(self._workers) for i in range(len(self._workers) + 1)]
-        return [slice(low, high) for low, high in itertools.pairwise(bounds)]
+    def step_wait(self, rows: slice) -> Step:
+        """See `BatchEnv.step_wait`."""
+        self._wait()
+        return self._buffers.step(rows)
 
-    def _ask(self, request: bytes, details: Sequence[Any] = ()) -> None:
-        """Have all workers do something, and wait for all, so that no answer is left for the next request."""
+    def _ask(self, requests: Sequence[bytes]) -> None:
+        """Send each worker its request: what to reset to, or which rows to step."""
         if not self._workers:
             raise RuntimeError("the environments are closed; make new ones")
-        failures = []
-        for number, (connection, _) in enumerate(self._workers):
+        for (connection, _), request in zip(self._workers, requests, strict=True):
             with contextlib.suppress(OSError):  # a dead worker is found when its answer is missing
                 connection.send_bytes(request)
-                if details:
-                    connection.send(details[number])
+        self._requests += 1
+
+    def _wait(self) -> None:
+        """Wait until all workers have answered the oldest request, so that no answer is left for the next one."""
+        self._requests -= 1
+        failures = []
         for number, (connection, process) in enumerate(self._workers):
             try:
                 answer = connection.recv_bytes()
@@ -307,31 +330,36 @@ def _single_threaded() -> Any:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+_ROWS = struct.Struct("<qq")
+"""A request to step the environments from the first number to the second; a longer one is to reset."""
+
+
 def _work(
     connection: Connection,
     distribution: TaskDistribution,
     pool_size: int,
+    number: int,
+    stride: int,
     memory: dict[str, Any],
     shapes: dict[str, tuple[tuple[int, ...], DTypeLike]],
 ) -> None:
     """Serve one worker's environments until the other end of the connection closes."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process decides what a signal means, and ends its workers
-        signal.signal(number, signal.SIG_IGN)
+    for signal_number in (signal.SIGINT, signal.SIGTERM):  # the main process decides what they mean, and ends workers
+        signal.signal(signal_number, signal.SIG_IGN)
     buffers = _Buffers.view(memory, shapes)
-    slots = _Slots(distribution, pool_size)
-    first = 0
+    slots = _Slots(distribution, pool_size, number, stride)
     while True:
         try:
-            message = connection.recv_bytes()
+            request = connection.recv_bytes()
         except (EOFError, ConnectionResetError):
             break
         try:
-            if message == _STEP:
-                slots.step(buffers, first)
+            if len(request) == _ROWS.size:
+                slots.step(buffers, *_ROWS.unpack(request))
             else:
-                first, tasks, seeds = connection.recv()
+                tasks, seeds = pickle.loads(request)
                 slots.assign(tasks)
-                slots.reset(buffers, first, seeds)
+                slots.reset(buffers, seeds)
             connection.send_bytes(_OK)
         except Exception:
             connection.send_bytes(traceback.format_exc().encode())

@@ -56,13 +56,21 @@ def collect(
     shape = (len(tasks), rollouts_per_task, horizon)
     noise = torch.stack([_noise(task_seeds, *shape[1:], envs.action_space.shape[0]) for task_seeds in seeds])
     env_seeds = np.stack([task_seeds.generate_state(rollouts_per_task + 2, np.uint32)[2:] for task_seeds in seeds])
-    recorder = _Recorder(shape, envs.observation_space.shape[0], envs.action_space.shape[0])
+    arrays = rollout_arrays(shape, envs.observation_space.shape[0], envs.action_space.shape[0])
     in_flight = min(rollouts_per_task, envs.max_envs // len(tasks))
     with _one_thread():
         for start in range(0, rollouts_per_task, in_flight):
             wave = slice(start, min(start + in_flight, rollouts_per_task))
-            _run_wave(envs, agent, state, tasks, noise[:, wave], env_seeds[:, wave], recorder, wave)
-    return recorder.rollout().to(agent.device)
+            _run_wave(envs, agent, state, tasks, noise[:, wave], env_seeds[:, wave], _part(arrays, wave))
+    dropped = ~arrays["valid"].any(-1)
+    if dropped.mean() > 0.5:
+        raise RuntimeError(
+            f"{int(dropped.sum())} of {dropped.size} episodes had a NaN or infinite observation or reward and were "
+            "dropped; the environment is broken or the actions drive the simulation apart"
+        )
+    length = int(np.flatnonzero(arrays["valid"].any((0, 1)))[-1]) + 1
+    rollout = Rollout(**{name: torch.from_numpy(array[:, :, :length]) for name, array in arrays.items()})
+    return rollout.to(agent.device)
 
 
 @contextlib.contextmanager
@@ -82,6 +90,10 @@ def _noise(seeds: np.random.SeedSequence, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator)
 
 
+def _part(arrays: dict[str, NDArray[Any]], rollouts: slice) -> dict[str, NDArray[Any]]:
+    return {name: array[:, rollouts] for name, array in arrays.items()}
+
+
 def _run_wave(
     envs: BatchEnv,
     agent: Agent,
@@ -89,23 +101,36 @@ def _run_wave(
     tasks: Sequence[Task],
     noise: torch.Tensor,
     seeds: NDArray[Any],
-    recorder: _Recorder,
-    wave: slice,
+    arrays: dict[str, NDArray[Any]],
 ) -> None:
-    """Run P episodes of each task side by side: noise `[M, P, T, A]`, seeds `[M, P]`."""
+    """Run P episodes of each task side by side: noise `[M, P, T, A]`, seeds `[M, P]`; writes arrays `[M, P, T, ...]`.
+
+    The P episodes are split into lanes. While the environments of one are stepped, the agent acts in the next.
+    """
     num_tasks, parallel, horizon, action_size = noise.shape
+    lanes = [lane for lane in np.array_split(np.arange(parallel), envs.lanes) if len(lane)]
+    rollouts = [slice(int(lane[0]), int(lane[-1]) + 1) for lane in lanes]
+    in_order = [task for lane in lanes for task in tasks for _ in lane]
+    observations = envs.reset(in_order, np.concatenate([seeds[:, lane].reshape(-1) for lane in rollouts]))
     low, high = envs.action_space.low.astype(np.float64), envs.action_space.high.astype(np.float64)
-    observations = envs.reset([task for task in tasks for _ in range(parallel)], seeds.reshape(-1)).copy()
-    active = np.ones(num_tasks * parallel, dtype=np.bool_)
-    for t in range(horizon):
-        inputs = torch.from_numpy(observations.reshape(num_tasks, parallel, -1)).float()
-        actions, log_probs, state = agent.act(inputs, noise[:, :, t], state)
-        scaled = scale_actions(np.clip(actions.double().numpy(), -1.0, 1.0), low, high)
-        step = envs.step(scaled.reshape(-1, action_size), active)
-        active = recorder.record(wave, t, observations, actions.numpy(), log_probs.numpy(), step, active)
-        if not active.any():
-            break
-        observations = step.observations.copy()
+    rows = [slice(num_tasks * lane.start, num_tasks * lane.stop) for lane in rollouts]
+    episodes = [_Episodes(horizon, observations[lane], action_size) for lane in rows]
+    states = [state] * len(lanes)
+    for t in range(horizon + 1):
+        for i, record in enumerate(episodes):
+            if t > 0 and record.active.any():
+                record.write(t - 1, envs.step_wait(rows[i]))
+            if t < horizon and record.active.any():
+                inputs = torch.from_numpy(record.observations[t]).view(num_tasks, len(lanes[i]), -1)
+                actions, log_probs, states[i] = agent.act(inputs, noise[:, rollouts[i], t], states[i])
+                record.actions[t] = actions.reshape(-1, action_size)
+                record.log_probs[t] = log_probs.reshape(-1)
+                scaled = scale_actions(np.clip(record.actions[t].astype(np.float64), -1.0, 1.0), low, high)
+                envs.step_async(rows[i], scaled, record.active)
+    for lane, record in zip(rollouts, episodes, strict=True):
+        for name, array in record.arrays().items():
+            time_last = array.swapaxes(0, 1)
+            arrays[name][:, lane] = time_last.reshape(num_tasks, -1, *time_last.shape[1:])
 
 
 def rollout_arrays(shape: tuple[int, int, int], observation_size: int, action_size: int) -> dict[str, NDArray[Any]]:
@@ -123,66 +148,46 @@ def rollout_arrays(shape: tuple[int, int, int], observation_size: int, action_si
     return {**floats, **flags}
 
 
-class _Recorder:
-    """Preallocated arrays of one rollout; float32, as the agent will read them."""
+class _Episodes:
+    """What the E environments of a lane did, `[T, E, ...]`: each step writes one row. Numbers are float32, as the agent reads them."""
 
-    def __init__(self, shape: tuple[int, int, int], observation_size: int, action_size: int) -> None:
-        self._arrays = rollout_arrays(shape, observation_size, action_size)
-        self._shape = shape
+    def __init__(self, horizon: int, observations: FloatArray, action_size: int) -> None:
+        envs, observation_size = observations.shape
+        self.observations = np.zeros((horizon + 1, envs, observation_size), np.float32)
+        self.actions = np.zeros((horizon, envs, action_size), np.float32)
+        self.rewards, self.log_probs, self.success = (np.zeros((horizon, envs), np.float32) for _ in range(3))
+        self.terminated, self.truncated, self.valid = (np.zeros((horizon, envs), np.bool_) for _ in range(3))
+        with np.errstate(over="ignore"):
+            self.observations[0] = observations
+        self.active: BoolArray = np.isfinite(self.observations[0]).all(-1)
+        self.dropped = ~self.active
 
-    def record(
-        self,
-        wave: slice,
-        t: int,
-        observations: FloatArray,
-        actions: FloatArray,
-        log_probs: FloatArray,
-        step: Step,
-        active: BoolArray,
-    ) -> BoolArray:
-        """Write step t of a wave; returns which environments go on, `[E]`."""
-        numbers = np.concatenate([observations, step.observations, step.rewards[:, None]], axis=-1)
-        sane: BoolArray = (np.abs(numbers) <= np.finfo(np.float32).max).all(-1)  # False for NaN, too
-        written = active & sane
-        truncated = step.truncated | ((t == self._shape[2] - 1) & ~step.terminated)
-        self._put("observations", wave, t, observations, written)
-        self._put("next_observations", wave, t, step.observations, written)
-        self._put("actions", wave, t, actions, written)
-        self._put("log_probs", wave, t, log_probs, written)
-        self._put("rewards", wave, t, step.rewards, written)
-        self._put("success", wave, t, step.success, written)
-        self._put("terminated", wave, t, step.terminated, written)
-        self._put("truncated", wave, t, truncated, written)
-        self._put("episode_start", wave, t, np.full(len(active), t == 0), written)
-        self._put("valid", wave, t, active, written)
-        self._drop(wave, (active & ~sane).reshape(self._shape[0], -1))
-        going_on: BoolArray = written & ~step.terminated & ~truncated
-        return going_on
+    def write(self, t: int, step: Step) -> None:
+        """Write step t of the active environments, and deactivate those whose episode has ended or is broken."""
+        with np.errstate(over="ignore"):
+            self.observations[t + 1] = step.observations
+            self.rewards[t] = step.rewards
+        self.success[t], self.valid[t], self.terminated[t] = step.success, self.active, step.terminated
+        self.truncated[t] = step.truncated | ~step.terminated if t + 1 == len(self.valid) else step.truncated
+        sane = np.isfinite(self.observations[t + 1]).all(-1) & np.isfinite(self.rewards[t])
+        self.dropped |= self.active & ~sane
+        self.active = self.active & sane & ~step.terminated & ~self.truncated[t]
 
-    def _put(self, name: str, wave: slice, t: int, values: np.ndarray[Any, Any], written: BoolArray) -> None:
-        target = self._arrays[name][:, wave, t]
-        values = values.reshape(target.shape)
-        if written.all():
-            target[...] = values
-        else:
-            mask = written.reshape(target.shape[:2])
-            target[mask] = values[mask]
-
-    def _drop(self, wave: slice, broken: BoolArray) -> None:
-        if broken.any():
-            for array in self._arrays.values():
-                array[:, wave][broken] = 0
-
-    def rollout(self) -> Rollout:
-        """Return the rollout on the CPU, cut to its longest episode."""
-        dropped = ~self._arrays["valid"].any(-1)
-        if dropped.mean() > 0.5:
-            raise RuntimeError(
-                f"{int(dropped.sum())} of {dropped.size} episodes had a NaN or infinite observation or reward and were "
-                "dropped; the environment is broken or the actions drive the simulation apart"
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays of a `Rollout` by name, `[T, E, ...]`, with zeros where no step is valid."""
+        valid = self.valid & ~self.dropped
+        arrays = {
+            name: np.where(valid.reshape(*valid.shape, *[1] * (array.ndim - 2)), array, array.dtype.type(0))
+            for name, array in (
+                ("observations", self.observations[:-1]),
+                ("next_observations", self.observations[1:]),
+                *((name, getattr(self, name)) for name in ("actions", "rewards", "log_probs", "success")),
+                *((name, getattr(self, name)) for name in ("terminated", "truncated")),
             )
-        length = int(np.flatnonzero(self._arrays["valid"].any((0, 1)))[-1]) + 1
-        return Rollout(**{name: torch.from_numpy(array[:, :, :length]) for name, array in self._arrays.items()})
+        }
+        episode_start = valid.copy()
+        episode_start[1:] = False
+        return {**arrays, "episode_start": episode_start, "valid": valid}
 
 
 def adapt_and_collect(

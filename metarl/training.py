@@ -279,12 +279,18 @@ def num_workers(config: RunConfig) -> int:
     return config.num_workers if config.num_workers is not None else usable_cores()
 
 
+META_WORLD_ROLLOUTS = 4
+"""Rollouts of a Meta-World task that run side by side: 4 MB each, and more would hardly be faster."""
+
+
 def max_envs(config: RunConfig, stage: int) -> int:
     """Return how many environments are stepped together."""
     if config.num_envs is not None:
         return config.num_envs
-    heavy = config.stages[stage].tasks.family == "metaworld"
-    return config.num_tasks * (1 if heavy else config.rollouts_per_task)
+    rollouts = config.rollouts_per_task
+    if config.stages[stage].tasks.family == "metaworld":
+        rollouts = min(rollouts, META_WORLD_ROLLOUTS)
+    return config.num_tasks * rollouts
 
 
 def open_run_dir(run_dir: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> Checkpoint | None:

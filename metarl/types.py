@@ -179,7 +179,7 @@ class Rollout:
 
 
 class Step(NamedTuple):
-    """What one step of E environments returns. Arrays are views that the next call overwrites: copy what you keep."""
+    """What one step of E environments returns. Arrays are views that their next step overwrites: copy what you keep."""
 
     observations: FloatArray  # [E, O]
     rewards: FloatArray  # [E]
@@ -189,17 +189,30 @@ class Step(NamedTuple):
 
 
 class BatchEnv(Protocol):
-    """Up to `max_envs` environments stepped together. It holds no random stream: a reset is told its seeds."""
+    """Up to `max_envs` environments stepped together. It holds no random stream: a reset is told its seeds.
+
+    Attributes:
+        max_envs: how many at most.
+        lanes: in how many parts a caller should step them, so that some are stepped while it computes the actions of
+            others; does not depend on the number of processes.
+    """
 
     max_envs: int
+    lanes: int
     observation_space: gymnasium.spaces.Box
     action_space: gymnasium.spaces.Box
 
     def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
         """Begin an episode of each of E ≤ max_envs tasks, seeded by `seeds` `[E]`; returns observations `[E, O]`."""
 
-    def step(self, actions: FloatArray, active: BoolArray) -> Step:
-        """Step the environments where `active` `[E]`; `actions` `[E, A]` in the units of the action space."""
+    def step_async(self, rows: slice, actions: FloatArray, active: BoolArray) -> None:
+        """Begin a step of the environments `rows`, e of those that were reset, where `active` `[e]`.
+
+        `actions` `[e, A]` are in the units of the action space.
+        """
+
+    def step_wait(self, rows: slice) -> Step:
+        """Return what the step of `rows` led to; asked for in the order in which the steps were begun."""
 
     def close(self) -> None:
         """End worker processes and free memory; calling it twice is fine."""

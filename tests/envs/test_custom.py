@@ -74,7 +74,8 @@ def test_it_is_stepped_like_any_other_family(make):
         goals = [np.random.default_rng([0, task.index]).uniform() for task in chosen]
         np.testing.assert_array_equal(envs.reset(chosen, seeds(2)), np.stack([goals, [0.0, 0.0]], -1))
         for t, last in ((1, False), (2, True)):
-            step = envs.step(np.array([[0.5], [-0.25]]), np.ones(2, dtype=bool))
+            envs.step_async(slice(0, 2), np.array([[0.5], [-0.25]]), np.ones(2, dtype=bool))
+            step = envs.step_wait(slice(0, 2))
             np.testing.assert_array_equal(step.observations, np.stack([goals, [t, t]], -1))
             assert step.rewards.tolist() == [0.5, -0.25]
             assert step.terminated.tolist() == [False, False]

@@ -278,3 +278,24 @@ def test_an_ant_terminates_by_its_height_only_where_that_is_defined(name, expect
     env.reset(seed=0)
     env.data.qpos[2] = height
     assert env.step(np.zeros(8))[2:4] == (expected, False)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_an_action_that_is_not_finite_is_refused(broken):
+    env = make(first_task("HalfCheetahDir"))
+    env.reset(seed=0)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        env.step(np.full(6, broken))
+
+
+@pytest.mark.parametrize("name", ["HalfCheetahDir", "AntDir"])
+def test_diverging_physics_is_an_error_and_leaves_no_log(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT
+    env = make(first_task(name))
+    expected, _ = env.reset(seed=0)
+    env.step(env.action_space.high)
+    env.data.qvel[0] = np.nan
+    with pytest.raises(FloatingPointError, match="diverged"):
+        env.step(env.action_space.high)
+    assert not list(tmp_path.iterdir())
+    np.testing.assert_array_equal(env.reset(seed=0)[0], expected)

@@ -19,6 +19,11 @@ def tasks_of(name, **options):
     return NavigationTasks(NavigationConfig(name=name, **options))
 
 
+def step_all(batch, actions, active):
+    batch.step_async(slice(0, len(actions)), actions, active)
+    return batch.step_wait(slice(0, len(actions)))
+
+
 def batch_of(tasks):
     batch = NavigationBatch(tasks[0].benchmark, len(tasks))
     batch.reset(tasks, np.zeros(len(tasks), dtype=np.uint32))
@@ -58,7 +63,7 @@ def test_moves_and_rewards_by_hand(goals_at):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_reward_is_about_the_goal_of_the_task(name):
     for task in tasks_of(name, num_train=3).train_tasks:
-        step = batch_of([task]).step(np.zeros((1, 2)), ALL)
+        step = step_all(batch_of([task]), np.zeros((1, 2)), ALL)
         x, y = goal(task)
         assert step.rewards[0] == pytest.approx(0.0 if name == "semicircle" else -np.sqrt(x * x + y * y), abs=1e-12)
 
@@ -68,7 +73,7 @@ def test_semicircle_pays_one_within_its_radius(goals_at):
     batch = batch_of(tasks_of("semicircle").train_tasks[:2])
     rewards = []
     for _ in range(4):
-        step = batch.step(np.array([[0.0, 1.0], [0.0, 1.0]]), np.ones(2, dtype=bool))
+        step = step_all(batch, np.array([[0.0, 1.0], [0.0, 1.0]]), np.ones(2, dtype=bool))
         np.testing.assert_array_equal(step.success, step.rewards)
         rewards.append(step.rewards.tolist())
     # y = 0.1, 0.2, 0.3, 0.4. Radius 0.2: 0.499 − 0.3 = 0.199 is within it, 0.501 − 0.3 = 0.201 is not.
@@ -153,7 +158,7 @@ def test_a_batch_equals_single_environments_to_the_bit(name):
         while going.any():
             active = going & (rng.uniform(size=len(tasks)) < 0.7)
             actions = rng.uniform(-1.5, 1.5, size=(len(tasks), 2))
-            step = batch.step(actions, active)
+            step = step_all(batch, actions, active)
             for i in np.flatnonzero(active):
                 last[i], reward, terminated, truncated, info = singles[i].step(actions[i])
                 assert (reward, terminated, truncated) == (step.rewards[i], step.terminated[i], step.truncated[i])
@@ -166,7 +171,7 @@ def test_a_batch_equals_single_environments_to_the_bit(name):
 def test_the_horizon_truncates_and_nothing_terminates(name, horizon):
     tasks = [tasks_of(name).train_tasks[0], tasks_of(name, horizon=3).train_tasks[0]]
     batch = batch_of(tasks)
-    steps = [batch.step(np.ones((2, 2)), np.ones(2, dtype=bool)) for _ in range(horizon)]
+    steps = [step_all(batch, np.ones((2, 2)), np.ones(2, dtype=bool)) for _ in range(horizon)]
     assert not any(step.terminated.any() for step in steps)
     assert [step.truncated[0] for step in steps] == [False] * (horizon - 1) + [True]
     assert [step.truncated[1] for step in steps[:3]] == [False, False, True]
@@ -192,7 +197,7 @@ def test_only_wedges_have_a_wall_at_1_2():
     for name in NAMES:
         batch = batch_of([tasks_of(name).train_tasks[0]])
         for _ in range(15):
-            step = batch.step(np.array([[1.0, -1.0]]), ALL)  # 15 · 0.1 = 1.5
+            step = step_all(batch, np.array([[1.0, -1.0]]), ALL)  # 15 · 0.1 = 1.5
         wall = 1.2 if name in WEDGES else 1.5
         np.testing.assert_allclose(step.observations[0, :2], [wall, -wall], rtol=0, atol=1e-12)
 

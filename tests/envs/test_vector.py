@@ -98,8 +98,14 @@ def seeds(count, first=0):
     return np.arange(first, first + count, dtype=np.uint32)
 
 
+def step_rows(envs, rows, actions, active):
+    envs.step_async(rows, actions, active)
+    return envs.step_wait(rows)
+
+
 def step_all(envs, count, active=None):
-    return envs.step(np.zeros((count, 1)), np.ones(count, dtype=bool) if active is None else np.array(active))
+    active = np.ones(count, dtype=bool) if active is None else np.array(active)
+    return step_rows(envs, slice(0, count), np.zeros((count, 1)), active)
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +150,7 @@ def record(envs, schedule):
         steps = np.zeros(len(tasks), dtype=int)
         while active.any():
             actions = rng.uniform(envs.action_space.low, envs.action_space.high, (len(tasks), *envs.action_space.shape))
-            step = envs.step(actions, active)
+            step = step_rows(envs, slice(0, len(tasks)), actions, active)
             arrays += [array.copy() for array in step]
             steps += active
             active = active & ~step.terminated & ~step.truncated
@@ -194,7 +200,7 @@ def test_environments_are_used_again_for_other_tasks_of_their_class():
 def test_workers_use_environments_again_too(workers):
     tasks = toys(*["a"] * 8)
     envs = workers(Toys(tasks), 4, 2)
-    assert envs.reset(tasks[:4], seeds(4))[:, INSTANCE].tolist() == [1.0, 2.0, 1.0, 2.0]
+    assert envs.reset(tasks[:4], seeds(4))[:, INSTANCE].tolist() == [1.0, 1.0, 2.0, 2.0]  # one after the other
     observations = envs.reset(tasks[4:], seeds(4))
     assert observations[:, GOAL].tolist() == [4.0, 5.0, 6.0, 7.0]
     assert sorted(observations[:, INSTANCE]) == [1.0, 1.0, 2.0, 2.0]
@@ -212,7 +218,7 @@ def test_an_environment_without_set_task_is_built_anew():
 
 
 def test_environments_beyond_the_pool_are_closed_the_longest_unused_first(monkeypatch):
-    monkeypatch.setattr(vector, "MIN_POOL", 3)
+    monkeypatch.setattr(vector, "POOL", 3)
     tasks = toys(*"abcdef")
     envs = SerialEnvs(Toys(tasks), 2)
     envs.reset(tasks[:2], seeds(2))  # a is instance 2, b 3
@@ -229,7 +235,7 @@ def test_environments_beyond_the_pool_are_closed_the_longest_unused_first(monkey
 
 
 def test_the_pool_never_holds_fewer_than_max_envs(monkeypatch):
-    monkeypatch.setattr(vector, "MIN_POOL", 1)
+    monkeypatch.setattr(vector, "POOL", 1)
     tasks = toys(*["a"] * 8)
     envs = SerialEnvs(Toys(tasks), 4)
     envs.reset(tasks[:4], seeds(4))
