@@ -11,8 +11,8 @@ the same bits. The metaworld package itself is not changed. Where the time is sa
   has moved since; forces that nothing reads (`mj_rnePostConstraint`) are not computed;
 - a reset is a pure function of the task: the second one of a task restores what the first one left.
 
-Numbers keep their types: float32 actions multiply into rewards, so a Python float in place of a `np.float64` would round
-elsewhere. `tests/envs/test_metaworld_parity.py` compares all 50 tasks with the untouched package.
+Numbers keep their types: float32 actions multiply into rewards, so a Python float in place of a `np.float64` would
+round elsewhere. `tests/envs/test_metaworld_parity.py` compares all 50 tasks with the untouched package.
 
 Of metarl it imports nothing.
 """
@@ -369,9 +369,7 @@ class _Fast:
         observation[18:36] = observation[:18]
         return observation
 
-    def step(
-        self: Any, action: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float64], Any, bool, bool, dict[str, Any]]:
+    def step(self: Any, action: NDArray[np.float32]) -> tuple[NDArray[np.float64], Any, bool, bool, dict[str, Any]]:
         """As `SawyerXYZEnv.step`."""
         if not self._set_task_called:
             raise RuntimeError("You must call env.set_task before using env.step")
@@ -474,7 +472,7 @@ class _Fast:
                 for side, pad in enumerate(pads):
                     if pad in geoms:
                         forces[side] += data.efc_force[data.contact.efc_address[i]]
-        return 0 < forces[0] and 0 < forces[1]
+        return bool(forces[0] > 0 and forces[1] > 0)
 
     def _gripper_caging_reward(
         self: Any,

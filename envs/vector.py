@@ -249,7 +249,7 @@ class WorkerEnvs:
             ours, theirs = context.Pipe()
             arguments = (theirs, distribution, pool_size, number, num_workers, memory, shapes)
             process = context.Process(target=_work, args=arguments, daemon=True)
-            with _single_threaded():
+            with _worker_environment():
                 process.start()
             theirs.close()
             self._workers.append((ours, process))
@@ -317,12 +317,18 @@ def _stop(workers: Sequence[tuple[Connection, Any]]) -> None:
             process.join()
 
 
+WORKER_ENVIRONMENT = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+}
+"""One thread of linear algebra each, since workers would compete for the cores otherwise. And memory from 1 MiB on is
+mapped: glibc would place MuJoCo's arenas, 15 MB of which 0.1 are used, on what compiling a model has left dirty."""
+
+
 @contextlib.contextmanager
-def _single_threaded() -> Any:
-    """Start workers with one thread of linear algebra each: they would compete for the cores otherwise."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
+def _worker_environment() -> Any:
+    before = {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}
+    os.environ.update(WORKER_ENVIRONMENT)
     try:
         yield
     finally:

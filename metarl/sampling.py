@@ -149,7 +149,7 @@ def rollout_arrays(shape: tuple[int, int, int], observation_size: int, action_si
 
 
 class _Episodes:
-    """What the E environments of a lane did, `[T, E, ...]`: each step writes one row. Numbers are float32, as the agent reads them."""
+    """What the E environments of a lane did, `[T, E, ...]`: each step writes one row, in float32, as agents read it."""
 
     def __init__(self, horizon: int, observations: FloatArray, action_size: int) -> None:
         envs, observation_size = observations.shape

@@ -279,17 +279,17 @@ def num_workers(config: RunConfig) -> int:
     return config.num_workers if config.num_workers is not None else usable_cores()
 
 
-META_WORLD_ROLLOUTS = 4
-"""Rollouts of a Meta-World task that run side by side: 4 MB each, and more would hardly be faster."""
+MAX_META_WORLD_ENVS = 400
+"""Environments of Meta-World stepped together at most, unless there are more tasks: 3.2 MB each."""
 
 
 def max_envs(config: RunConfig, stage: int) -> int:
-    """Return how many environments are stepped together."""
+    """Return how many environments are stepped together: all rollouts of all tasks, if they fit into memory."""
     if config.num_envs is not None:
         return config.num_envs
     rollouts = config.rollouts_per_task
     if config.stages[stage].tasks.family == "metaworld":
-        rollouts = min(rollouts, META_WORLD_ROLLOUTS)
+        rollouts = min(rollouts, max(1, MAX_META_WORLD_ENVS // config.num_tasks))
     return config.num_tasks * rollouts
 
 

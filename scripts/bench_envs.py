@@ -78,6 +78,7 @@ def measure(name: str, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(ALL_V3_ENVIRONMENTS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=500, help="of each task, a multiple of 50")
@@ -92,7 +93,9 @@ def main() -> None:
 
     figures = {}
     print(f"{'':30}{'steps a second':^33}{'ratio of ours to':^20}{'reset, ms':^18}")
-    print(f"{'task':30}{'official':>11}{'ours':>11}{'physics':>11}{'official':>11}{'physics':>9}{'official':>11}{'ours':>7}")
+    print(
+        f"{'task':30}{'official':>11}{'ours':>11}{'physics':>11}{'official':>11}{'physics':>9}{'official':>11}{'ours':>7}"
+    )
     for name in arguments.tasks:
         figures[name] = us = measure(name, arguments.steps)
         print(

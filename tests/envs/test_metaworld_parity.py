@@ -1,4 +1,4 @@
-"""What `metarl.envs.make` returns against the untouched metaworld package: every step equal bit for bit, in all 50 tasks.
+"""What `metarl.envs.make` returns against the untouched metaworld package: equal bit for bit, in all 50 tasks.
 
 Each official environment runs beside ours and is given the same actions. Nothing is compared with a tolerance.
 """
@@ -171,8 +171,8 @@ def test_the_oldest_snapshot_goes_first(monkeypatch):
 
 MODELS = sorted({cls.model_name.fget(None) for cls in ALL_V3_ENVIRONMENTS.values()})
 
-PHYSICAL = ("body_", "jnt_", "dof_", "site_", "eq_", "actuator_", "tendon_", "pair_", "exclude_", "qpos", "key_", "geom_")
-OTHER_NUMBERS = ("body_geomadr", "body_geomnum", "body_bvhadr", "body_bvhnum", "geom_dataid", "geom_matid", "site_matid")
+PHYSICAL = tuple("body_ jnt_ dof_ site_ eq_ actuator_ tendon_ pair_ exclude_ qpos key_ geom_".split())
+OTHER_NUMBERS = "body_geomadr body_geomnum body_bvhadr body_bvhnum geom_dataid geom_matid site_matid".split()
 """They count in lists that are shorter now."""
 DRAWN = ("geom_rgba", "geom_type", "geom_size", "geom_aabb", "geom_rbound")
 """Of a geom that collides with nothing, these are read by the renderer alone."""
@@ -292,7 +292,7 @@ class TestHelpers:
 
     def test_norm_clip_hstack_copy(self):
         fast, rng = self.HELPERS["np"], np.random.default_rng(0)
-        for vector in (rng.normal(size=3), rng.normal(size=6)[::2], rng.normal(size=2), rng.normal(size=(2, 3)), [3, 4]):
+        for vector in (*(rng.normal(size=size) for size in (2, 3, (2, 3))), rng.normal(size=6)[::2], [3, 4]):
             for order in (None, 1, 2, np.inf):
                 found, expected = fast.linalg.norm(vector, ord=order), np.linalg.norm(vector, ord=order)
                 assert found == expected
