@@ -292,6 +292,41 @@ def test_after_an_exception_a_reset_waits_for_every_worker(workers):
     np.testing.assert_array_equal(observations[:, [GOAL, ELAPSED]], [[2.0, 0.0], [3.0, 0.0]])
 
 
+def test_rows_are_stepped_apart_while_others_are_under_way(workers):
+    """Five environments in lanes of 2 and 3, over 1 to 6 workers: more than there are environments in a lane."""
+    tasks = toys(*["a"] * 5)
+    for number in (1, 2, 3, 6):
+        envs = workers(Toys(tasks), 5, number)
+        envs.reset(tasks, seeds(5))
+        first, second = slice(0, 2), slice(2, 5)
+        envs.step_async(first, np.full((2, 1), 0.25), np.ones(2, dtype=bool))
+        envs.step_async(second, np.full((3, 1), 0.5), np.array([True, False, True]))
+        assert envs.step_wait(first).rewards.tolist() == [0.25, 0.25]
+        envs.step_async(first, np.full((2, 1), 0.75), np.ones(2, dtype=bool))
+        assert envs.step_wait(second).rewards[[0, 2]].tolist() == [0.5, 0.5]
+        step = envs.step_wait(first)
+        assert step.rewards.tolist() == [0.75, 0.75]
+        assert step.observations[:, ELAPSED].tolist() == [2.0, 2.0]
+        envs.close()
+
+
+def test_answers_of_an_episode_that_was_given_up_are_not_taken_for_new_ones(workers):
+    tasks = toys("unplugged", "a", "a", "slow")
+    envs = workers(Toys(tasks), 2, 2)
+    envs.reset(tasks[:2], seeds(2))
+    both = [slice(0, 1), slice(1, 2)]
+    for _ in range(2):
+        for rows in both:
+            envs.step_async(rows, np.zeros((1, 1)), np.ones(1, dtype=bool))
+    for rows in both:
+        envs.step_wait(rows)
+    with pytest.raises(RuntimeError, match="unplugged"):
+        envs.step_wait(both[0])  # of the other one, the answer is outstanding
+    observations = envs.reset(tasks[2:], seeds(2))
+    np.testing.assert_array_equal(observations[:, [GOAL, ELAPSED]], [[2.0, 0.0], [3.0, 0.0]])
+    np.testing.assert_array_equal(step_all(envs, 2).observations[:, ELAPSED], [1.0, 1.0])
+
+
 def test_a_worker_killed_at_work_is_told(workers):
     tasks = toys("a", "killed")
     envs = workers(Toys(tasks), 2, 2)

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from metarl.envs import custom
-from metarl.envs.vector import SerialEnvs
+from metarl.agents.maml_ppo import MamlPpo, MamlPpoConfig
+from metarl.envs import custom, distribution
+from metarl.envs.vector import SerialEnvs, make_envs
 from metarl.sampling import adapt_and_collect, collect, scale_actions
 from metarl.seeding import children
 
 LOW, HIGH = np.array([-2.0, 0.0]), np.array([4.0, 1.0])
 NAN = float("nan")
+CPU = torch.device("cpu")
 
 
 class Line(gymnasium.Env):
@@ -311,3 +313,29 @@ def test_adapt_and_collect_repeats_itself_for_equal_seeds():
     assert not torch.equal(rollouts(3)[0].actions, rollouts(4)[0].actions)
     with pytest.raises(ValueError, match="2 tasks do not fit into 1 environments"):
         adapt_and_collect(SerialEnvs(tasks, 1), Scripted(), train, 1, children(np.random.SeedSequence(0), len(train)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        distribution("metaworld", benchmark="custom", names=("reach-v3", "push-v3"), horizon=12),
+        distribution("mujoco", name="HopperRandParams", horizon=40),
+    ],
+    ids=["metaworld", "mujoco"],
+)
+def test_the_number_of_workers_does_not_change_a_rollout(tasks):
+    """5 rollouts of 3 tasks, 2 at a time, in lanes: waves of 6 environments over 0, 1, 2 and 4 processes."""
+    chosen = [tasks.train_tasks[i] for i in (0, -1, 3)]
+    rollouts = []
+    for workers in (0, 1, 2, 4):
+        envs = make_envs(tasks, 6, workers)
+        agent = MamlPpo(
+            MamlPpoConfig(), *(space.shape[0] for space in (envs.observation_space, envs.action_space)), CPU, 0
+        )
+        seeds = children(np.random.SeedSequence(1), 3)
+        rollouts.append(collect(envs, agent, agent.initial_state(3), chosen, 5, seeds))
+        envs.close()
+    assert rollouts[0].env_steps > 100
+    for other in rollouts[1:]:
+        assert_same(other, rollouts[0])
