@@ -198,7 +198,7 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         self.set_task(task)
 
     def set_task(self, task: Task) -> None:
-        """Change to another task of the same class without compiling the model again; takes effect at the next reset.
+        """Change to another task of the same class without compiling the model again; ends the episode in progress.
 
         Raises:
             ValueError: the task is of another class, or a field of it is not one of this family.
@@ -245,7 +245,7 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         return observation, float(reward), False, self._steps_left == 0, info
 
     def close(self) -> None:
-        """Free the renderer, if there is one."""
+        """Nothing stays behind; calling it twice is fine."""
         self._official.close()
 
 

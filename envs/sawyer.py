@@ -49,11 +49,11 @@ _HAND_LOW, _HAND_HIGH = SawyerXYZEnv._HAND_SPACE.low.tolist(), SawyerXYZEnv._HAN
 def fast_class(official: Any) -> Any:
     """Return a subclass of an official environment class that does the same, faster.
 
-    Differences that no caller of `step` and `reset` sees: there is nothing to render, and the simulation's state is
-    changed through `reset`, `set_state` and `step` alone (the next step relies on it).
+    Differences that no caller of `step` and `reset` sees: there is nothing to render, it is built again and not copied,
+    and the simulation's state is changed through `reset`, `set_state` and `step` alone (the next step relies on it).
 
-    Its `step` raises FloatingPointError where the physics diverges and for an action that is NaN or infinite; upstream
-    goes on from a simulation that MuJoCo has silently reset.
+    Its `step` raises ValueError for an action that is not `[4]`, and FloatingPointError for one that is NaN or infinite
+    and where the physics diverges; upstream goes on from a simulation that MuJoCo has silently reset.
     """
     functions = {name: _rebuilt(value) for name, value in vars(official).items() if name != "__init__"}
     changed = {name: value for name, value in functions.items() if value is not vars(official)[name]}
@@ -249,26 +249,42 @@ def model_without_visuals(path: str) -> Any:
         body.explicitinertial = True
         body.mass, body.inertia = full.body_mass[i], full.body_inertia[i]
         body.ipos, body.iquat = full.body_ipos[i], full.body_iquat[i]
-    kept = []
-    for i, geom in enumerate([geom for body in bodies for geom in body.geoms]):
-        visual = full.geom_contype[i] == full.geom_conaffinity[i] == 0
-        if visual and not geom.name:
-            geom.delete()
-            continue
-        kept.append(i)
-        geom.material = ""
-        if visual and geom.type == mujoco.mjtGeom.mjGEOM_MESH:  # a name that rewards read the place of
-            geom.type, geom.size, geom.meshname = mujoco.mjtGeom.mjGEOM_SPHERE, [0.01, 0, 0], ""
+    kept = _delete_drawn_geoms(full, bodies)
     for site in spec.sites:
         site.material = ""
     meshes = {geom.meshname for geom in spec.geoms}
-    drawn = [mesh for mesh in spec.meshes if mesh.name not in meshes]
-    for element in itertools.chain(drawn, spec.lights, spec.cameras, spec.materials, spec.textures):
+    unused = [mesh for mesh in spec.meshes if mesh.name not in meshes]
+    for element in itertools.chain(unused, spec.lights, spec.cameras, spec.materials, spec.textures):
         element.delete()
     model = spec.compile()
     for field in ("pos", "quat", "sameframe"):  # a mesh lies in its body as its own inertia has it
         getattr(model, f"geom_{field}")[:] = getattr(full, f"geom_{field}")[kept]
     return model
+
+
+def _delete_drawn_geoms(full: Any, bodies: Sequence[Any]) -> list[int]:
+    """Delete geoms that neither collide nor have a name, and return the numbers of the others in the full model.
+
+    A body that collides and had several geoms keeps two: MuJoCo tests pairs of bodies with one geom each in another way
+    than through their bounding volumes (mj_collision), and may find contacts there that it does not find here.
+    """
+    kept = []
+    for i, body in enumerate(bodies):
+        numbers = range(full.body_geomadr[i], full.body_geomadr[i] + full.body_geomnum[i])
+        drawn = [full.geom_contype[k] == full.geom_conaffinity[k] == 0 for k in numbers]
+        geoms = list(zip(numbers, list(body.geoms), drawn, strict=True))
+        needless = [geom for _, geom, is_drawn in geoms if is_drawn and not geom.name]
+        if len(geoms) > 1 and len(geoms) - len(needless) == 1 and not all(drawn):
+            needless = needless[1:]
+        for number, geom, is_drawn in geoms:
+            if any(geom is other for other in needless):
+                geom.delete()
+                continue
+            kept.append(number)
+            geom.material = ""
+            if is_drawn and geom.type == mujoco.mjtGeom.mjGEOM_MESH:  # for its place and number alone
+                geom.type, geom.size, geom.meshname = mujoco.mjtGeom.mjGEOM_SPHERE, [0.01, 0, 0], ""
+    return kept
 
 
 def _depth_first(body: Any) -> Any:
@@ -324,6 +340,10 @@ class _Fast:
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.data = _NamedData(self._sim.data)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be copied and pickled: live views would stay those of the original."""
+        raise TypeError(f"{type(self).__name__} cannot be copied; build another one with metarl.envs.make(task)")
 
     def _initialize_simulation(self: Any) -> tuple[Any, Any]:
         model = copy.copy(model_without_visuals(self.fullpath))
@@ -383,6 +403,8 @@ class _Fast:
 
     def _simulate(self: Any, action: NDArray[np.float32]) -> None:
         """`set_xyz_action`, `do_simulation` and the forward pass after them."""
+        if np.shape(action) != (4,):
+            raise ValueError(f"action has shape {np.shape(action)}; expected (4,)")
         delta = np.asarray(action)[:3]
         x, y, z = delta.tolist()
         effort = float(action[3])

@@ -15,7 +15,7 @@ import signal
 import struct
 import traceback
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -27,11 +27,11 @@ from numpy.typing import DTypeLike, NDArray
 from metarl.types import BatchEnv, BoolArray, FloatArray, Step, Task, TaskDistribution
 
 LANES = 2
-"""While the environments of one lane are stepped, actions are computed for the other."""
+"""While the environments of one lane are stepped, actions are computed for the other (if a task has two episodes)."""
 
 POOL = 400
 """Environments that all processes keep together at least, in use or idle, since building one takes longer than the
-memory is worth (4 MB for a Meta-World environment, under 1 MB for a MuJoCo one)."""
+memory is worth (3.2 MB for a Meta-World environment, under 1 MB for a MuJoCo one)."""
 
 
 def make_envs(distribution: TaskDistribution, max_envs: int, num_workers: int) -> BatchEnv:
@@ -227,7 +227,8 @@ class WorkerEnvs:
         num_workers: how many processes, at least 1.
 
     Raises:
-        RuntimeError: (by `reset` and `step_wait`) an environment raised, with its traceback, or a worker died.
+        RuntimeError: (by `reset` and `step_wait`) an environment raised, with its traceback, or a worker died; or the
+            environments are closed, which an interruption while waiting does, too.
     """
 
     lanes = LANES
@@ -277,28 +278,45 @@ class WorkerEnvs:
 
     def _ask(self, requests: Sequence[bytes]) -> None:
         """Send each worker its request: what to reset to, or which rows to step."""
-        if not self._workers:
-            raise RuntimeError("the environments are closed; make new ones")
-        for (connection, _), request in zip(self._workers, requests, strict=True):
-            with contextlib.suppress(OSError):  # a dead worker is found when its answer is missing
-                connection.send_bytes(request)
-        self._requests += 1
+        self._check_open()
+        with self._closed_if_interrupted():
+            for (connection, _), request in zip(self._workers, requests, strict=True):
+                with contextlib.suppress(OSError):  # a dead worker is found when its answer is missing
+                    connection.send_bytes(request)
+            self._requests += 1
 
     def _wait(self) -> None:
         """Wait until all workers have answered the oldest request, so that no answer is left for the next one."""
-        self._requests -= 1
+        self._check_open()
+        if not self._requests:
+            raise RuntimeError("step_wait without step_async")
         failures = []
-        for number, (connection, process) in enumerate(self._workers):
-            try:
-                answer = connection.recv_bytes()
-            except (EOFError, OSError):
-                process.join(timeout=1.0)
-                failures.append(f"environment worker {number} died with exit code {process.exitcode}")
-            else:
-                if answer != _OK:
-                    failures.append(f"an environment failed in worker {number}:\n{answer.decode()}")
+        with self._closed_if_interrupted():
+            self._requests -= 1
+            for number, (connection, process) in enumerate(self._workers):
+                try:
+                    answer = connection.recv_bytes()
+                except (EOFError, OSError):
+                    process.join(timeout=1.0)
+                    failures.append(f"environment worker {number} died with exit code {process.exitcode}")
+                else:
+                    if answer != _OK:
+                        failures.append(f"an environment failed in worker {number}:\n{answer.decode()}")
         if failures:
             raise RuntimeError("\n".join(failures))
+
+    def _check_open(self) -> None:
+        if not self._workers:
+            raise RuntimeError("the environments are closed; make new ones")
+
+    @contextlib.contextmanager
+    def _closed_if_interrupted(self) -> Iterator[None]:
+        """Close upon Ctrl-C and the like: which requests are answered is unknown then."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """See `BatchEnv.close`."""
@@ -326,7 +344,7 @@ mapped: glibc would place MuJoCo's arenas, 15 MB of which 0.1 are used, on what 
 
 
 @contextlib.contextmanager
-def _worker_environment() -> Any:
+def _worker_environment() -> Iterator[None]:
     before = {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}
     os.environ.update(WORKER_ENVIRONMENT)
     try:
@@ -359,6 +377,7 @@ def _work(
             request = connection.recv_bytes()
         except (EOFError, ConnectionResetError):
             break
+        answer = _OK
         try:
             if len(request) == _ROWS.size:
                 slots.step(buffers, *_ROWS.unpack(request))
@@ -366,7 +385,10 @@ def _work(
                 tasks, seeds = pickle.loads(request)
                 slots.assign(tasks)
                 slots.reset(buffers, seeds)
-            connection.send_bytes(_OK)
         except Exception:
-            connection.send_bytes(traceback.format_exc().encode())
+            answer = traceback.format_exc().encode()
+        try:
+            connection.send_bytes(answer)
+        except OSError:  # closed meanwhile
+            break
     slots.close()

@@ -79,8 +79,8 @@ class RunConfig(BaseModel):
     num_envs: int | None = Field(
         None,
         ge=1,
-        description="environments stepped together, at least num_tasks; none: num_tasks · rollouts_per_task, but 400 "
-        "at most for Meta-World (3.2 MB each). Changes results by rounding alone",
+        description="environments stepped together, at least num_tasks; none: num_tasks · rollouts_per_task, for "
+        "Meta-World (3.2 MB each) as many of the rollouts as fit into 400. Changes results by rounding alone",
     )
     checkpoint_every_iterations: int = Field(25, ge=1, description="iterations between checkpoints")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")

@@ -105,7 +105,8 @@ def _run_wave(
 ) -> None:
     """Run P episodes of each task side by side: noise `[M, P, T, A]`, seeds `[M, P]`; writes arrays `[M, P, T, ...]`.
 
-    The P episodes are split into lanes. While the environments of one are stepped, the agent acts in the next.
+    The P episodes of each task are split into lanes. While the environments of one lane are stepped, the agent acts in
+    the next; a single episode is a single lane.
     """
     num_tasks, parallel, horizon, action_size = noise.shape
     lanes = [lane for lane in np.array_split(np.arange(parallel), envs.lanes) if len(lane)]

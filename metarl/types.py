@@ -193,8 +193,8 @@ class BatchEnv(Protocol):
 
     Attributes:
         max_envs: how many at most.
-        lanes: in how many parts a caller should step them, so that some are stepped while it computes the actions of
-            others; does not depend on the number of processes.
+        lanes: in how many parts a caller should step them, if it can, so that some are stepped while it computes the
+            actions of others; does not depend on the number of processes.
     """
 
     max_envs: int

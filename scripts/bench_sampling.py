@@ -79,6 +79,7 @@ def ceiling(num_workers: int, repeats: int) -> list[float]:
     tasks = tasks_of("ML10", 20)
     for i, (_, theirs) in enumerate(pipes):
         context.Process(target=step_alone, args=(theirs, tasks[i::num_workers]), daemon=True).start()
+        theirs.close()
     ours = [pipe for pipe, _ in pipes]
     ratios = []
     for repeat in range(repeats + 1):

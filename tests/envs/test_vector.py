@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -325,6 +326,44 @@ def test_answers_of_an_episode_that_was_given_up_are_not_taken_for_new_ones(work
     observations = envs.reset(tasks[2:], seeds(2))
     np.testing.assert_array_equal(observations[:, [GOAL, ELAPSED]], [[2.0, 0.0], [3.0, 0.0]])
     np.testing.assert_array_equal(step_all(envs, 2).observations[:, ELAPSED], [1.0, 1.0])
+
+
+def test_an_interruption_while_waiting_closes_the_environments(workers, capfd):
+    """Otherwise an answer from before would be taken for that of a later step."""
+    tasks = toys("slow", "a")
+    envs = workers(Toys(tasks), 2, 2)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            envs.reset(tasks, seeds(2))
+    signal.signal(signal.SIGUSR1, before)
+    for call in (lambda: envs.reset(tasks, seeds(2)), lambda: envs.step_wait(slice(0, 2))):
+        with pytest.raises(RuntimeError, match="closed; make new ones"):
+            call()
+    assert capfd.readouterr().err == ""
+
+
+def test_closing_while_steps_are_under_way_is_quiet(workers, capfd):
+    tasks = toys("slow", "a")
+    envs = workers(Toys(tasks), 2, 2)
+    envs.reset(tasks, seeds(2))
+    processes = multiprocessing.active_children()
+    for _ in range(3):
+        envs.step_async(slice(0, 2), np.zeros((2, 1)), np.ones(2, dtype=bool))
+    envs.close()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert capfd.readouterr().err == ""
+
+
+def test_waiting_for_nothing_is_refused(workers):
+    envs = workers(Toys(toys("a")), 1, 1)
+    with pytest.raises(RuntimeError, match="without step_async"):
+        envs.step_wait(slice(0, 1))
 
 
 def test_a_worker_killed_at_work_is_told(workers):
