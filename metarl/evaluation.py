@@ -25,8 +25,8 @@ from metarl.types import Agent, BatchEnv, Rollout, Task, TaskDistribution
 Report = dict[str, Any]
 """JSON: see `evaluate`."""
 
-MAX_ENVS = 20
-"""Environments of an evaluation; tasks beyond are evaluated in turn."""
+MAX_ENVS = 200
+"""Environments of an evaluation; rollouts and then tasks beyond are run in turn."""
 
 
 class _Tasks:

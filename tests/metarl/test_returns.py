@@ -1,5 +1,6 @@
 """Returns, advantages and the linear baseline, worked out by hand; `.` marks the last step of an episode."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +120,27 @@ def test_the_baseline_ignores_invalid_samples():
     assert (clean[:, 40:] == 0).all()
     alone = linear_baseline(observations[:, :40], returns[:, :40], time[:, :40], valid[:, :40])
     torch.testing.assert_close(clean[:, :40], alone)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_the_baseline_of_a_large_observation_in_several_threads(threads):
+    """214 features, as of Ant: batched LU failed there, in several threads. numpy solves the same equations."""
+    generator = torch.Generator().manual_seed(0)
+    observations, returns = torch.randn(4, 60, 105, generator=generator), torch.randn(4, 60, generator=generator)
+    time = torch.arange(60).expand(4, 60)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        values = linear_baseline(observations, returns, time, torch.ones(4, 60, dtype=torch.bool))
+    finally:
+        torch.set_num_threads(before)
+    for task in range(4):
+        o, t = observations[task].double().numpy(), time[task].double().numpy()[:, None] / 100.0
+        features = np.concatenate([o, o * o, t, t**2, t**3, np.ones_like(t)], -1)
+        gram = features.T @ features
+        gram += (1e-5 * gram.diagonal().mean() + 1e-12) * np.eye(len(gram))
+        expected = features @ np.linalg.solve(gram, features.T @ returns[task].double().numpy())
+        np.testing.assert_allclose(values[task].numpy(), expected, atol=1e-5)
 
 
 def test_the_baseline_fits_each_task_by_itself():
