@@ -237,9 +237,9 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
             raise gymnasium.error.ResetNeeded(f"no episode in progress in {self.task.name}; call reset() before step()")
         try:
             observation, reward, _, _, info = self._official.step(action)
-        except FloatingPointError:
+        except FloatingPointError as error:
             self._steps_left = 0
-            raise
+            raise FloatingPointError(f"{error} (task {self.task.to_json()})") from None
         self._steps_left -= 1
         info["success"] = float(info["success"])
         return observation, float(reward), False, self._steps_left == 0, info

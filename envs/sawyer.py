@@ -5,8 +5,8 @@ reset: its functions run again over other globals, in which the helpers that cos
 the same bits. The metaworld package itself is not changed. Where the time is saved:
 
 - bodies, geoms and sites are looked up once by name, and their arrays are live views;
-- norms, tolerances and rotations of single vectors leave out what numpy and scipy do around them;
-- the model has lost what is only drawn: meshes, textures, lights, cameras (20 MB, and 15 % of each physics step);
+- norms, tolerances and rotations of single vectors leave out what numpy and scipy do around them (`sawyer_text.py`);
+- the model has lost what is only drawn: meshes, textures, lights, cameras (`sawyer_model.py`);
 - the first of five substeps takes over the positions and contacts of the last forward pass, as only the hand's target
   has moved since; forces that nothing reads (`mj_rnePostConstraint`) are not computed;
 - a reset is a pure function of the task: the second one of a task restores what the first one left.
@@ -14,18 +14,15 @@ the same bits. The metaworld package itself is not changed. Where the time is sa
 Numbers keep their types: float32 actions multiply into rewards, so a Python float in place of a `np.float64` would
 round elsewhere. `tests/envs/test_metaworld_parity.py` compares all 50 tasks with the untouched package.
 
-Of metarl it imports nothing.
+Of metarl it imports its two helpers alone.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import sqrt
-from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import metaworld.utils.reward_utils as official_rewards
@@ -35,13 +32,17 @@ from metaworld.sawyer_xyz_env import SawyerXYZEnv
 from mujoco import mj_checkAcc, mj_Euler, mj_forward, mj_forwardSkip, mj_kinematics, mj_makeConstraint, mj_step
 from numpy.typing import NDArray
 
+from metarl.envs.sawyer_model import model_without_visuals
+from metarl.envs.sawyer_text import fast_globals, norm, rebuilt, tolerance
+
 SUBSTEPS = 5
 """Physics steps of 0.0025 s in one environment step."""
 
 MAX_SNAPSHOTS = 500
-"""States after a reset that a class remembers, about 6 kB each; the oldest go first."""
+"""States after a reset that a class remembers, a few kB each; the oldest go first."""
 
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+_POSITIONS = mujoco.mjtStage.mjSTAGE_POS.value
 _HAND_LOW, _HAND_HIGH = SawyerXYZEnv._HAND_SPACE.low.tolist(), SawyerXYZEnv._HAND_SPACE.high.tolist()
 
 
@@ -55,130 +56,11 @@ def fast_class(official: Any) -> Any:
     Its `step` raises ValueError for an action that is not `[4]`, and FloatingPointError for one that is NaN or infinite
     and where the physics diverges; upstream goes on from a simulation that MuJoCo has silently reset.
     """
-    functions = {name: _rebuilt(value) for name, value in vars(official).items() if name != "__init__"}
+    functions = {name: rebuilt(value) for name, value in vars(official).items() if name != "__init__"}
     changed = {name: value for name, value in functions.items() if value is not vars(official)[name]}
     fast = type(official.__name__, (_Fast, official), {**changed, "_snapshots": {}})
-    _fast_globals(official.__module__)[official.__name__] = fast  # the text calls static methods by its class's name
+    fast_globals(official.__module__)[official.__name__] = fast  # the text calls static methods by its class's name
     return fast
-
-
-# ---- helpers over which the official text runs ----
-
-
-def _norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:
-    """`np.linalg.norm`: the root of the same dot product."""
-    if type(x) is not np.ndarray or x.ndim != 1 or (ord is not None and ord != 2) or axis is not None or keepdims:
-        return np.linalg.norm(x, ord, axis, keepdims)
-    x = x.ravel()
-    return np.float64(sqrt(x.dot(x)))
-
-
-def _hstack(arrays: Sequence[Any], **options: Any) -> Any:
-    if options or len(arrays) != 2 or not (type(arrays[0]) is type(arrays[1]) is np.ndarray):
-        return np.hstack(arrays, **options)
-    return np.concatenate(arrays) if arrays[0].ndim == 1 else np.hstack(arrays)
-
-
-def _clip(x: Any, low: Any, high: Any, **options: Any) -> Any:
-    return x if isinstance(x, np.floating) and low <= x <= high else np.clip(x, low, high, **options)
-
-
-def _copied(x: Any) -> Any:
-    return x.copy() if type(x) is np.ndarray else np.copy(x)
-
-
-_AT_MARGIN = 0.1
-_LONG_TAIL = sqrt(1 / _AT_MARGIN - 1)
-_GAUSSIAN = np.sqrt(-2 * np.log(_AT_MARGIN))
-
-
-def _tolerance(
-    x: Any,
-    bounds: tuple[float, float] = (0.0, 0.0),
-    margin: Any = 0.0,
-    sigmoid: str = "gaussian",
-    value_at_margin: float = _AT_MARGIN,
-) -> Any:
-    """`reward_utils.tolerance` of one number, for the settings that rewards use; upstream's own for all others."""
-    low, high = bounds
-    if type(x) is np.ndarray or not margin > 0 or low > high or value_at_margin != _AT_MARGIN:
-        return official_rewards.tolerance(x, bounds, margin, sigmoid, value_at_margin)  # type: ignore[arg-type]
-    if low <= x <= high:
-        return 1.0
-    distance = (low - x if x < low else x - high) / margin
-    if sigmoid == "long_tail":
-        return 1 / ((float(distance) * _LONG_TAIL) ** 2 + 1)
-    if sigmoid == "gaussian":
-        return float(np.exp(-0.5 * (distance * _GAUSSIAN) ** 2))
-    return official_rewards.tolerance(x, bounds, margin, sigmoid, value_at_margin)  # type: ignore[arg-type]
-
-
-class _Rotation:
-    """`scipy.spatial.transform.Rotation`, as far as the official text uses it."""
-
-    @staticmethod
-    def from_matrix(matrix: NDArray[np.float64]) -> _Rotation:
-        """Of a rotation matrix `[3, 3]` from MuJoCo, so orthogonal: scipy's check of that is left out."""
-        rotation = _Rotation()
-        rotation._matrix = matrix
-        return rotation
-
-    _matrix: NDArray[np.float64]
-
-    def as_quat(self) -> NDArray[np.float64]:
-        """Return x, y, z, w, with the operations in scipy's order (`Rotation.from_matrix`, Markley 2008)."""
-        (a, b, c), (d, e, f), (g, h, i) = self._matrix.tolist()
-        trace = a + e + i
-        largest = max(a, e, i, trace)
-        if a == largest:
-            x, y, z, w = 1 - trace + 2 * a, d + b, g + c, h - f
-        elif e == largest:
-            x, y, z, w = d + b, 1 - trace + 2 * e, h + f, c - g
-        elif i == largest:
-            x, y, z, w = g + c, h + f, 1 - trace + 2 * i, d - b
-        else:
-            x, y, z, w = h - f, c - g, d - b, 1 + trace
-        norm = sqrt(x * x + y * y + z * z + w * w)
-        return np.array((x / norm, y / norm, z / norm, w / norm))
-
-
-_LINALG = SimpleNamespace(**{**vars(np.linalg), "norm": _norm})
-_NUMPY = {"linalg": _LINALG, "abs": abs, "hstack": _hstack, "clip": _clip, "copy": _copied}
-_REPLACED = {
-    "np": SimpleNamespace(**{**vars(np), **_NUMPY}),
-    "reward_utils": SimpleNamespace(**{**vars(official_rewards), "tolerance": _tolerance}),
-    "Rotation": _Rotation,
-}
-
-
-@cache
-def _fast_globals(module: str) -> dict[str, Any]:
-    """The globals over which the functions of an official module run: its own, with the costly helpers replaced."""
-    official = vars(sys.modules[module])
-    return {**official, **{name: value for name, value in _REPLACED.items() if name in official}}
-
-
-_REQUIRES_TASK = SawyerXYZEnv._Decorators.assert_task_is_set(lambda: None).__code__
-
-
-def _rebuilt(value: Any) -> Any:
-    """The same function over fast globals; without upstream's check for a task, which `step` makes."""
-    if isinstance(value, staticmethod):
-        return staticmethod(_rebuilt(value.__func__))
-    if isinstance(value, property):
-        return property(_rebuilt(value.fget))
-    if not isinstance(value, FunctionType):
-        return value
-    if value.__code__ is _REQUIRES_TASK:
-        value = value.__closure__[0].cell_contents  # type: ignore[index]
-    rebuilt = FunctionType(
-        value.__code__, _fast_globals(value.__module__), value.__name__, value.__defaults__, value.__closure__
-    )
-    rebuilt.__kwdefaults__ = value.__kwdefaults__
-    return rebuilt
-
-
-# ---- the simulation ----
 
 
 class _Named:
@@ -237,61 +119,6 @@ class _Simulation:
     def silence(self) -> None:
         """Keep MuJoCo from printing warnings and writing MUJOCO_LOG.TXT, which it does at the first of each kind."""
         self.data.warning.number[:] = 1
-
-
-@cache
-def model_without_visuals(path: str) -> Any:
-    """Compile a MuJoCo model (XML) without what is only drawn; dynamics and the geoms that have names stay the same."""
-    full = mujoco.MjModel.from_xml_path(path)
-    spec = mujoco.MjSpec.from_file(path)
-    bodies = list(_depth_first(spec.worldbody))
-    for i, body in enumerate(bodies[1:], start=1):  # the masses of what is deleted stay
-        body.explicitinertial = True
-        body.mass, body.inertia = full.body_mass[i], full.body_inertia[i]
-        body.ipos, body.iquat = full.body_ipos[i], full.body_iquat[i]
-    kept = _delete_drawn_geoms(full, bodies)
-    for site in spec.sites:
-        site.material = ""
-    meshes = {geom.meshname for geom in spec.geoms}
-    unused = [mesh for mesh in spec.meshes if mesh.name not in meshes]
-    for element in itertools.chain(unused, spec.lights, spec.cameras, spec.materials, spec.textures):
-        element.delete()
-    model = spec.compile()
-    for field in ("pos", "quat", "sameframe"):  # a mesh lies in its body as its own inertia has it
-        getattr(model, f"geom_{field}")[:] = getattr(full, f"geom_{field}")[kept]
-    return model
-
-
-def _delete_drawn_geoms(full: Any, bodies: Sequence[Any]) -> list[int]:
-    """Delete geoms that neither collide nor have a name, and return the numbers of the others in the full model.
-
-    A body that collides and had several geoms keeps two: MuJoCo tests pairs of bodies with one geom each in another way
-    than through their bounding volumes (mj_collision), and may find contacts there that it does not find here.
-    """
-    kept = []
-    for i, body in enumerate(bodies):
-        numbers = range(full.body_geomadr[i], full.body_geomadr[i] + full.body_geomnum[i])
-        drawn = [full.geom_contype[k] == full.geom_conaffinity[k] == 0 for k in numbers]
-        geoms = list(zip(numbers, list(body.geoms), drawn, strict=True))
-        needless = [geom for _, geom, is_drawn in geoms if is_drawn and not geom.name]
-        if len(geoms) > 1 and len(geoms) - len(needless) == 1 and not all(drawn):
-            needless = needless[1:]
-        for number, geom, is_drawn in geoms:
-            if any(geom is other for other in needless):
-                geom.delete()
-                continue
-            kept.append(number)
-            geom.material = ""
-            if is_drawn and geom.type == mujoco.mjtGeom.mjGEOM_MESH:  # for its place and number alone
-                geom.type, geom.size, geom.meshname = mujoco.mjtGeom.mjGEOM_SPHERE, [0.01, 0, 0], ""
-    return kept
-
-
-def _depth_first(body: Any) -> Any:
-    """The order of bodies in a compiled model."""
-    yield body
-    for child in body.bodies:
-        yield from _depth_first(child)
 
 
 class _Snapshot:
@@ -519,14 +346,14 @@ class _Fast:
         left_margin = abs(abs(left - initial_y) - pad_success_thresh)
         right_margin = abs(abs(right - initial_y) - pad_success_thresh)
         caging_y = product(
-            _tolerance(abs(left - y), bounds, left_margin, "long_tail"),
-            _tolerance(abs(right - y), bounds, right_margin, "long_tail"),
+            tolerance(abs(left - y), bounds, left_margin, "long_tail"),
+            tolerance(abs(right - y), bounds, right_margin, "long_tail"),
         )
         tcp = self.tcp_center
-        caging_xz = _tolerance(
-            _norm(tcp[::2] - obj_pos[::2]),
+        caging_xz = tolerance(
+            norm(tcp[::2] - obj_pos[::2]),
             bounds=(0, xz_thresh),
-            margin=_norm(initial[::2] - self.init_tcp[::2]) - xz_thresh,
+            margin=norm(initial[::2] - self.init_tcp[::2]) - xz_thresh,
             sigmoid="long_tail",
         )
         gripper_closed = min(max(0, action[-1]), desired_gripper_effort) / desired_gripper_effort
@@ -535,17 +362,14 @@ class _Fast:
         if high_density:
             caging_and_gripping = (caging_and_gripping + caging) / 2
         if medium_density:
-            reach = _tolerance(
-                _norm(obj_pos - tcp),
+            reach = tolerance(
+                norm(obj_pos - tcp),
                 bounds=(0, object_reach_radius),
-                margin=abs(_norm(initial - self.init_tcp) - object_reach_radius),
+                margin=abs(norm(initial - self.init_tcp) - object_reach_radius),
                 sigmoid="long_tail",
             )
             caging_and_gripping = (caging_and_gripping + float(reach)) / 2
         return caging_and_gripping
-
-
-_POSITIONS = mujoco.mjtStage.mjSTAGE_POS.value
 
 
 def _recorded(env: Any, call: Callable[[], Any]) -> tuple[set[str], Any]:

@@ -82,7 +82,7 @@ def linear_baseline(observations: Tensor, returns: Tensor, time: Tensor, valid: 
     diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     targets = features.mT @ returns.double().unsqueeze(-1)
-    # By Cholesky: twice as fast, and batched LU of this size fails in several threads of some builds of PyTorch.
+    # Not by LU: batched, from about 200 features on, it fails in several threads of some builds of PyTorch.
     coefficients = torch.cholesky_solve(targets, torch.linalg.cholesky(gram + (ridge * diagonal + 1e-12) * eye))
     values: Tensor = (features @ coefficients).squeeze(-1)
     return values.to(returns.dtype)

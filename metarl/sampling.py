@@ -109,12 +109,12 @@ def _run_wave(
     the next; a single episode is a single lane.
     """
     num_tasks, parallel, horizon, action_size = noise.shape
-    lanes = [lane for lane in np.array_split(np.arange(parallel), envs.lanes) if len(lane)]
-    rollouts = [slice(int(lane[0]), int(lane[-1]) + 1) for lane in lanes]
-    in_order = [task for lane in lanes for task in tasks for _ in lane]
-    observations = envs.reset(in_order, np.concatenate([seeds[:, lane].reshape(-1) for lane in rollouts]))
+    count = min(parallel, envs.lanes)
+    lanes = [slice(parallel * i // count, parallel * (i + 1) // count) for i in range(count)]
+    in_order = [task for lane in lanes for task in tasks for _ in range(lane.start, lane.stop)]
+    observations = envs.reset(in_order, np.concatenate([seeds[:, lane].reshape(-1) for lane in lanes]))
     low, high = envs.action_space.low.astype(np.float64), envs.action_space.high.astype(np.float64)
-    rows = [slice(num_tasks * lane.start, num_tasks * lane.stop) for lane in rollouts]
+    rows = [slice(num_tasks * lane.start, num_tasks * lane.stop) for lane in lanes]
     episodes = [_Episodes(horizon, observations[lane], action_size) for lane in rows]
     states = [state] * len(lanes)
     for t in range(horizon + 1):
@@ -122,13 +122,13 @@ def _run_wave(
             if t > 0 and record.active.any():
                 record.write(t - 1, envs.step_wait(rows[i]))
             if t < horizon and record.active.any():
-                inputs = torch.from_numpy(record.observations[t]).view(num_tasks, len(lanes[i]), -1)
-                actions, log_probs, states[i] = agent.act(inputs, noise[:, rollouts[i], t], states[i])
+                inputs = torch.from_numpy(record.observations[t]).view(num_tasks, -1, record.observations.shape[-1])
+                actions, log_probs, states[i] = agent.act(inputs, noise[:, lanes[i], t], states[i])
                 record.actions[t] = actions.reshape(-1, action_size)
                 record.log_probs[t] = log_probs.reshape(-1)
                 scaled = scale_actions(np.clip(record.actions[t].astype(np.float64), -1.0, 1.0), low, high)
                 envs.step_async(rows[i], scaled, record.active)
-    for lane, record in zip(rollouts, episodes, strict=True):
+    for lane, record in zip(lanes, episodes, strict=True):
         for name, array in record.arrays().items():
             time_last = array.swapaxes(0, 1)
             arrays[name][:, lane] = time_last.reshape(num_tasks, -1, *time_last.shape[1:])
@@ -177,13 +177,13 @@ class _Episodes:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays of a `Rollout` by name, `[T, E, ...]`, with zeros where no step is valid."""
         valid = self.valid & ~self.dropped
+        recorded = ("actions", "rewards", "log_probs", "success", "terminated", "truncated")
         arrays = {
             name: np.where(valid.reshape(*valid.shape, *[1] * (array.ndim - 2)), array, array.dtype.type(0))
             for name, array in (
                 ("observations", self.observations[:-1]),
                 ("next_observations", self.observations[1:]),
-                *((name, getattr(self, name)) for name in ("actions", "rewards", "log_probs", "success")),
-                *((name, getattr(self, name)) for name in ("terminated", "truncated")),
+                *((name, getattr(self, name)) for name in recorded),
             )
         }
         episode_start = valid.copy()

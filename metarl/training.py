@@ -25,7 +25,7 @@ from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, Spac
 from metarl.config import RunConfig, StageConfig, dump_config, explain_validation, load_config
 from metarl.envs import FAMILIES
 from metarl.envs.manager import EnvManager
-from metarl.envs.vector import env_spaces, make_envs, usable_cores
+from metarl.envs.vector import POOL, env_spaces, make_envs, usable_cores
 from metarl.errors import UserError
 from metarl.evaluation import Report, evaluate_agent, held_out_metrics, select_tasks
 from metarl.policy import Policy, build_agent, resolve_device, restore
@@ -279,17 +279,13 @@ def num_workers(config: RunConfig) -> int:
     return config.num_workers if config.num_workers is not None else usable_cores()
 
 
-MAX_META_WORLD_ENVS = 400
-"""Environments of Meta-World stepped together at most, unless there are more tasks: 3.2 MB each."""
-
-
 def max_envs(config: RunConfig, stage: int) -> int:
-    """Return how many environments are stepped together: all rollouts of all tasks, if they fit into memory."""
+    """Return how many are stepped together: all rollouts of all tasks; of Meta-World, 3.2 MB each, a pool's worth."""
     if config.num_envs is not None:
         return config.num_envs
     rollouts = config.rollouts_per_task
     if config.stages[stage].tasks.family == "metaworld":
-        rollouts = min(rollouts, max(1, MAX_META_WORLD_ENVS // config.num_tasks))
+        rollouts = min(rollouts, max(1, POOL // config.num_tasks))
     return config.num_tasks * rollouts
 
 

@@ -24,10 +24,9 @@ import torch
 
 from metarl.agents.maml_ppo import MamlPpo, MamlPpoConfig
 from metarl.envs import distribution
-from metarl.envs.vector import WorkerEnvs
+from metarl.envs.vector import POOL, WorkerEnvs
 from metarl.sampling import collect
 from metarl.seeding import children
-from metarl.training import MAX_META_WORLD_ENVS
 from metarl.types import Task
 
 HORIZON = 100
@@ -138,7 +137,7 @@ def main() -> None:
 
     tasks = tasks_of("ML45", 45)
     all_classes = distribution("metaworld", benchmark="ML45", horizon=HORIZON)
-    envs = WorkerEnvs(all_classes, len(tasks) * min(ROLLOUTS, MAX_META_WORLD_ENVS // len(tasks)), several)
+    envs = WorkerEnvs(all_classes, len(tasks) * min(ROLLOUTS, POOL // len(tasks)), several)
     sample(envs, tasks, 0)
     workers = [process.pid for process in multiprocessing.active_children() if process.pid]
     main_gib, worker_gib = resident_gib([multiprocessing.current_process().pid or 0]), resident_gib(workers)

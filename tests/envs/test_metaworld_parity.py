@@ -20,7 +20,9 @@ from metaworld.sawyer_xyz_env import SawyerXYZEnv
 from metaworld.utils import reward_utils
 
 from metarl.envs.metaworld import MetaWorldConfig, MetaWorldTasks, goal_vector, make, names
-from metarl.envs.sawyer import _fast_globals, fast_class, model_without_visuals
+from metarl.envs.sawyer import fast_class
+from metarl.envs.sawyer_model import model_without_visuals
+from metarl.envs.sawyer_text import fast_globals
 
 pytestmark = pytest.mark.filterwarnings("ignore:Constant")  # the scripted policies ask for more than ±1
 
@@ -323,7 +325,7 @@ def fields(model):
 class TestHelpers:
     """The helpers that replace upstream's, on numbers that no episode may bring."""
 
-    HELPERS = _fast_globals(fast_class(ALL_V3_ENVIRONMENTS["push-v3"]).__mro__[2].__module__)
+    HELPERS = fast_globals(fast_class(ALL_V3_ENVIRONMENTS["push-v3"]).__mro__[2].__module__)
 
     @pytest.mark.parametrize("sigmoid", ["long_tail", "gaussian", "linear", "tanh_squared"])
     def test_tolerance(self, sigmoid):
@@ -412,7 +414,7 @@ class TestBrokenSimulations:
         for _ in range(steps_before):
             env.step(np.zeros(4, np.float32))
         env._official.data.qvel[0] = value
-        with pytest.raises(FloatingPointError, match="diverged"):
+        with pytest.raises(FloatingPointError, match=r"diverged(?s:.*)task.*reach-v3"):
             env.step(np.zeros(4, np.float32))
         assert not list(tmp_path.iterdir())
         assert capfd.readouterr().out == ""
@@ -425,7 +427,7 @@ def test_the_package_is_not_changed():
     classes = [SawyerXYZEnv, *ALL_V3_ENVIRONMENTS.values()]
     members = [dict(vars(cls)) for cls in classes]
     fast_class.cache_clear()
-    _fast_globals.cache_clear()
+    fast_globals.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("push-v3", "hammer-v3"):
