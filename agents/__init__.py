@@ -1,1 +1,76 @@
-"""Agents, one file each; an algorithm is read top to bottom in its file."""
+"""Agents: the MAML family, one file a method, read top to bottom like its paper.
+
+A new method is one file, one member of `AgentConfig` and one entry in `METHODS`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, Any, get_args
+
+import torch
+from pydantic import BeforeValidator, Field
+
+from metarl.agents.anil import Anil, AnilConfig
+from metarl.agents.fomaml import Fomaml, FomamlConfig
+from metarl.agents.gradient_agent import GradientAgent
+from metarl.agents.imaml import Imaml, ImamlConfig
+from metarl.agents.maml import Maml, MamlPpoConfig, MamlTrpoConfig, MamlVpgConfig
+from metarl.agents.meta_curvature import MetaCurvature, MetaCurvatureConfig
+from metarl.agents.meta_dropout import MetaDropout, MetaDropoutConfig
+from metarl.agents.meta_sgd import MetaSgd, MetaSgdConfig
+from metarl.agents.multi_task import MultiTask, MultiTaskConfig
+from metarl.agents.reptile import Reptile, ReptileConfig
+from metarl.errors import named_by_default
+from metarl.types import Agent
+
+AgentConfig = Annotated[
+    MamlPpoConfig
+    | MamlTrpoConfig
+    | MamlVpgConfig
+    | FomamlConfig
+    | ReptileConfig
+    | MetaSgdConfig
+    | MetaCurvatureConfig
+    | ImamlConfig
+    | AnilConfig
+    | MetaDropoutConfig
+    | MultiTaskConfig,
+    Field(discriminator="name"),
+    BeforeValidator(functools.partial(named_by_default, "maml_ppo")),
+]
+"""One member an agent, told apart by `name`; MAML-PPO if there is none."""
+
+METHODS: dict[str, Any] = {
+    "maml_ppo": Maml,
+    "maml_trpo": Maml,
+    "maml_vpg": Maml,
+    "fomaml": Fomaml,
+    "reptile": Reptile,
+    "meta_sgd": MetaSgd,
+    "meta_curvature": MetaCurvature,
+    "imaml": Imaml,
+    "anil": Anil,
+    "meta_dropout": MetaDropout,
+    "multi_task": MultiTask,
+}
+"""What each of them does differently, by name."""
+
+
+def agent_configs() -> dict[str, type[Any]]:
+    """Return the config class of each agent by its name."""
+    return {config.model_fields["name"].default: config for config in get_args(get_args(AgentConfig)[0])}
+
+
+def build(config: Any, observation_size: int, action_size: int, device: torch.device, seed: int) -> Agent:
+    """Return a freshly initialised agent.
+
+    Args:
+        config: a member of `AgentConfig`.
+        observation_size: O.
+        action_size: A.
+        device: where updates are computed.
+        seed: of the initial parameters.
+    """
+    method = METHODS[config.name](config, config.adapted)
+    return GradientAgent(method, config, observation_size, action_size, device, seed)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from metarl.optimizers import adam_state, load_adam_state
+from metarl.optimizers import load_optimizer_state, optimizer_state
 from metarl.policies import Params, apply_mlp, init_mlp
 from metarl.returns import discounted_returns, linear_baseline
 from metarl.types import Rollout
@@ -110,11 +110,11 @@ class LearnedValue:
                 loss.backward()  # type: ignore[no-untyped-call]
                 self._optimizer.step()
                 losses.append(loss.detach())
-        return {"train/value_loss": float(torch.stack(losses).mean())}
+        return {"value_loss": float(torch.stack(losses).mean())}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters, optimiser and scale of the targets."""
-        return {**self._params, "scale": self._scale, **adam_state(self._optimizer, self._params)}
+        return {**self._params, "scale": self._scale, **optimizer_state(self._optimizer, self._params)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
@@ -122,4 +122,4 @@ class LearnedValue:
             for name, value in self._params.items():
                 value.copy_(state[name])
         self._scale = state["scale"].to(self._scale.device)
-        load_adam_state(self._optimizer, self._params, state)
+        load_optimizer_state(self._optimizer, self._params, state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pydantic import ConfigDict
 
@@ -18,6 +18,11 @@ class UserError(Exception):
 def as_tuple(value: object) -> object:
     """Let a single value stand for a list of one, as a flag gives it."""
     return value if isinstance(value, list | tuple) else (value,)
+
+
+def named_by_default(default: str, value: object) -> object:
+    """Let settings without a `name` be those of the default member of a union."""
+    return {"name": default, **value} if isinstance(value, Mapping) and "name" not in value else value
 
 
 def unknown_name(what: str, name: str, choices: Iterable[str], where_to_look: str) -> ValueError:

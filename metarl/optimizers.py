@@ -1,4 +1,4 @@
-"""Adam's state as flat, named tensors, for checkpoints that hold tensors alone. Imports nothing of metarl."""
+"""An optimiser's state as flat, named tensors, for checkpoints that hold tensors alone. Imports nothing of metarl."""
 
 from __future__ import annotations
 
@@ -7,34 +7,43 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_ENTRIES = ("step", "exp_avg", "exp_avg_sq")
+_ENTRIES: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.RMSprop: ("step", "square_avg"),
+    torch.optim.SGD: (),
+}
+"""What each optimiser keeps a parameter, without momentum for the last two."""
 
 
-def adam_state(optimizer: torch.optim.Adam, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `adam.<entry>.<parameter>` for every parameter that has been stepped."""
+def optimizer_state(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `optimizer.<entry>.<parameter>` for every parameter that has been stepped."""
     return {
-        f"adam.{entry}.{name}": optimizer.state[param][entry]
+        f"optimizer.{entry}.{name}": optimizer.state[param][entry]
         for name, param in params.items()
         if param in optimizer.state
-        for entry in _ENTRIES
+        for entry in _ENTRIES[type(optimizer)]
     }
 
 
-def load_adam_state(optimizer: torch.optim.Adam, params: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Restore what `adam_state` returned; a parameter without entries starts afresh.
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> None:
+    """Restore what `optimizer_state` returned; a parameter without entries starts afresh.
 
     Raises:
         ValueError: an entry is missing or has another shape; the message names it.
     """
+    entries = _ENTRIES[type(optimizer)]
     optimizer.state.clear()
     for name, param in params.items():
-        if any(f"adam.{entry}.{name}" in state for entry in _ENTRIES):
-            for entry in _ENTRIES:
-                key, expected = f"adam.{entry}.{name}", () if entry == "step" else tuple(param.shape)
-                found = tuple(state[key].shape) if key in state else "nothing"
-                if found != expected:
-                    raise ValueError(f"cannot load {key!r}: expected shape {expected}, found {found}")
-            entries = {entry: state[f"adam.{entry}.{name}"].clone() for entry in _ENTRIES}
-            optimizer.state[param] = {
-                key: value if key == "step" else value.to(param.device) for key, value in entries.items()
-            }
+        if not any(f"optimizer.{entry}.{name}" in state for entry in entries):
+            continue
+        for entry in entries:
+            key, expected = f"optimizer.{entry}.{name}", () if entry == "step" else tuple(param.shape)
+            found = tuple(state[key].shape) if key in state else "nothing"
+            if found != expected:
+                raise ValueError(f"cannot load {key!r}: expected shape {expected}, found {found}")
+        values = {entry: state[f"optimizer.{entry}.{name}"].clone() for entry in entries}
+        optimizer.state[param] = {
+            key: value if key == "step" else value.to(param.device) for key, value in values.items()
+        }

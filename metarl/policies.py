@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 Params = dict[str, Tensor]
 """Parameters by name. Stacked over tasks, every tensor has a leading `[M]`."""
+
+Perturb = Callable[[int, Tensor, Tensor], Tensor]
+"""Changes what a hidden layer puts out: (layer, its inputs, its outputs) → outputs."""
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
@@ -38,13 +42,20 @@ def init_mlp(sizes: tuple[int, ...], output_gain: float, generator: torch.Genera
     return params
 
 
-def apply_mlp(params: Params, inputs: Tensor, activation: str) -> Tensor:
+def mlp_modules(hidden_layers: int) -> dict[str, tuple[str, ...]]:
+    """Return the parameters of each module of an MLP by name: `layer_0`, …, and `head`, the output layer."""
+    names = [f"layer_{layer}" for layer in range(hidden_layers)] + ["head"]
+    return {name: (f"weight_{layer}", f"bias_{layer}") for layer, name in enumerate(names)}
+
+
+def apply_mlp(params: Params, inputs: Tensor, activation: str, perturb: Perturb | None = None) -> Tensor:
     """Apply an MLP with linear output.
 
     Args:
         params: from `init_mlp`, plain or stacked over tasks; other entries are passed over.
         inputs: `[S, in]`, or `[M, S, in]` with stacked parameters.
         activation: `tanh` or `relu`.
+        perturb: changes the hidden activations (Meta-Dropout).
 
     Returns:
         `[S, out]` or `[M, S, out]`.
@@ -53,14 +64,19 @@ def apply_mlp(params: Params, inputs: Tensor, activation: str) -> Tensor:
     layers = sum(name.startswith("weight_") for name in params)
     hidden = inputs
     for layer in range(layers):
-        weight, bias = params[f"weight_{layer}"], params[f"bias_{layer}"]
-        if weight.ndim == 2:
-            hidden = torch.nn.functional.linear(hidden, weight, bias)
-        else:
-            hidden = torch.baddbmm(bias.unsqueeze(-2), hidden, weight.mT)
+        below, hidden = hidden, linear(hidden, params[f"weight_{layer}"], params[f"bias_{layer}"])
         if layer < layers - 1:
             hidden = nonlinearity(hidden)
+            if perturb is not None:
+                hidden = perturb(layer, below, hidden)
     return hidden
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply a layer to inputs `[S, in]`, or `[M, S, in]` with stacked weight `[M, out, in]` and bias `[M, out]`."""
+    if weight.ndim == 2:
+        return torch.nn.functional.linear(inputs, weight, bias)
+    return torch.baddbmm(bias.unsqueeze(-2), inputs, weight.mT)
 
 
 @dataclass(frozen=True)
@@ -91,23 +107,31 @@ class GaussianMlp:
         log_std = torch.full((self.action_size,), math.log(self.init_std))
         return {**init_mlp(sizes, 0.01, generator), "log_std": log_std}
 
-    def distribution(self, params: Params, observations: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def modules(hidden_layers: int) -> dict[str, tuple[str, ...]]:
+        """Return the parameters of each module by name: `layer_0`, …, `head` and `log_std`."""
+        return {**mlp_modules(hidden_layers), "log_std": ("log_std",)}
+
+    def distribution(
+        self, params: Params, observations: Tensor, perturb: Perturb | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return mean `[..., S, A]` and log standard deviation `[..., 1, A]` for observations `[..., S, O]`."""
         log_std = params["log_std"].clamp(math.log(self.min_std), math.log(self.max_std))
-        return apply_mlp(params, observations, self.activation), log_std.unsqueeze(-2)
+        return apply_mlp(params, observations, self.activation, perturb), log_std.unsqueeze(-2)
 
-    def log_prob(self, params: Params, observations: Tensor, actions: Tensor) -> Tensor:
+    def log_prob(self, params: Params, observations: Tensor, actions: Tensor, perturb: Perturb | None = None) -> Tensor:
         """Joint log-density of actions: the SUM over action dimensions.
 
         Args:
             params: plain, or stacked with `[M]` in front.
             observations: `[S, O]` or `[M, S, O]`, normalised.
             actions: `[S, A]` or `[M, S, A]`.
+            perturb: changes the hidden activations.
 
         Returns:
             `[S]` or `[M, S]`.
         """
-        mean, log_std = self.distribution(params, observations)
+        mean, log_std = self.distribution(params, observations, perturb)
         return gaussian_log_prob(mean, log_std, actions)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metarl.agents.maml_ppo import MamlPpo
+from metarl import agents
 from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Spaces, load_latest
 from metarl.config import RunConfig, load_config
 from metarl.errors import UserError
@@ -27,7 +27,7 @@ from metarl.types import Agent, FloatArray, Rollout, Trajectory
 def build_agent(config: RunConfig, spaces: Spaces, device: torch.device, purpose: Purpose = Purpose.AGENT) -> Agent:
     """Return a freshly initialised agent for observations and actions of the given sizes."""
     seed = integer_seed(config.seed, purpose)
-    return MamlPpo(config.agent, spaces.observation_size, spaces.action_size, device, seed)
+    return agents.build(config.agent, spaces.observation_size, spaces.action_size, device, seed)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,231 @@
+"""The agent of the MAML family: parameters θ that a few gradient steps adapt to a task.
+
+It owns θ, what a `Method` learns beside it, the baseline, the normaliser and the outer step. The methods, one file
+each, say how a step of adaptation is made and differentiated; `meta_objective.py` holds the outer objective and
+`outer.py` what improves on it.
+
+Must not import environments, training or tracking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, model_validator
+from torch import Tensor
+
+from metarl.agents.inner import Batch, MetaParams, Method, PolicyLoss
+from metarl.agents.meta_objective import MetaObjective
+from metarl.agents.outer import OuterConfig, PpoConfig, build_outer
+from metarl.agents.value import LearnedValue, linear_values
+from metarl.errors import STRICT, as_tuple
+from metarl.normalizer import Normalizer
+from metarl.objectives import ESTIMATORS
+from metarl.policies import GaussianMlp, Params, gaussian_log_prob
+from metarl.returns import gae, normalize_advantages
+from metarl.types import Rollout
+
+
+class GradientAgentConfig(BaseModel):
+    """Settings that all methods of the family share."""
+
+    model_config = STRICT
+
+    name: str
+    hidden_sizes: Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)] = Field(
+        (64, 64), description="widths of the policy's hidden layers"
+    )
+    activation: Literal["tanh", "relu"] = Field("tanh", description="nonlinearity of the hidden layers")
+    init_std: float = Field(1.0, gt=0, description="initial action standard deviation; actions span ±1")
+    min_std: float = Field(0.05, gt=0, description="lower bound of the standard deviation")
+    max_std: float = Field(2.0, gt=0, description="upper bound of the standard deviation")
+    adaptation_steps: int = Field(1, ge=1, description="K, inner gradient steps, each on fresh data")
+    inner_lr: float = Field(0.1, gt=0, description="step size of the adaptation")
+    adapted_modules: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = Field(
+        ("all",), min_length=1, description="modules that adapt: all, or any of layer_0, layer_1, …, head, log_std"
+    )
+    estimator: Literal["lvc", "dice", "score_function"] = Field(
+        "lvc",
+        description="surrogate of the inner steps; lvc: low variance; dice: unbiased to every order, high variance; "
+        "score_function: BIASED to second order, to compare with",
+    )
+    gamma: float = Field(0.99, ge=0, le=1, description="discount a step")
+    gae_lambda: float = Field(0.97, ge=0, le=1, description="GAE's trade-off: 0 one-step, 1 Monte Carlo")
+    baseline: Literal["linear", "learned"] = Field(
+        "linear", description="linear features fitted per task and phase, or one value network for all tasks"
+    )
+    value_lr: float = Field(1e-3, gt=0, description="Adam's learning rate of the value network (baseline: learned)")
+    value_epochs: int = Field(5, ge=1, description="passes of the value network over the data (baseline: learned)")
+    normalize_observations: bool = Field(True, description="scale observations by their running mean and deviation")
+    normalizer_floor: float = Field(0.01, gt=0, description="smallest scale of the normaliser, in observation units")
+    outer: OuterConfig = Field(default_factory=PpoConfig)
+
+    @model_validator(mode="after")
+    def _modules_exist(self) -> GradientAgentConfig:
+        modules = GaussianMlp.modules(len(self.hidden_sizes))
+        for name in self.adapted_modules:
+            if name != "all" and name not in modules:
+                raise ValueError(f"adapted_modules: got {name!r}, expected all or any of {', '.join(modules)}")
+        return self
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Names of the parameters that adapt."""
+        modules = GaussianMlp.modules(len(self.hidden_sizes))
+        chosen = [names for module, names in modules.items() if {"all", module} & set(self.adapted_modules)]
+        return tuple(name for names in chosen for name in names)
+
+
+class GradientAgent:
+    """An `Agent` that adapts by gradient steps.
+
+    Args:
+        method: how it adapts, and what it learns beside θ.
+        config: its settings.
+        observation_size: O.
+        action_size: A.
+        device: where updates are computed. Acting happens on the CPU, beside the environments, with small copies.
+        seed: of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        config: GradientAgentConfig,
+        observation_size: int,
+        action_size: int,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.method, self.config, self.device = method, config, device
+        self.adaptation_steps = config.adaptation_steps
+        self.training_adaptation_steps = 0 if method.outer_phases == "first" else config.adaptation_steps
+        self.policy = GaussianMlp(
+            observation_size,
+            action_size,
+            config.hidden_sizes,
+            config.activation,
+            config.init_std,
+            config.min_std,
+            config.max_std,
+        )
+        self._loss = PolicyLoss(self.policy.log_prob, ESTIMATORS[config.estimator])
+        generator = torch.Generator().manual_seed(seed)
+        params = self.policy.init(generator)
+        theta = {name: value.to(device).requires_grad_() for name, value in params.items()}
+        self.meta = MetaParams(theta, method.learned(theta))
+        self.value: LearnedValue | None = None
+        if config.baseline == "learned":
+            value_args = (observation_size, config.hidden_sizes, config.value_lr, config.value_epochs)
+            self.value = LearnedValue(*value_args, generator, device)
+        self._use_normalizer(Normalizer.identity(observation_size, config.normalizer_floor))
+        self._outer = build_outer(config.outer, self.meta.named())
+
+    def _use_normalizer(self, normalizer: Normalizer) -> None:
+        """Keep one copy for updates and one for acting, so that acting never waits for the device."""
+        self.normalizer, self._acting_normalizer = normalizer.to(self.device), normalizer.to("cpu")
+
+    # --- acting and adapting -------------------------------------------------------------------------------------
+
+    def initial_state(self, num_tasks: int) -> Params:
+        """θ for every task, stacked `[M, ...]`, on the CPU."""
+        return {name: value.detach().cpu().expand(num_tasks, *value.shape) for name, value in self.meta.theta.items()}
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, noise: Tensor, state: Params) -> tuple[Tensor, Tensor, Params]:
+        """Draw actions; see `Agent.act`."""
+        mean, log_std = self.policy.distribution(state, self._acting_normalizer(observations))
+        actions = mean + log_std.exp() * noise
+        return actions, gaussian_log_prob(mean, log_std, actions), state
+
+    @torch.no_grad()
+    def log_prob(self, state: Params, observations: Tensor, actions: Tensor) -> Tensor:
+        """Log-density of given actions; see `Agent.log_prob`."""
+        inputs = self._acting_normalizer(observations).flatten(1, 2)
+        return self.policy.log_prob(state, inputs, actions.flatten(1, 2)).view(actions.shape[:-1])
+
+    def adapt(self, state: Params, rollout: Rollout) -> Params:
+        """One inner step for every task on its own data; see `Agent.adapt`."""
+        support = self._prepare(rollout.to(self.device))
+        params = {name: value.detach().to(self.device).clone().requires_grad_() for name, value in state.items()}
+        adapted = self.method.step(self._loss, self.meta, params, support, create_graph=False)
+        return {name: value.detach().cpu() for name, value in adapted.items()}
+
+    def _prepare(self, rollout: Rollout) -> Batch:
+        """Estimate advantages, normalise them for each task, and lay the episodes end to end."""
+        observations, _, advantages = self._advantages(rollout)
+        steps = torch.arange(rollout.valid.shape[-1], device=advantages.device).expand_as(advantages)
+        parts = (observations, rollout.actions, rollout.log_probs, advantages, rollout.valid, steps)
+        observations, actions, log_probs, advantages, valid, steps = (part.flatten(1, 2) for part in parts)
+        advantages = normalize_advantages(advantages, valid)
+        return Batch(observations, actions, log_probs, advantages, valid.to(advantages.dtype), steps)
+
+    def _advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """Return normalised observations `[M, N, T, O]`, values and advantages `[M, N, T]`."""
+        observations = self.normalizer(rollout.observations)
+        if self.value is None:
+            values, next_values = linear_values(rollout, observations, self.config.gamma)
+        else:
+            values, next_values = self.value.values(rollout, observations, self.normalizer(rollout.next_observations))
+        ends = (rollout.terminated, rollout.truncated)
+        advantages = gae(rollout.rewards, values, next_values, *ends, self.config.gamma, self.config.gae_lambda)
+        return observations, values, advantages
+
+    # --- learning ------------------------------------------------------------------------------------------------
+
+    def update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """One meta-update on the K support rollouts and the query rollout; see `Agent.update`."""
+        config = self.config
+        metrics = self._outer.step(self.objective([self._prepare(rollout) for rollout in rollouts]))
+        self.meta = self.meta._replace(iteration=self.meta.iteration + 1)
+        std = self.meta.theta["log_std"].detach().exp().clamp(config.min_std, config.max_std).mean()
+        metrics |= {"std": float(std)} | self._fit_value(rollouts)
+        if config.normalize_observations:
+            normalizer = self.normalizer
+            for rollout in rollouts:
+                normalizer = normalizer.update(rollout.observations, rollout.valid)
+            self._use_normalizer(normalizer)
+        return {f"train/{name}": value for name, value in metrics.items()}
+
+    def objective(self, batches: Sequence[Batch]) -> MetaObjective:
+        """Return the outer objective on the K support batches and the query batch, each `[M, S, ...]`."""
+        width = max(self.config.hidden_sizes, default=self.policy.observation_size)
+        return MetaObjective(self.method, self._loss, self.policy.log_prob, self.meta, batches, width)
+
+    def _fit_value(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        if self.value is None:
+            return {}
+        samples = []
+        for rollout in rollouts:
+            observations, values, advantages = self._advantages(rollout)
+            samples.append((observations.flatten(0, 2), (values + advantages).flatten(), rollout.valid.flatten()))
+        return self.value.fit(*(torch.cat(part) for part in zip(*samples, strict=True)))
+
+    # --- saving --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that training changes; see `Agent.state_dict`."""
+        state = {**self.meta.named(), **self._outer.state_dict()}
+        state |= {f"normalizer.{name}": value for name, value in self.normalizer.state_dict().items()}
+        if self.value is not None:
+            state |= {f"value.{name}": value for name, value in self.value.state_dict().items()}
+        state |= {"iteration": torch.tensor(self.meta.iteration)}
+        return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned; raises ValueError naming the entry that is missing or does not fit."""
+        for name, value in self.state_dict().items():
+            if "optimizer." not in name and (name not in state or state[name].shape != value.shape):
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise ValueError(f"cannot load {name!r}: expected shape {tuple(value.shape)}, found {found}")
+        with torch.no_grad():
+            for name, value in self.meta.named().items():
+                value.copy_(state[name])
+        self.meta = self.meta._replace(iteration=int(state["iteration"]))
+        statistics = {name: state[f"normalizer.{name}"] for name in self.normalizer.state_dict()}
+        self._use_normalizer(Normalizer(**statistics, floor=self.config.normalizer_floor))
+        if self.value is not None:
+            self.value.load_state_dict({name.removeprefix("value."): value for name, value in state.items()})
+        self._outer.load_state_dict(state)

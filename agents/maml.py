@@ -1,0 +1,63 @@
+"""MAML: model-agnostic meta-learning (Finn et al. 2017), with PPO, TRPO or a plain gradient as its outer step.
+
+One iteration, for tasks i = 1..M (their Alg. 3; with PPO in the form of ProMP, Rothfuss et al. 2019):
+
+    θ_i⁰ = θ
+    for k in 0..K−1:   collect fresh support data D_i^k with θ_i^k
+                       θ_i^{k+1} = θ_i^k − α ∇ L(θ_i^k; D_i^k)           (`Maml.step`)
+    collect query data D_i^K with θ_i^K
+    θ ← outer step on mean_i L_outer(θ_i^K; D_i^K), differentiated through all K steps
+
+The gradient is exact to second order: it flows through the inner gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from metarl.agents.gradient_agent import GradientAgentConfig
+from metarl.agents.inner import Loss, MetaParams, descend, gradients
+from metarl.agents.outer import GradientConfig, PpoConfig, TrpoConfig
+from metarl.policies import Params
+
+
+class MamlPpoConfig(GradientAgentConfig):
+    """MAML-PPO: second-order MAML, several epochs of PPO's clipped objective after adaptation; ProMP with its KL term."""
+
+    name: Literal["maml_ppo"] = "maml_ppo"
+    outer: PpoConfig = Field(default_factory=PpoConfig)
+
+
+class MamlTrpoConfig(GradientAgentConfig):
+    """MAML-TRPO: second-order MAML, one natural-gradient step within a trust region; as in the MAML paper."""
+
+    name: Literal["maml_trpo"] = "maml_trpo"
+    outer: TrpoConfig = Field(default_factory=TrpoConfig)
+
+
+class MamlVpgConfig(GradientAgentConfig):
+    """MAML-VPG: second-order MAML, one plain policy-gradient step of Adam, RMSProp or SGD."""
+
+    name: Literal["maml_vpg"] = "maml_vpg"
+    outer: GradientConfig = Field(default_factory=GradientConfig)
+
+
+@dataclass(frozen=True)
+class Maml:
+    """θ' = θ − α ∇L(θ), differentiated as it stands."""
+
+    config: GradientAgentConfig
+    adapted: tuple[str, ...]
+    outer_phases = "last"
+
+    def learned(self, theta: Params) -> Params:
+        """Nothing beside θ."""
+        return {}
+
+    def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
+        """Finn et al. 2017, Eq. 1; see `Method.step`."""
+        gradient = gradients(loss, params, self.adapted, batch, create_graph)
+        return descend(params, gradient, self.config.inner_lr)

@@ -1,0 +1,64 @@
+"""Meta-Dropout (Lee et al. 2020): learned multiplicative noise on the hidden activations of the inner loop.
+
+    z ~ N(μ_φ(h_{l−1}), I),   h_l ← h_l ∘ softplus(z)              while the inner loss is computed (their Eq. 4 and 5)
+    θ_i' = θ − α ∇_θ L(θ, φ; D_i),   (θ, φ) ← outer step on mean_i L_outer(θ_i'; D_i'), without noise
+
+φ, a linear map a layer from the activations below, is learned by the outer step and never adapts. It starts where
+softplus(z) is 1 at the mean of z. Acting and the outer loss are without noise; as the perturbed policy is not the one
+that collected, the inner loss takes the likelihood ratio to the data from the unperturbed one. The noise of an
+iteration is drawn from its number: `adapt` and every epoch of `update` see the same, and so does a resumed run. All
+tasks share it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from metarl.agents.gradient_agent import GradientAgentConfig
+from metarl.agents.inner import Loss, MetaParams, descend, gradients
+from metarl.policies import Params
+
+UNIT = math.log(math.e - 1.0)
+"""softplus(UNIT) = 1."""
+
+
+class MetaDropoutConfig(GradientAgentConfig):
+    """Meta-Dropout: second-order MAML with learned, input-dependent noise on the activations of the inner loop."""
+
+    name: Literal["meta_dropout"] = "meta_dropout"
+
+
+@dataclass(frozen=True)
+class MetaDropout:
+    """θ' = θ − α ∇L(θ, φ), with φ learned."""
+
+    config: MetaDropoutConfig
+    adapted: tuple[str, ...]
+    outer_phases = "last"
+
+    def learned(self, theta: Params) -> Params:
+        """φ: `noise_weight.<layer>` in the shape of the layer's weight, and `noise_bias.<layer>`."""
+        learned: Params = {}
+        for layer in range(sum(name.startswith("weight_") for name in theta) - 1):
+            weight, bias = theta[f"weight_{layer}"], theta[f"bias_{layer}"]
+            learned[f"noise_weight.{layer}"] = torch.zeros_like(weight).requires_grad_()
+            learned[f"noise_bias.{layer}"] = torch.full_like(bias, UNIT).requires_grad_()
+        return learned
+
+    def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
+        """MAML's step on the perturbed loss; see `Method.step`."""
+
+        def perturb(layer: int, below: Tensor, hidden: Tensor) -> Tensor:
+            generator = torch.Generator().manual_seed(meta.iteration * 1000 + layer)
+            noise = torch.randn(hidden.shape[-2:], generator=generator, dtype=hidden.dtype).to(hidden.device)
+            weight, bias = meta.learned[f"noise_weight.{layer}"], meta.learned[f"noise_bias.{layer}"]
+            mean = torch.nn.functional.linear(below, weight, bias)
+            return hidden * torch.nn.functional.softplus(mean + noise)
+
+        gradient = gradients(loss, params, self.adapted, batch, create_graph, perturb)
+        return descend(params, gradient, self.config.inner_lr)

@@ -1,0 +1,42 @@
+"""Training without meta-learning: a control for what meta-learning adds.
+
+On many tasks this is the "pretrained" baseline of the MAML paper (Finn et al. 2017, 5.3): one policy trained on all of
+them at once, θ ← outer step on mean_i L_outer(θ; D_i), with PPO by default. On a single task it is PPO from scratch.
+Training does not adapt (K = 0, all env steps go into θ); evaluation takes `adaptation_steps` gradient steps from θ, as
+for the meta-learners.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from metarl.agents.gradient_agent import GradientAgentConfig
+from metarl.agents.inner import Loss, MetaParams, descend, gradients
+from metarl.policies import Params
+
+
+class MultiTaskConfig(GradientAgentConfig):
+    """Multi-task PPO: one policy for all tasks, fine-tuned at evaluation alone; on a single task PPO from scratch."""
+
+    name: Literal["multi_task"] = "multi_task"
+    adaptation_steps: int = Field(1, ge=1, description="K, gradient steps at evaluation; training takes none")
+
+
+@dataclass(frozen=True)
+class MultiTask:
+    """The outer loss of θ itself; a gradient step where it is evaluated."""
+
+    config: MultiTaskConfig
+    adapted: tuple[str, ...]
+    outer_phases = "first"
+
+    def learned(self, theta: Params) -> Params:
+        """Nothing beside θ."""
+        return {}
+
+    def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
+        """A gradient step; see `Method.step`."""
+        return descend(params, gradients(loss, params, self.adapted, batch, create_graph), self.config.inner_lr)

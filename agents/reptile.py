@@ -1,0 +1,46 @@
+"""Reptile (Nichol et al. 2018, Alg. 2): move θ towards where each task's descent leads.
+
+    θ_i^{k+1} = θ_i^k − α g_i^k,   g_i^k = ∇ L(θ_i^k; D_i^k),   k = 0..K
+    θ ← θ + ε mean_i (θ_i^{K+1} − θ)
+
+The displacement is −α Σ_k g_i^k: the sum of the gradients at ALL points of the descent, where FOMAML takes the last one
+alone. So it is computed as that: the outer loss sums over all K + 1 phases, the query data being the last of them, and
+the inner gradients count as constants. With a likelihood-ratio surrogate (`outer: {name: gradient}`) the meta-gradient
+is (θ − θ_i^{K+1}) / α exactly, and SGD makes the paper's step with ε = lr / α. With PPO the first epoch follows the same
+direction; later ones recompute the descent from the current θ.
+
+Without the query phase, K = 1 would be training on all tasks at once (their Sec. 5.1): with it, K = 1 is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from metarl.agents.gradient_agent import GradientAgentConfig
+from metarl.agents.inner import Loss, MetaParams, descend, gradients
+from metarl.policies import Params
+
+
+class ReptileConfig(GradientAgentConfig):
+    """Reptile: θ moves towards the parameters that K + 1 steps of descent lead to; first order."""
+
+    name: Literal["reptile"] = "reptile"
+
+
+@dataclass(frozen=True)
+class Reptile:
+    """The steps of FOMAML, the outer loss of all phases."""
+
+    config: GradientAgentConfig
+    adapted: tuple[str, ...]
+    outer_phases = "all"
+
+    def learned(self, theta: Params) -> Params:
+        """Nothing beside θ."""
+        return {}
+
+    def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
+        """One step of the descent; see `Method.step`."""
+        gradient = gradients(loss, params, self.adapted, batch, create_graph=False)
+        return descend(params, gradient, self.config.inner_lr)
