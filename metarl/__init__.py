@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from metarl import baseline as baseline
     from metarl import envs as envs
     from metarl import evaluation as evaluation
     from metarl.evaluation import evaluate as evaluate
@@ -28,7 +29,7 @@ _NAMES = {
     "Rollout": "metarl.types",
     "Trajectory": "metarl.types",
 }
-_MODULES = ("envs", "evaluation")
+_MODULES = ("baseline", "envs", "evaluation")
 
 __all__ = [*_NAMES, *_MODULES]
 

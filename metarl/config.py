@@ -14,14 +14,13 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from metarl.agents.maml_ppo import MamlPpoConfig
+from metarl.agents import AgentConfig
+from metarl.agents.maml import MamlPpoConfig
+from metarl.agents.outer import OuterConfig
 from metarl.envs.metaworld import MetaWorldConfig
 from metarl.envs.mujoco import MujocoConfig
 from metarl.envs.navigation import NavigationConfig
 from metarl.errors import STRICT, UserError
-
-AgentConfig = MamlPpoConfig
-"""One member an agent, told apart by `name`."""
 
 
 class CustomTasksConfig(BaseModel):
@@ -38,6 +37,28 @@ TasksConfig = Annotated[
 ]
 
 
+class CurriculumConfig(BaseModel):
+    """Tasks from easy to hard: the part of them that is sampled from grows linearly with the iterations of a stage."""
+
+    model_config = STRICT
+
+    iterations: int = Field(
+        0, ge=0, description="iterations after which all training tasks are sampled from; 0: no curriculum"
+    )
+    start_fraction: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="fraction of the training tasks, the easiest, that iteration 0 of a curriculum samples from",
+    )
+
+    @model_validator(mode="after")
+    def _a_start_has_an_end(self) -> CurriculumConfig:
+        if self.start_fraction != 0.2 and not self.iterations:
+            raise ValueError(f"start_fraction={self.start_fraction} with iterations=0: give the curriculum iterations")
+        return self
+
+
 class StageConfig(BaseModel):
     """A stretch of training on one task distribution."""
 
@@ -46,6 +67,13 @@ class StageConfig(BaseModel):
     name: str = Field("meta-training", description="shown in logs")
     tasks: TasksConfig = Field(default_factory=NavigationConfig)
     iterations: int = Field(100, ge=1, description="meta-updates")
+    init_from: str | None = Field(
+        None,
+        min_length=1,
+        description="run directory whose agent the stage starts from: policy, normaliser, and what else both agents "
+        "have; none: go on with the agent as it is",
+    )
+    curriculum: CurriculumConfig = Field(default_factory=CurriculumConfig)
 
 
 class EvaluationConfig(BaseModel):
@@ -245,14 +273,22 @@ def _problem(item: Any, keys: tuple[str | int, ...], given_by_flag: bool) -> str
     return f"{found}{message[0].lower()}{message[1:]}"
 
 
-_FAMILIES = {str(get_args(t.model_fields["family"].annotation)[0]) for t in get_args(get_args(TasksConfig)[0])}
+def _tags(union: Any, key: str) -> set[str]:
+    return {member.model_fields[key].default for member in get_args(get_args(union)[0])}
+
+
+_TAGS = {
+    "tasks": _tags(TasksConfig, "family"),
+    "agent": _tags(AgentConfig, "name"),
+    "outer": _tags(OuterConfig, "name"),
+}
+"""What pydantic puts into the path of an error below a union: the tag of its member."""
 
 
 def _path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """Drop the tags that pydantic puts into the path of a union's member."""
-    return tuple(
-        key for i, key in enumerate(location) if not (key in _FAMILIES and i > 0 and location[i - 1] == "tasks")
-    )
+    """Drop the tags of unions."""
+    before = (None, *location)
+    return tuple(key for key, above in zip(location, before, strict=False) if key not in _TAGS.get(str(above), ()))
 
 
 def _fields_at(path: tuple[str | int, ...]) -> list[str]:

@@ -97,6 +97,27 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
     return [aggregate, *_class_table(report, measures)]
 
 
+def baseline_progress(row: Mapping[str, Any]) -> str:
+    """Return the entry of one task in a report of `metarl.baseline.reference` in one line."""
+    text = f"{row['name']} {row['index']}: return {row['return_untrained']:.1f} → {row['return_final']:.1f}"
+    before, after = row["success_untrained"], row["success_final"]
+    return text if after is None else f"{text}, success {before:.2f} → {after:.2f}"
+
+
+def baseline_table(report: Mapping[str, Any]) -> Table:
+    """Return a report of `metarl.baseline.reference` as a table of all tasks together."""
+    algorithm, aggregate = report["algorithm"].upper(), report["aggregate"]
+    title = f"{algorithm} from scratch on each of {len(report['tasks'])} tasks, {report['eval_episodes']} episodes each"
+    table = Table(title=title, title_justify="left")
+    table.add_column("mean [95 % interval]")
+    measures = [name for name in ("return", "success") if f"{name}_final" in aggregate]
+    for measure in measures:
+        table.add_column(measure, justify="right")
+    for label, suffix in (("untrained", "untrained"), (f"after {report['env_steps']:,} env steps", "final")):
+        table.add_row(label, *(_interval(aggregate.get(f"{name}_{suffix}"), name) for name in measures))
+    return table
+
+
 def _interval(entry: Mapping[str, Any] | None, measure: str) -> str:
     if entry is None:
         return ""

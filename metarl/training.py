@@ -1,8 +1,9 @@
 """THE loop: one for meta-training and for task sequences. It knows agents and environments by their Protocols.
 
 for stage in stages:                                   # meta-RL is one stage
+    agent.load_state_dict(...)                             # if the stage starts from another run
     for iteration in range(stage.iterations):
-        tasks    = manager.sample(M)
+        tasks    = manager.sample(M, iteration)                  # with a curriculum from the easiest to all
         rollouts = adapt_and_collect(envs, agent, tasks, N)      # K + 1 rollouts, adapting between them
         metrics  = agent.update(rollouts)                        # the outer step
         tracker.write(metrics); checkpoint.save(...)
@@ -20,11 +21,12 @@ from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
+from torch import Tensor
 
 from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, Spaces, load_latest, save
 from metarl.config import RunConfig, StageConfig, dump_config, explain_validation, load_config
 from metarl.envs import FAMILIES
-from metarl.envs.manager import EnvManager
+from metarl.envs.manager import Curriculum, EnvManager
 from metarl.envs.vector import POOL, env_spaces, make_envs, usable_cores
 from metarl.errors import UserError
 from metarl.evaluation import Report, evaluate_agent, held_out_metrics, select_tasks
@@ -32,6 +34,7 @@ from metarl.policy import Policy, build_agent, resolve_device, restore
 from metarl.sampling import adapt_and_collect
 from metarl.seeding import Purpose, children, seeds
 from metarl.tracking import Tracker
+from metarl.transfer import stage_starts, start_from
 from metarl.types import BatchEnv, Rollout, TaskDistribution
 
 Progress = Callable[[Position, Mapping[str, float]], None]
@@ -92,7 +95,7 @@ def train(
         The run; it is saved at its end, wherever it stopped.
 
     Raises:
-        UserError: the config, the device or the run directory cannot be used.
+        UserError: the config, the device, the run directory or one that a stage starts from cannot be used.
     """
     name = Path(config).stem if isinstance(config, str | Path) else "run"
     config = as_config(config)
@@ -109,15 +112,21 @@ def train(
         raise UserError(
             f"all stages need the same observation and action space; they have {', '.join(map(str, spaces))}"
         )
-    checkpoint = open_run_dir(run_dir, config, resume=resume, overwrite=overwrite)
+    managers = [
+        task_manager(f"stages.{i}", *pair) for i, pair in enumerate(zip(config.stages, distributions, strict=True))
+    ]
+    checkpoint = checkpoint_to_resume(run_dir, config) if resume else None
     if checkpoint:
         if checkpoint.spaces != spaces[0]:
             raise UserError(f"{run_dir} was trained for {checkpoint.spaces}; its tasks now have {spaces[0]}")
         policy, position = restore(config, checkpoint, device), checkpoint.position
+        starts = stage_starts(policy, position, run_dir)
     else:
         agent = build_agent(config, spaces[0], device)
         policy, position = Policy(config, agent, spaces[0], 0, agent.initial_state(1)), Position()
-    return _Trainer(config, distributions, policy, position, run_dir, limits, progress).run()
+        starts = stage_starts(policy, position, run_dir)  # before an old run is thrown away
+        open_run_dir(run_dir, config, overwrite=overwrite)
+    return _Trainer(config, distributions, managers, starts, policy, position, run_dir, limits, progress).run()
 
 
 def _spaces(distribution: TaskDistribution) -> Spaces:
@@ -133,6 +142,8 @@ class _Trainer:
         self,
         config: RunConfig,
         distributions: Sequence[TaskDistribution],
+        managers: Sequence[EnvManager],
+        starts: Mapping[int, Mapping[str, Tensor]],
         policy: Policy,
         position: Position,
         run_dir: Path,
@@ -140,6 +151,7 @@ class _Trainer:
         progress: Progress,
     ) -> None:
         self.config, self.distributions, self.run_dir = config, distributions, run_dir
+        self.managers, self.starts = managers, starts
         self.agent, self.spaces, self.position = policy.agent, policy.spaces, position
         self.limits, self.progress = limits, progress
         self.report: Report | None = None
@@ -160,13 +172,14 @@ class _Trainer:
     def _run_stage(self, stage: int, envs: BatchEnv) -> bool:
         """Train to the end of a stage; returns whether it was reached."""
         config, iterations = self.config, self.config.stages[stage].iterations
-        manager = EnvManager(self.distributions[stage].train_tasks)
         every = config.evaluation.every_iterations
+        if stage in self.starts:
+            start_from(self.agent, self.starts[stage])
         for number in range(self.position.stage_iteration, iterations):
             if self.limits.reached(self.position):
                 self._save()
                 return False
-            self._iterate(stage, number, manager, envs)
+            self._iterate(stage, number, envs)
             if number + 1 == iterations:
                 break  # the end of the stage saves and evaluates in any case
             if every and (number + 1) % every == 0:
@@ -179,21 +192,23 @@ class _Trainer:
         self._save()
         return True
 
-    def _iterate(self, stage: int, number: int, manager: EnvManager, envs: BatchEnv) -> None:
+    def _iterate(self, stage: int, number: int, envs: BatchEnv) -> None:
         """One iteration: sample tasks, collect and adapt, update."""
-        config, began = self.config, time.perf_counter()
-        tasks = manager.sample(
-            config.num_tasks, np.random.default_rng(seeds(config.seed, Purpose.TASKS, stage, number))
-        )
+        config, manager, began = self.config, self.managers[stage], time.perf_counter()
+        rng = np.random.default_rng(seeds(config.seed, Purpose.TASKS, stage, number))
+        tasks = manager.sample(config.num_tasks, rng, number)
         rollouts = adapt_and_collect(
             envs,
             self.agent,
             tasks,
             config.rollouts_per_task,
             children(seeds(config.seed, Purpose.ROLLOUTS, stage, number), len(tasks)),
+            self.agent.training_adaptation_steps,
         )
         collected = time.perf_counter()
         metrics = rollout_metrics(rollouts) | self.agent.update(rollouts)
+        if config.stages[stage].curriculum.iterations:
+            metrics["train/task_fraction"] = manager.fraction(number)
         ended = time.perf_counter()
         env_steps = sum(rollout.env_steps for rollout in rollouts)
         metrics["time/env_steps_per_second"] = env_steps / (ended - began)
@@ -274,6 +289,32 @@ def task_distribution(stage: StageConfig) -> TaskDistribution:
     return FAMILIES[stage.tasks.family].tasks(stage.tasks)
 
 
+def task_manager(setting: str, stage: StageConfig, distribution: TaskDistribution) -> EnvManager:
+    """Return what draws the training tasks of a stage, by its curriculum if it has one.
+
+    Args:
+        setting: where the stage stands in the config, e.g. `stages.0`.
+        stage: its settings.
+        distribution: its tasks.
+
+    Raises:
+        UserError: a curriculum is asked for and the tasks have no order of difficulty.
+    """
+    if not stage.curriculum.iterations:
+        return EnvManager(distribution.train_tasks)
+    difficulty = getattr(distribution, "difficulty", None)
+    if difficulty is None:
+        raise UserError(
+            f"{setting}.curriculum: these tasks have no order of difficulty; give their distribution a method "
+            "`difficulty(task)`, e.g. custom(..., difficulty=...), or leave out the curriculum"
+        )
+    try:
+        curriculum = Curriculum(difficulty, stage.curriculum.start_fraction, stage.curriculum.iterations)
+        return EnvManager(distribution.train_tasks, curriculum)
+    except ValueError as error:
+        raise UserError(f"{setting}.curriculum: {error}") from error
+
+
 def num_workers(config: RunConfig) -> int:
     """Return how many processes step environments."""
     return config.num_workers if config.num_workers is not None else usable_cores()
@@ -289,28 +330,32 @@ def max_envs(config: RunConfig, stage: int) -> int:
     return config.num_tasks * rollouts
 
 
-def open_run_dir(run_dir: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> Checkpoint | None:
-    """Make the run directory and write its config; returns the checkpoint to go on from, if any.
+def checkpoint_to_resume(run_dir: Path, config: RunConfig) -> Checkpoint:
+    """Return the checkpoint of a run to go on from.
 
     Raises:
-        UserError: there is a run already and neither resume nor overwrite was asked for; there is none to resume; its
-            config differs; the directory cannot be written.
+        UserError: there is no run; its config differs; none of its checkpoints can be loaded.
     """
     config_file = run_dir / "config.yaml"
-    if resume:
-        if not config_file.is_file():
-            raise UserError(f"{run_dir} holds no run to resume; leave out --resume to start one")
-        written = load_config(config_file)
-        before, now = comparable(written), comparable(config)
-        differing = [key for key in before | now if before.get(key) != now.get(key)]
-        if differing:
-            raise UserError(
-                f"{run_dir} was trained with other settings of {', '.join(differing)}; resume with the same"
-            )
-        try:
-            return load_latest(run_dir / "checkpoints")
-        except CorruptCheckpointError as error:
-            raise UserError(f"cannot resume {run_dir}: {error}; start anew with --overwrite") from error
+    if not config_file.is_file():
+        raise UserError(f"{run_dir} holds no run to resume; leave out --resume to start one")
+    before, now = comparable(load_config(config_file)), comparable(config)
+    differing = [key for key in before | now if before.get(key) != now.get(key)]
+    if differing:
+        raise UserError(f"{run_dir} was trained with other settings of {', '.join(differing)}; resume with the same")
+    try:
+        return load_latest(run_dir / "checkpoints")
+    except CorruptCheckpointError as error:
+        raise UserError(f"cannot resume {run_dir}: {error}; start anew with --overwrite") from error
+
+
+def open_run_dir(run_dir: Path, config: RunConfig, *, overwrite: bool) -> None:
+    """Make the directory of a new run and write its config.
+
+    Raises:
+        UserError: there is a run already and overwrite was not asked for; the directory cannot be written.
+    """
+    config_file = run_dir / "config.yaml"
     holds_run = config_file.exists()
     if holds_run and not overwrite:
         raise UserError(f"{run_dir} already holds a run; go on with it by --resume, or replace it by --overwrite")
@@ -323,7 +368,6 @@ def open_run_dir(run_dir: Path, config: RunConfig, *, resume: bool, overwrite: b
         config_file.write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write to {run_dir}: {error.strerror}; choose another with --run-dir") from error
-    return None
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:

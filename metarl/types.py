@@ -219,7 +219,11 @@ class BatchEnv(Protocol):
 
 
 class TaskDistribution(Protocol):
-    """Tasks to train on, tasks held out, and how to build the environment of one."""
+    """Tasks to train on, tasks held out, and how to build the environment of one.
+
+    Two methods are optional: `make_batch(max_envs)` steps all environments as one computation, and `difficulty(task)`
+    says how hard a task is, harder is larger, which a curriculum needs; it raises ValueError where there is no order.
+    """
 
     @property
     def train_tasks(self) -> list[Task]:
@@ -241,6 +245,9 @@ class Agent(Protocol):
 
     adaptation_steps: int
     """K, the number of calls of `adapt` between the first rollout and the last; 0 for agents that adapt in memory."""
+
+    training_adaptation_steps: int
+    """K of the K + 1 rollouts that `update` learns from; differs where training does without adaptation."""
 
     def initial_state(self, num_tasks: int) -> Any:
         """The state before adaptation, for `num_tasks` tasks."""

@@ -21,7 +21,7 @@ def words(text):
 
 
 SMALL = words(
-    "--num-tasks 2 --rollouts-per-task 1 --num-workers 0 --device cpu --agent.hidden-sizes [8] --agent.epochs 1 "
+    "--num-tasks 2 --rollouts-per-task 1 --num-workers 0 --device cpu --agent.hidden-sizes [8] --agent.outer.epochs 1 "
     "--stages.0.tasks.horizon 5 --stages.0.iterations 1 --evaluation.num-tasks 1"
 )
 
@@ -90,7 +90,7 @@ def test_unknown_words_are_answered_with_the_nearest(mistake, tmp_path):
     ("flags", "expected"),
     [
         ("--num-tasks 0", "--num-tasks: got 0"),
-        ("--agent.outer-lr -1", "--agent.outer-lr: got -1"),
+        ("--agent.outer.lr -1", "--agent.outer.lr: got -1"),
         ("--agent.gamma 1.5", "--agent.gamma: got 1.5"),
         ("--seed", "--seed has no value"),
         ("--run-dir", "--run-dir"),

@@ -44,7 +44,7 @@ def test_values_that_are_hard_to_write_come_back(tmp_path):
     config = RunConfig.model_validate(
         {
             "seed": 2**63,
-            "agent": {"outer_lr": 1e-300, "inner_lr": 0.1 + 0.2, "hidden_sizes": []},
+            "agent": {"outer": {"lr": 1e-300}, "inner_lr": 0.1 + 0.2, "hidden_sizes": []},
             "stages": [{"name": "no: yes # π 'x' \"y\"", "tasks": {"family": "custom", "name": "null"}}],
         }
     )
@@ -62,7 +62,7 @@ def test_values_that_are_hard_to_write_come_back(tmp_path):
 )
 def test_every_config_comes_back_from_yaml(tmp_path_factory, seed, outer_lr, hidden_sizes, name, wedges):
     tasks = {"family": "navigation", "name": "cued_wedges", "wedges": wedges}
-    agent = {"outer_lr": outer_lr, "hidden_sizes": hidden_sizes}
+    agent = {"outer": {"lr": outer_lr}, "hidden_sizes": hidden_sizes}
     config = RunConfig.model_validate({"seed": seed, "agent": agent, "stages": [{"name": name, "tasks": tasks}]})
     path = tmp_path_factory.mktemp("yaml") / "a.yaml"
     path.write_bytes(dump_config(config).encode())
@@ -84,7 +84,7 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest(write):
 @pytest.mark.parametrize(
     ("text", "where", "found"),
     [
-        ("agent: {outer_lr: -1}", "agent.outer_lr", "got -1, expected greater than 0"),
+        ("agent: {outer: {lr: -1}}", "agent.outer.lr", "got -1, expected greater than 0"),
         ("agent: {gamma: 1.5}", "agent.gamma", "got 1.5, expected less than or equal to 1"),
         ("num_tasks: 0", "num_tasks", "got 0, expected greater than or equal to 1"),
         ("agent: {inner_lr: .nan}", "agent.inner_lr", "got nan, expected a finite number"),
@@ -96,7 +96,7 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest(write):
         ("num_tasks: {a: 1}", "num_tasks", "expected a valid integer"),
         ("agent: 5", "agent", "got 5, expected"),
         ("agent:", "agent", "got None, expected"),
-        ("agent: {learn_inner_lr: perhaps}", "agent.learn_inner_lr", "got 'perhaps', expected a valid boolean"),
+        ("agent: {normalize_observations: perhaps}", "agent.normalize_observations", "got 'perhaps', expected a valid boolean"),
         ("agent: {activation: gelu}", "agent.activation", "got 'gelu', expected 'tanh' or 'relu'"),
         ("device: gpu", "device", "got 'gpu', expected 'auto', 'cpu' or 'cuda'"),
         ("stages: {iterations: 3}", "stages", "expected"),
@@ -153,7 +153,7 @@ def test_yaml_never_builds_objects(write, tmp_path):
     for text in (
         f"seed: !!python/object/apply:os.mkdir ['{marker}']",
         f"!!python/object/new:os.mkdir ['{marker}']",
-        "agent: !!python/object:metarl.agents.maml_ppo.MamlPpoConfig {}",
+        "agent: !!python/object:metarl.agents.maml.MamlPpoConfig {}",
         "seed: !!python/name:os.system",
     ):
         assert "not valid YAML" in problem(write(text))
@@ -179,15 +179,15 @@ def test_an_unknown_config_is_named_with_the_nearest(tmp_path):
 
 def test_flags_are_laid_over_nested_and_listed_settings():
     flags = (
-        "--seed 7 --agent.inner-lr=0.25 --agent.outer-lr 1e-4 --agent.hidden-sizes 32 16 --agent.learn-inner-lr true "
+        "--seed 7 --agent.inner-lr=0.25 --agent.outer.lr 1e-4 --agent.hidden-sizes 32 16 --agent.normalize-observations true "
         "--stages.0.tasks.horizon 9 --stages.0.iterations 3 --evaluation.rollouts-per-task null --device cpu"
     )
     config, before = load_config("navigation_maml_ppo", flags.split()), load_config("navigation_maml_ppo")
-    assert (config.seed, config.agent.inner_lr, config.agent.outer_lr) == (7, 0.25, 1e-4)
-    assert config.agent.hidden_sizes == (32, 16) and config.agent.learn_inner_lr is True
+    assert (config.seed, config.agent.inner_lr, config.agent.outer.lr) == (7, 0.25, 1e-4)
+    assert config.agent.hidden_sizes == (32, 16) and config.agent.normalize_observations is True
     assert (config.stages[0].tasks.horizon, config.stages[0].iterations) == (9, 3)
     assert config.evaluation.rollouts_per_task is None and config.device == "cpu"
-    assert config.agent.max_kl == before.agent.max_kl == 0.2  # of the file, not the default 0.05
+    assert config.agent.outer.max_kl == before.agent.outer.max_kl == 0.2  # of the file, not the default 0.05
     assert config.stages[0].tasks.name == before.stages[0].tasks.name
 
 
@@ -198,7 +198,7 @@ def test_lists_negative_numbers_and_repetition():
     assert parse_flags(["--a.b-c.0.d_e=x=y"]) == {("a", "b_c", "0", "d_e"): "x=y"}
     assert parse_flags([]) == {}
     assert "--seed: got -3, expected greater than or equal to 0" in problem("quickstart", "--seed", "-3")
-    assert "--agent.outer-lr: got -1" in problem("quickstart", "--agent.outer-lr", "-1")
+    assert "--agent.outer.lr: got -1" in problem("quickstart", "--agent.outer.lr", "-1")
 
 
 def test_a_flag_makes_stages_and_sections_that_the_file_leaves_out(write):

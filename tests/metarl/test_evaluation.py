@@ -23,7 +23,7 @@ def make_policy(observation_size, low, high, **agent):
     spaces = Spaces(observation_size, low, high)
     agent = build_agent(config, spaces, torch.device("cpu"))
     with torch.no_grad():  # away from a mean near 0 and a deviation of 1, as if it had been trained
-        for name, value in agent.params.items():
+        for name, value in agent.meta.theta.items():
             value.copy_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
     return Policy(config, agent, spaces, 1234, agent.initial_state(1))
 
@@ -117,7 +117,7 @@ def test_the_untrained_agent_is_another_one_and_the_same_for_all_policies(policy
     assert report["aggregate"]["untrained_return_pre"] != report["aggregate"]["return_pre"]
     other = make_policy(2, (-1.0, -1.0), (1.0, 1.0), adaptation_steps=2)
     with torch.no_grad():
-        other.agent.params["bias_1"].add_(1.0)
+        other.agent.meta.theta["bias_1"].add_(1.0)
     second = evaluate(other, goals.test_tasks)
     assert [r["untrained_returns"] for r in second["tasks"]] == [r["untrained_returns"] for r in report["tasks"]]
     assert [r["returns"] for r in second["tasks"]] != [r["returns"] for r in report["tasks"]]
@@ -255,7 +255,7 @@ def test_predict_takes_one_observation_or_a_batch(policy):
         assert alone.shape == (2,)
         np.testing.assert_allclose(alone, action, atol=1e-6)
     assert np.ptp(batch, axis=0).min() > 1e-3  # the observation matters
-    mean, _ = policy.agent.policy.distribution(policy.agent.params, torch.tensor(observations, dtype=torch.float32))
+    mean, _ = policy.agent.policy.distribution(policy.agent.meta.theta, torch.tensor(observations, dtype=torch.float32))
     np.testing.assert_allclose(batch, np.clip(mean.detach().numpy(), -1, 1), atol=1e-6)
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from metarl.agents.maml_ppo import MamlPpo, MamlPpoConfig
+from metarl.agents import build
+from metarl.agents.maml import MamlPpoConfig
 from metarl.envs import custom, distribution
 from metarl.envs.vector import SerialEnvs, make_envs
 from metarl.sampling import adapt_and_collect, collect, scale_actions
@@ -330,7 +331,7 @@ def test_the_number_of_workers_does_not_change_a_rollout(tasks):
     rollouts = []
     for workers in (0, 1, 2, 4):
         envs = make_envs(tasks, 6, workers)
-        agent = MamlPpo(
+        agent = build(
             MamlPpoConfig(), *(space.shape[0] for space in (envs.observation_space, envs.action_space)), CPU, 0
         )
         seeds = children(np.random.SeedSequence(1), 3)

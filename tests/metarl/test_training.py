@@ -18,7 +18,7 @@ from metarl.tracking import read_metrics
 from metarl.training import flatten, train
 
 NAVIGATION = """
-    --num-tasks 4 --rollouts-per-task 2 --num-workers 0 --device cpu --agent.hidden-sizes [8] --agent.epochs 2
+    --num-tasks 4 --rollouts-per-task 2 --num-workers 0 --device cpu --agent.hidden-sizes [8] --agent.outer.epochs 2
     --stages.0.tasks.horizon 5 --stages.0.iterations 2 --evaluation.every-iterations 0 --evaluation.num-tasks 3
 """
 
@@ -94,7 +94,7 @@ def test_evaluating_does_not_change_training(tmp_path):
 @pytest.mark.slow
 def test_the_number_of_workers_has_no_influence(tmp_path):
     shrunk = (
-        "--num-tasks 2 --rollouts-per-task 2 --device cpu --agent.hidden-sizes [8] --agent.epochs 2 "
+        "--num-tasks 2 --rollouts-per-task 2 --device cpu --agent.hidden-sizes [8] --agent.outer.epochs 2 "
         "--stages.0.tasks.horizon 5 --stages.0.iterations 2"
     )
     for workers in (0, 1, 2):

@@ -1,12 +1,12 @@
-"""The MAML-PPO agent on made-up rollouts: adaptation, the meta-update, the learned value function, saving."""
+"""The agent of the MAML family on made-up rollouts: adapting, the meta-update, the learned value function, saving."""
 
 from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from metarl.agents import maml_ppo
-from metarl.agents.maml_ppo import MamlPpo, MamlPpoConfig
+from metarl.agents import agent_configs, build, meta_objective, outer
+from metarl.agents.maml import Maml
 from metarl.agents.value import LearnedValue, linear_values
 from metarl.returns import gae
 from metarl.types import Rollout
@@ -14,9 +14,12 @@ from metarl.types import Rollout
 OBSERVATIONS, ACTIONS = 3, 2
 
 
-def make_agent(seed=0, **settings):
-    config = MamlPpoConfig(**{"hidden_sizes": (8, 8), "epochs": 1, "max_kl": 1e9, **settings})
-    return MamlPpo(config, OBSERVATIONS, ACTIONS, torch.device("cpu"), seed)
+def make_agent(seed=0, name="maml_ppo", device="cpu", **settings):
+    """An agent with small layers; settings of the outer step are told from the others by their names."""
+    ppo = {"epochs": 1, "max_kl": 1e9} if name != "maml_trpo" else {}
+    ppo |= {key: settings.pop(key) for key in list(settings) if key in outer.PpoConfig.model_fields}
+    config = agent_configs()[name](**{"hidden_sizes": (8, 8), "outer": ppo, **settings})
+    return build(config, OBSERVATIONS, ACTIONS, torch.device(device), seed)
 
 
 def collect(agent, state, tasks=3, rollouts=4, steps=6, seed=0):
@@ -98,7 +101,7 @@ def test_an_inner_step_by_hand():
     advantages = gae(rollout.rewards, values, following, rollout.terminated, rollout.truncated, 0.99, 0.97)
     valid = rollout.valid
     advantages = (advantages[valid] - advantages[valid].mean()) / advantages[valid].std(correction=0)
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in agent.params.items()}
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in agent.meta.theta.items()}
     log_probs = agent.policy.log_prob(leaves, rollout.observations[valid], rollout.actions[valid])
     gradients = torch.autograd.grad((log_probs * advantages).mean(), list(leaves.values()))
     adapted = agent.adapt(agent.initial_state(1), rollout)
@@ -119,7 +122,7 @@ def test_adapting_changes_neither_agent_nor_state_nor_rollout():
     for field in fields(rollout):
         assert torch.equal(getattr(rollout, field.name), getattr(rollout_before, field.name))
     assert not any(value.requires_grad for value in adapted.values())
-    assert all(value.grad is None for value in agent.params.values())
+    assert all(value.grad is None for value in agent.meta.theta.values())
 
 
 @pytest.mark.parametrize("baseline", ["linear", "learned"])
@@ -163,22 +166,22 @@ def gradient(rollouts, **settings):
     """The meta-gradient and the metrics of the first epoch of an agent as it starts."""
     agent = make_agent(max_grad_norm=1e9, **settings)
     metrics = agent.update(rollouts)
-    rates = {f"inner_lr.{name}": value.grad for name, value in agent.inner_lr.items() if value.requires_grad}
-    gradients = {name: value.grad for name, value in agent.params.items()} | rates
+    rates = {name: value.grad for name, value in agent.meta.learned.items()}
+    gradients = {name: value.grad for name, value in agent.meta.theta.items()} | rates
     return gradients | {name: torch.tensor(metrics[f"train/{name}"]) for name in ("loss", "kl", "clip_fraction")}
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_chunks_add_up_to_the_whole_gradient(monkeypatch, chunk, steps):
-    settings = {"adaptation_steps": steps, "learn_inner_lr": True, "inner_kl_coef": 0.1}
+    settings = {"name": "meta_sgd", "adaptation_steps": steps, "inner_kl_coef": 0.1}
     rollouts = iteration(make_agent(**settings))
     whole = gradient(rollouts, **settings)
     samples, widest = 4 * 6, 8
-    monkeypatch.setattr(maml_ppo, "CPU_CHUNK_BYTES", chunk * 4 * samples * widest)
+    monkeypatch.setattr(meta_objective, "CPU_CHUNK_BYTES", chunk * 4 * samples * widest)
     dimensions = []
-    meta_loss = maml_ppo.meta_loss
-    monkeypatch.setattr(maml_ppo, "meta_loss", lambda *a: dimensions.append(a[4].weights.ndim) or meta_loss(*a))
+    follow = meta_objective.follow
+    monkeypatch.setattr(meta_objective, "follow", lambda *a: dimensions.append(a[3][0].weights.ndim) or follow(*a))
     assert_same(gradient(rollouts, **settings), whole, rtol=1e-5, atol=1e-6)
     assert dimensions == ([1, 1, 1] if chunk == 1 else [2, 1])  # a task by itself has no task dimension
     assert whole["weight_0"].norm() > 1e-3 and whole["inner_lr.weight_2"].norm() > 1e-3
@@ -194,7 +197,7 @@ def test_the_meta_loss_is_a_mean_over_tasks():
 
 def test_the_ratio_is_1_in_the_first_epoch_only():
     """Re-adapting θ on the support data leads back to exactly what collected the query data."""
-    settings = {"outer_lr": 0.05, "clip_eps": 0.02}
+    settings = {"lr": 0.05, "clip_eps": 0.02}
     first = make_agent(**settings)
     metrics = first.update(iteration(first))
     assert metrics["train/clip_fraction"] == 0
@@ -207,42 +210,42 @@ def test_the_ratio_is_1_in_the_first_epoch_only():
 
 
 def test_every_epoch_adapts_anew_from_the_current_parameters(monkeypatch):
-    one, three = make_agent(outer_lr=0.02), make_agent(outer_lr=0.02, epochs=3)
+    one, three = make_agent(lr=0.02), make_agent(lr=0.02, epochs=3)
     rollouts = iteration(one)
     seen = []
-    inner_step = maml_ppo.inner_step
+    step = Maml.step
 
-    def spy(log_prob, params, *rest):
+    def spy(self, loss, meta, params, *rest):
         seen.append(params["bias_0"][0].detach().clone())
-        return inner_step(log_prob, params, *rest)
+        return step(self, loss, meta, params, *rest)
 
-    monkeypatch.setattr(maml_ppo, "inner_step", spy)
+    monkeypatch.setattr(Maml, "step", spy)
     three.update(rollouts)
     monkeypatch.undo()
-    start = one.params["bias_0"].detach().clone()
+    start = one.meta.theta["bias_0"].detach().clone()
     one.update(rollouts)
     assert len(seen) == 3
     assert torch.equal(seen[0], start)
-    torch.testing.assert_close(seen[1], one.params["bias_0"].detach())
+    torch.testing.assert_close(seen[1], one.meta.theta["bias_0"].detach())
     assert not torch.allclose(seen[1], start, atol=1e-4) and not torch.allclose(seen[2], seen[1], atol=1e-4)
 
 
 def test_epochs_end_when_the_kl_exceeds_its_bound():
-    bound, free = make_agent(outer_lr=0.05, epochs=5, max_kl=1e-3), make_agent(outer_lr=0.05, epochs=5)
-    one = make_agent(outer_lr=0.05)
+    bound, free = make_agent(lr=0.05, epochs=5, max_kl=1e-3), make_agent(lr=0.05, epochs=5)
+    one = make_agent(lr=0.05)
     rollouts = iteration(one)
     metrics = bound.update(rollouts)
     assert metrics["train/epochs"] == 1 and metrics["train/kl"] > 1e-3
     assert free.update(rollouts)["train/epochs"] == 5
     one.update(rollouts)
-    assert_same({n: v.detach() for n, v in bound.params.items()}, {n: v.detach() for n, v in one.params.items()})
+    assert_same({n: v.detach() for n, v in bound.meta.theta.items()}, {n: v.detach() for n, v in one.meta.theta.items()})
 
 
 def test_the_outer_rate_shrinks_after_too_large_a_step_and_recovers():
-    agent = make_agent(outer_lr=0.05, epochs=3, max_kl=1e-3)
+    agent = make_agent(lr=0.05, epochs=3, max_kl=1e-3)
     used = [agent.update(iteration(agent, seed=number))["train/outer_lr"] for number in range(2)]
-    assert used == pytest.approx([0.05, 0.05 / maml_ppo.LR_STEP])
-    calm = make_agent(outer_lr=0.05, epochs=1)
+    assert used == pytest.approx([0.05, 0.05 / outer.LR_STEP])
+    calm = make_agent(lr=0.05, epochs=1)
     calm.load_state_dict(snapshot(agent))
     used = [calm.update(iteration(calm, seed=number))["train/outer_lr"] for number in range(20)]
     assert used == sorted(used) and used[0] < used[-1] == 0.05
@@ -260,7 +263,7 @@ def test_two_inner_steps_are_differentiated_through_both():
 
 def test_updates_improve_adaptation():
     """Task i wants the action (0.3 i, −0.3 i): 40 updates raise the return after adaptation."""
-    agent = make_agent(outer_lr=0.02, epochs=3, inner_lr=0.1, max_kl=0.1)
+    agent = make_agent(lr=0.02, epochs=3, inner_lr=0.1, max_kl=0.1)
     shape = {"rollouts": 10, "steps": 5}
     before = iteration(agent, seed=1, **shape)[-1].episode_returns().mean()
     for number in range(40):
@@ -270,14 +273,15 @@ def test_updates_improve_adaptation():
 
 
 def test_inner_rates_are_learned_only_when_asked():
-    fixed, learned = make_agent(), make_agent(learn_inner_lr=True)
+    fixed, learned = make_agent(), make_agent(name="meta_sgd")
     rollouts = iteration(fixed)
     fixed.update(rollouts)
     learned.update(rollouts)
-    for name in fixed.params:
-        assert torch.equal(fixed.inner_lr[name], torch.full_like(fixed.inner_lr[name], 0.1))
-        assert learned.inner_lr[name].grad.abs().max() > 0
-        assert (learned.inner_lr[name] != 0.1).any()
+    for name in fixed.meta.theta:
+        rate = learned.meta.learned[f"inner_lr.{name}"]
+        assert rate.grad.abs().max() > 0
+        assert (rate != 0.1).any()
+    assert fixed.meta.learned == {}
     assert not torch.equal(
         learned.adapt(learned.initial_state(3), rollouts[0])["bias_2"],
         fixed.adapt(fixed.initial_state(3), rollouts[0])["bias_2"],
@@ -293,7 +297,7 @@ def test_the_normaliser_learns_valid_observations_after_the_update():
     torch.testing.assert_close(agent.normalizer.mean.float(), seen.mean(0))
     torch.testing.assert_close(agent.normalizer.variance.float(), seen.var(0, correction=0))
     assert off.normalizer.count == 0
-    assert_same({n: v.detach() for n, v in off.params.items()}, {n: v.detach() for n, v in agent.params.items()})
+    assert_same({n: v.detach() for n, v in off.meta.theta.items()}, {n: v.detach() for n, v in agent.meta.theta.items()})
 
 
 # The learned value function
@@ -330,7 +334,7 @@ def test_a_constant_reward_without_an_end_is_worth_its_geometric_sum():
         values, following = value.values(rollout, rollout.observations, rollout.next_observations)
         advantages = gae(rollout.rewards, values, following, rollout.terminated, rollout.truncated, 0.9, 0.95)
         fitted = value.fit(flat, (values + advantages).flatten(), rollout.valid.flatten())
-        losses.append(fitted["train/value_loss"])
+        losses.append(fitted["value_loss"])
     values, _ = value.values(rollout, rollout.observations, rollout.next_observations)
     torch.testing.assert_close(values[rollout.valid], torch.full_like(values[rollout.valid], 10.0), atol=0.3, rtol=0)
 
@@ -340,7 +344,7 @@ def test_fitting_reduces_the_loss():
     value, observations = make_value(), torch.randn(200, OBSERVATIONS, generator=generator)
     targets, valid = 50.0 + 20.0 * observations[:, 0], torch.ones(200, dtype=torch.bool)
     targets[150:], valid[150:] = float("nan"), False
-    losses = [value.fit(observations, targets, valid)["train/value_loss"] for _ in range(60)]
+    losses = [value.fit(observations, targets, valid)["value_loss"] for _ in range(60)]
     assert losses[-1] < 0.1 * losses[0]
 
 
@@ -359,7 +363,7 @@ def test_the_agent_fits_its_value_function_on_all_phases(monkeypatch):
 # Saving
 
 
-@pytest.mark.parametrize("settings", [{}, {"baseline": "learned", "learn_inner_lr": True, "adaptation_steps": 2}])
+@pytest.mark.parametrize("settings", [{}, {"baseline": "learned", "name": "meta_sgd", "adaptation_steps": 2}])
 def test_training_goes_on_bit_for_bit_from_a_saved_state(settings):
     agent = make_agent(epochs=2, **settings)
     for number in range(2):
@@ -387,7 +391,7 @@ def test_a_fresh_state_forgets_the_optimiser(baseline):
 
 
 def names(agent):
-    return [name for name in agent.state_dict() if not name.startswith("adam.")]
+    return [name for name in agent.state_dict() if "optimizer." not in name]
 
 
 @pytest.mark.parametrize("name", names(make_agent(baseline="learned")))
@@ -402,7 +406,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name(name):
     assert_same(snapshot(agent), state, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["adam.exp_avg.policy.weight_0", "value.adam.exp_avg_sq.weight_0"])
+@pytest.mark.parametrize("name", ["optimizer.exp_avg.policy.weight_0", "value.optimizer.exp_avg_sq.weight_0"])
 def test_an_optimiser_state_that_does_not_fit_is_refused_by_name(name):
     agent = make_agent(baseline="learned")
     agent.update(iteration(agent))
@@ -418,8 +422,7 @@ def test_an_optimiser_state_that_does_not_fit_is_refused_by_name(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("baseline", ["linear", "learned"])
 def test_the_gpu_computes_what_the_cpu_does(baseline):
-    config = MamlPpoConfig(hidden_sizes=(8, 8), epochs=3, learn_inner_lr=True, baseline=baseline)
-    agents = [MamlPpo(config, OBSERVATIONS, ACTIONS, torch.device(name), 0) for name in ("cpu", "cuda")]
+    agents = [make_agent(device=name, epochs=3, baseline=baseline) for name in ("cpu", "cuda")]
     rollouts = iteration(agents[0])
     for agent in agents:
         agent.update([rollout.to(agent.device) for rollout in rollouts])
