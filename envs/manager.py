@@ -1,12 +1,32 @@
-"""Samples the tasks of an iteration. Owns the balance over classes; imports nothing of metarl but `types`."""
+"""Samples the tasks of an iteration. Owns balance and curriculum; imports nothing of metarl but `types`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from metarl.types import Task
+from metarl.types import FloatArray, Task
+
+
+class Curriculum(NamedTuple):
+    """Tasks from easy to hard: the part of them that is sampled from grows linearly with the iteration.
+
+    Attributes:
+        difficulty: how hard a task is, in any unit; harder is larger.
+        start_fraction: the easiest fraction of the tasks, in (0, 1], that iteration 0 samples from.
+        iterations: ≥ 1; from this iteration on, counted from 0, all tasks are sampled from.
+    """
+
+    difficulty: Callable[[Task], float]
+    start_fraction: float
+    iterations: int
+
+    def fraction(self, iteration: int) -> float:
+        """Return the fraction at an iteration; exactly 1 at the end."""
+        return 1.0 - (1.0 - self.start_fraction) * max(0.0, 1.0 - iteration / self.iterations)
 
 
 class EnvManager:
@@ -14,30 +34,70 @@ class EnvManager:
 
     Args:
         tasks: the tasks to draw from, of one or more classes (`Task.name`).
+        curriculum: which of them an iteration draws from; all if None.
+
+    Raises:
+        ValueError: there are no tasks, a difficulty is not finite, or all tasks are equally hard.
     """
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
+    def __init__(self, tasks: Sequence[Task], curriculum: Curriculum | None = None) -> None:
         if not tasks:
             raise ValueError("no tasks to sample from; expected at least one")
-        self._classes: dict[str, list[Task]] = {}
-        for task in tasks:
-            self._classes.setdefault(task.name, []).append(task)
+        self._tasks, self._curriculum = list(tasks), curriculum
+        self._difficulties = np.zeros(len(tasks))
+        if curriculum is not None:
+            self._difficulties = np.array([curriculum.difficulty(task) for task in tasks], dtype=np.float64)
+            _check_order(self._tasks, self._difficulties)
 
-    def sample(self, num_tasks: int, rng: np.random.Generator) -> list[Task]:
+    def allowed(self, iteration: int) -> list[Task]:
+        """Return the tasks that an iteration draws from, in the order of the list.
+
+        With a curriculum they are its fraction of all, rounded up, and whatever is just as hard as the hardest of them:
+        equally hard tasks come in together.
+        """
+        if self._curriculum is None:
+            return self._tasks
+        # Rounded, since 1 − (1 − 0.3) of 10 tasks are 3.0000000000000004 in floating point.
+        count = math.ceil(round(self._curriculum.fraction(iteration) * len(self._tasks), 9))
+        hardest = np.sort(self._difficulties)[max(count, 1) - 1]
+        return [self._tasks[i] for i in np.flatnonzero(self._difficulties <= hardest)]
+
+    def fraction(self, iteration: int) -> float:
+        """Return which part of the tasks an iteration draws from, in (0, 1]."""
+        return len(self.allowed(iteration)) / len(self._tasks)
+
+    def sample(self, num_tasks: int, rng: np.random.Generator, iteration: int = 0) -> list[Task]:
         """Draw `num_tasks` tasks: class counts differ by at most one, goals repeat only when a class runs out of them.
 
-        Any number works: the classes that come once more than others are drawn at random.
+        Any number works: the classes that come once more than others are drawn at random. With a curriculum the same
+        holds of the tasks that are allowed, and of the classes that they belong to.
 
         Args:
             num_tasks: M ≥ 1.
             rng: the only source of randomness; equal generators give equal tasks.
+            iteration: of the stage, from 0; without a curriculum it has no effect.
         """
-        classes = list(self._classes)
+        classes: dict[str, list[Task]] = {}
+        for task in self.allowed(iteration):
+            classes.setdefault(task.name, []).append(task)
         counts = np.full(len(classes), num_tasks // len(classes))
         counts[rng.permutation(len(classes))[: num_tasks % len(classes)]] += 1
         drawn: list[Task] = []
-        for name, count in zip(classes, counts, strict=True):
-            goals = self._classes[name]
+        for goals, count in zip(classes.values(), counts, strict=True):
             rounds = [rng.permutation(len(goals)) for _ in range(-(-count // len(goals)))]
             drawn += [goals[i] for i in np.concatenate(rounds)[:count]] if rounds else []
         return drawn
+
+
+def _check_order(tasks: Sequence[Task], difficulties: FloatArray) -> None:
+    wrong = np.flatnonzero(~np.isfinite(difficulties))
+    if len(wrong):
+        first = wrong[0]
+        raise ValueError(
+            f"the difficulty of {tasks[first].to_json()} is {difficulties[first]}; expected a finite number"
+        )
+    if np.ptp(difficulties) <= 1e-9 * np.abs(difficulties).max():
+        raise ValueError(
+            f"the {len(tasks)} training task(s) of {tasks[0].benchmark} are all equally hard: none comes first; leave "
+            "out the curriculum"
+        )

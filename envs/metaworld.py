@@ -128,6 +128,23 @@ class MetaWorldTasks:
         """Build the environment of `task`."""
         return make(task)
 
+    def difficulty(self, task: Task) -> float:
+        """Return how hard a task is; harder is larger.
+
+        Of several classes in `names`, the place in that list: the user orders it from easy to hard. Of one class, the
+        length in metres of the way of the hand: see `way_of_the_hand`.
+
+        Raises:
+            ValueError: the classes are the benchmark's own, which are in no order of difficulty.
+        """
+        config = self.config
+        if config.benchmark in MULTI_CLASS:
+            raise ValueError(
+                f"the classes of {config.benchmark} are in no order of difficulty; list those of your own from easy to "
+                "hard, as names of benchmark custom"
+            )
+        return float(config.names.index(task.name)) if len(config.names) > 1 else way_of_the_hand(task)
+
 
 def make(task: Task) -> MetaWorldEnv:
     """Build the environment of a task from its fields alone; takes about 0.3 s, so reuse it through `set_task`.
@@ -179,6 +196,16 @@ def goal_vector(task: Task) -> FloatArray:
         raise ValueError(f"task.name {task.name!r} is not in the {task.split} split of {task.benchmark}")
     goal: FloatArray = goals[task.name][task.index]
     return goal
+
+
+def way_of_the_hand(task: Task) -> float:
+    """The metres from where the hand starts to where the object is drawn, and from there to where the goal is drawn.
+
+    The goal is left out in classes that draw none, and the object in the reach classes, where it only stands about.
+    """
+    places = goal_vector(task).reshape(-1, 3)
+    places = np.vstack([_hand_start(task.name), places[-1:] if task.name.startswith("reach") else places])
+    return float(np.linalg.norm(np.diff(places, axis=0), axis=1).sum())
 
 
 class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
@@ -324,7 +351,19 @@ def _draw(name: str, box: gymnasium.spaces.Box, rng: np.random.RandomState) -> F
 
 @cache
 def _reset_box(name: str) -> gymnasium.spaces.Box:
-    """The bounds of a class's `rand_vec`: set in its constructor, run here without compiling the robot's model."""
+    """The bounds of a class's `rand_vec`, object before goal, `[3]` or `[6]`."""
+    box: gymnasium.spaces.Box = _without_robot(name)._random_reset_space
+    return box
+
+
+@cache
+def _hand_start(name: str) -> FloatArray:
+    """Where the hand of a class starts, `[3]`."""
+    return np.array(_without_robot(name).hand_init_pos, dtype=np.float64)
+
+
+def _without_robot(name: str) -> Any:
+    """An environment of a class after its constructor, run without compiling the robot's model; good for constants."""
     import mujoco
     from metaworld.sawyer_xyz_env import SawyerMocapBase
 
@@ -341,6 +380,4 @@ def _reset_box(name: str) -> gymnasium.spaces.Box:
             return np.zeros(3)
 
     no_observation = {"_get_curr_obs_combined_no_goal": lambda self: np.zeros(18)}
-    bare = type("Bare", (_official_class(name), WithoutRobot), no_observation)()
-    box: gymnasium.spaces.Box = bare._random_reset_space
-    return box
+    return type("Bare", (_official_class(name), WithoutRobot), no_observation)()

@@ -108,6 +108,10 @@ class MujocoTasks:
         """Build the environment of `task`."""
         return make(task)
 
+    def difficulty(self, task: Task) -> float:
+        """Return how hard a task is; see `difficulty`."""
+        return difficulty(task)
+
     def _tasks(self, split: str, number: int) -> list[Task]:
         config = self.config
         indices = range(1 if config.name in SHARED_SPLITS else number)
@@ -139,6 +143,25 @@ def parameters(task: Task) -> Parameters:
     config = _config(task)
     sequence = np.random.SeedSequence(task.seed, spawn_key=(_SPLITS.index(task.split), task.index))
     return _FAMILIES[config.name].draw(np.random.default_rng(sequence), task)
+
+
+def difficulty(task: Task) -> float:
+    """How far `task` is from what its body does most easily, harder is larger; a pure function as `parameters` is.
+
+    Returns:
+        The angle in rad between the direction and the one in which the body faces, +x: 0 for HalfCheetahDir-forward,
+        π for backward; the target velocity in m/s; the distance of the goal from the start in m; or for RandParams the
+        root mean square of the logarithms of all multipliers, but those of zeros, which have no effect.
+    """
+    drawn = parameters(task)
+    aim = next(iter(drawn.values()))
+    if "direction" in drawn:
+        return float(np.arccos(np.ravel(aim)[0]))
+    if len(drawn) == 1:
+        return float(np.linalg.norm(aim))
+    nominal = _nominal(_FAMILIES[task.benchmark].xml)
+    logs = np.concatenate([np.log(value[getattr(nominal, field) != 0]) for field, value in drawn.items()])
+    return float(np.sqrt(np.mean(np.square(logs))))
 
 
 class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):

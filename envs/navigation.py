@@ -123,6 +123,10 @@ class NavigationTasks:
             for index in range(count)
         ]
 
+    def difficulty(self, task: Task) -> float:
+        """Return how far the goal lies from the start; the same for all goals of `semicircle`."""
+        return float(np.linalg.norm(goal(task)))
+
     def make(self, task: Task) -> NavigationEnv:
         """Build the environment of `task`."""
         return NavigationEnv(task)

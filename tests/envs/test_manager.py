@@ -1,13 +1,15 @@
 """Sampling of tasks: balance for any number of tasks and classes, and randomness from the generator alone."""
 
+import math
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metarl.envs.manager import EnvManager
+from metarl.envs.manager import Curriculum, EnvManager
 from metarl.types import Task
 
 
@@ -75,3 +77,106 @@ def test_it_keeps_no_state_and_leaves_the_global_generator_alone():
 def test_no_tasks_is_an_error():
     with pytest.raises(ValueError, match="no tasks to sample from"):
         EnvManager([])
+
+
+# Curricula
+
+
+def graded(difficulties, start_fraction=0.2, iterations=4, names=None):
+    """One task a difficulty, all of one class or of the classes `names`, with a curriculum."""
+    names = names or ["toy"] * len(difficulties)
+    tasks = [Task("toy", "Toy", "train", name, i, 0) for i, name in enumerate(names)]
+    return tasks, EnvManager(tasks, Curriculum(lambda task: difficulties[task.index], start_fraction, iterations))
+
+
+def test_the_fraction_grows_linearly_until_it_is_all():
+    curriculum = Curriculum(lambda task: 0.0, start_fraction=0.2, iterations=4)
+    # 0.2 + 0.8 · i / 4
+    assert [curriculum.fraction(i) for i in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert curriculum.fraction(4) == 1.0
+    assert Curriculum(lambda task: 0.0, 1.0, 3).fraction(0) == 1.0
+    assert Curriculum(lambda task: 0.0, 0.5, 1).fraction(1) == 1.0
+
+
+def test_the_easiest_tasks_come_first_in_the_order_of_the_list():
+    tasks, manager = graded([3.0, -1.0, 5.0, 2.0, 4.0])
+    # One more of the five each iteration: -1, then 2, 3, 4, 5.
+    expected = [[1], [1, 3], [0, 1, 3], [0, 1, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    for iteration, indices in enumerate(expected):
+        assert manager.allowed(iteration) == [tasks[i] for i in indices]
+        assert manager.fraction(iteration) == len(indices) / 5
+        seen = {task for seed in range(60) for task in manager.sample(1, np.random.default_rng(seed), iteration)}
+        assert seen == {tasks[i] for i in indices}  # one of five is missed with probability 5 · (4/5)^60 ≈ 8e-6
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "allowed"),
+    # 0.3 · 10 = 3 and not 4, though floating point makes it a little more; 0.4 · 3 = 1.2 is rounded up; one at least.
+    [(10, 0.3, 3), (3, 0.4, 2), (3, 0.2, 1), (3, 1e-15, 1), (3, 1.0, 3)],
+)
+def test_a_fraction_of_the_tasks_is_rounded_up(count, fraction, allowed):
+    _, manager = graded(list(range(count)), fraction)
+    assert len(manager.allowed(0)) == allowed
+
+
+def test_equally_hard_tasks_come_in_together():
+    tasks, manager = graded([1.0, 0.0, 1.0, 0.0, 0.0])
+    # 1 of 5 is one of the three easy ones, so all of them; 4 of 5 is one of the two hard ones.
+    assert [len(manager.allowed(i)) for i in range(5)] == [3, 3, 3, 5, 5]
+    assert manager.allowed(0) == [tasks[1], tasks[3], tasks[4]] and manager.fraction(0) == 0.6
+
+
+@given(
+    difficulties=st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30).filter(lambda all: max(all) - min(all) > 1),
+    percent=st.integers(1, 100),
+    iterations=st.integers(1, 9),
+    iteration=st.integers(0, 12),
+    num_tasks=st.integers(1, 30),
+    seed=st.integers(0, 2**32),
+)
+def test_no_task_is_harder_than_allowed_and_the_allowed_classes_are_balanced(
+    difficulties, percent, iterations, iteration, num_tasks, seed
+):
+    names = [f"class-{i % 3}" for i in range(len(difficulties))]
+    tasks, manager = graded(difficulties, percent / 100, iterations, names)
+    drawn = manager.sample(num_tasks, np.random.default_rng(seed), iteration)
+    start = Fraction(percent, 100)
+    fraction = min(Fraction(1), start + (1 - start) * Fraction(iteration, iterations))
+    hardest = sorted(difficulties)[math.ceil(fraction * len(tasks)) - 1]
+    allowed = [task for task in tasks if difficulties[task.index] <= hardest]
+    assert len(drawn) == num_tasks and set(drawn) <= set(allowed)
+    per_class = Counter(task.name for task in drawn)
+    counts = [per_class[name] for name in {task.name for task in allowed}]
+    assert max(counts) - min(counts) <= 1
+    assert manager.sample(num_tasks, np.random.default_rng(seed), iteration) == drawn
+
+
+def test_without_a_curriculum_and_after_its_end_the_draws_are_the_same():
+    tasks, manager = graded([float(i * 7 % 12) for i in range(12)], names=[f"class-{i % 5}" for i in range(12)])
+    for seed in range(20):
+        plain = EnvManager(tasks).sample(7, np.random.default_rng(seed))
+        assert EnvManager(tasks).sample(7, np.random.default_rng(seed), iteration=3) == plain
+        assert manager.sample(7, np.random.default_rng(seed), iteration=4) == plain
+    assert manager.sample(7, np.random.default_rng(0), 0) != EnvManager(tasks).sample(7, np.random.default_rng(0))
+
+
+def test_draws_without_a_curriculum_are_those_of_before():
+    """Old runs can be reproduced: these were drawn before there were curricula."""
+    drawn = EnvManager(tasks_of(3, 2, 4)).sample(8, np.random.default_rng(5))
+    assert [(task.name[-1], task.index) for task in drawn] == [
+        *(("0", 0), ("0", 2)),
+        *(("1", 1), ("1", 0), ("1", 0)),
+        *(("2", 3), ("2", 1), ("2", 0)),
+    ]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_difficulty_that_is_no_number_is_named(wrong):
+    with pytest.raises(ValueError, match=rf'the difficulty of .*"index": 1.* is {wrong}; expected a finite number'):
+        graded([0.0, wrong])
+
+
+@pytest.mark.parametrize("difficulties", [[2.0], [0.0, 0.0], [1.0, 1.0 + 1e-15, 1.0 - 1e-16]])
+def test_tasks_without_an_order_are_refused(difficulties):
+    with pytest.raises(ValueError, match=rf"the {len(difficulties)} training task\(s\) of Toy are all equally hard"):
+        graded(difficulties)
