@@ -1,4 +1,4 @@
-"""Conjugate gradient on named tensors: for TRPO's natural gradient and iMAML's implicit one. Imports no metarl agent."""
+"""Conjugate gradient on named tensors: for TRPO's natural gradient and iMAML's implicit one. Imports no agent."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Imaml:
         return {}
 
     def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
-        """Descend from `params`; only θ is differentiated, as if this phase's problem were solved. See `Method.step`."""
+        """Descend from `params`; differentiated for θ as if this phase's problem were solved. See `Method.step`."""
         config = self.config
         solution = {name: params[name].detach() for name in params}
         for _ in range(config.gradient_steps):

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from metarl.objectives import Estimator
+from metarl.objectives import Estimator, score_function_loss
 from metarl.policies import Params, Perturb
 
 LogProb = Callable[..., Tensor]
@@ -40,8 +40,8 @@ class Batch(NamedTuple):
 class Loss(Protocol):
     """What an inner step descends: each task's loss on its own data, scalar or `[M]`."""
 
-    def __call__(self, params: Params, batch: Any, perturb: Perturb | None = None) -> Tensor:
-        """Return the loss of `params`; `perturb` changes hidden activations while it is computed."""
+    def __call__(self, params: Params, batch: Any) -> Tensor:
+        """Return the loss of `params` on a batch."""
 
 
 class MetaParams(NamedTuple):
@@ -71,7 +71,8 @@ class Method(Protocol):
     """
 
     @property
-    def outer_phases(self) -> Literal["first", "last", "all"]: ...
+    def outer_phases(self) -> Literal["first", "last", "all"]:
+        """See above."""
 
     def learned(self, theta: Params) -> Params:
         """Initial values of what is learned beside θ, by name; those that require a gradient are trained."""
@@ -91,12 +92,9 @@ class Method(Protocol):
         """
 
 
-def gradients(
-    loss: Loss, params: Params, names: Sequence[str], batch: Any, create_graph: bool, perturb: Perturb | None = None
-) -> Params:
+def gradients(loss: Loss, params: Params, names: Sequence[str], batch: Any, create_graph: bool) -> Params:
     """Return ∇L of each task for some of its parameters, by name; itself differentiable if `create_graph`."""
-    values = [params[name] for name in names]
-    found = torch.autograd.grad(loss(params, batch, perturb).sum(), values, create_graph=create_graph)
+    found = torch.autograd.grad(loss(params, batch).sum(), [params[name] for name in names], create_graph=create_graph)
     return dict(zip(names, found, strict=True))
 
 
@@ -138,12 +136,20 @@ class PolicyLoss:
     log_prob: LogProb
     estimator: Estimator
 
-    def __call__(self, params: Params, batch: Batch, perturb: Perturb | None = None) -> Tensor:
+    def __call__(self, params: Params, batch: Batch) -> Tensor:
         """Return the loss, scalar or `[M]`."""
-        log_probs, old_log_probs = self.log_prob(params, batch.observations, batch.actions), batch.log_probs
-        if perturb is not None:
-            # What collected was not perturbed: the ratio to it is the unperturbed policy's.
-            ratio = log_probs.detach() - old_log_probs
-            log_probs = self.log_prob(params, batch.observations, batch.actions, perturb)
-            old_log_probs = log_probs.detach() - ratio
-        return self.estimator(log_probs, old_log_probs, batch.advantages, batch.weights, batch.steps)
+        log_probs = self.log_prob(params, batch.observations, batch.actions)
+        return self.estimator(log_probs, batch.log_probs, batch.advantages, batch.weights, batch.steps)
+
+    def perturbed(self, params: Params, acting: Params, batch: Batch, perturb: Perturb) -> Tensor:
+        """Return the loss of a policy that acts without a perturbation and learns with one (Meta-Dropout).
+
+        −E[π_acting/π_old · A · log π_params], the log-density alone being perturbed. Its gradient for `params` is the
+        policy gradient; differentiated once more where both are θ, the ratio makes it that of data collected by the
+        policy that acts, as in LVC.
+        """
+        inputs = batch.observations, batch.actions
+        log_ratio = torch.where(batch.weights > 0, self.log_prob(acting, *inputs) - batch.log_probs, 0.0)
+        log_probs = self.log_prob(params, *inputs, perturb)
+        advantages = log_ratio.exp() * batch.advantages
+        return score_function_loss(log_probs, batch.log_probs, advantages, batch.weights)

@@ -25,7 +25,7 @@ from metarl.policies import Params
 
 
 class MamlPpoConfig(GradientAgentConfig):
-    """MAML-PPO: second-order MAML, several epochs of PPO's clipped objective after adaptation; ProMP with its KL term."""
+    """MAML-PPO: second-order MAML, epochs of PPO's clipped objective after adaptation; ProMP with its KL term."""
 
     name: Literal["maml_ppo"] = "maml_ppo"
     outer: PpoConfig = Field(default_factory=PpoConfig)

@@ -4,10 +4,9 @@
     θ_i' = θ − α ∇_θ L(θ, φ; D_i),   (θ, φ) ← outer step on mean_i L_outer(θ_i'; D_i'), without noise
 
 φ, a linear map a layer from the activations below, is learned by the outer step and never adapts. It starts where
-softplus(z) is 1 at the mean of z. Acting and the outer loss are without noise; as the perturbed policy is not the one
-that collected, the inner loss takes the likelihood ratio to the data from the unperturbed one. The noise of an
-iteration is drawn from its number: `adapt` and every epoch of `update` see the same, and so does a resumed run. All
-tasks share it.
+softplus(z) is 1 at the mean of z. Acting and the outer loss are without noise, so that the likelihood ratio to the data
+is that of the unperturbed policy (`PolicyLoss.perturbed`). The noise of an iteration is drawn from its number: `adapt`
+and every epoch of `update` see the same, and so does a resumed run. All tasks share it.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from metarl.agents.gradient_agent import GradientAgentConfig
-from metarl.agents.inner import Loss, MetaParams, descend, gradients
+from metarl.agents.inner import MetaParams, PolicyLoss, descend
 from metarl.policies import Params
 
 UNIT = math.log(math.e - 1.0)
@@ -31,6 +31,7 @@ class MetaDropoutConfig(GradientAgentConfig):
     """Meta-Dropout: second-order MAML with learned, input-dependent noise on the activations of the inner loop."""
 
     name: Literal["meta_dropout"] = "meta_dropout"
+    estimator: Literal["lvc"] = Field("lvc", description="surrogate of the inner steps: the one defined under noise")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class MetaDropout:
             learned[f"noise_bias.{layer}"] = torch.full_like(bias, UNIT).requires_grad_()
         return learned
 
-    def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
+    def step(self, loss: PolicyLoss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
         """MAML's step on the perturbed loss; see `Method.step`."""
 
         def perturb(layer: int, below: Tensor, hidden: Tensor) -> Tensor:
@@ -60,5 +61,8 @@ class MetaDropout:
             mean = torch.nn.functional.linear(below, weight, bias)
             return hidden * torch.nn.functional.softplus(mean + noise)
 
-        gradient = gradients(loss, params, self.adapted, batch, create_graph, perturb)
-        return descend(params, gradient, self.config.inner_lr)
+        # A copy to differentiate for: the gradient leaves out how the ratio depends on θ, its derivative does not.
+        learning = params | {name: params[name].clone() for name in self.adapted}
+        value = loss.perturbed(learning, params, batch, perturb).sum()
+        found = torch.autograd.grad(value, [learning[name] for name in self.adapted], create_graph=create_graph)
+        return descend(params, dict(zip(self.adapted, found, strict=True)), self.config.inner_lr)

@@ -6,8 +6,8 @@
 The displacement is −α Σ_k g_i^k: the sum of the gradients at ALL points of the descent, where FOMAML takes the last one
 alone. So it is computed as that: the outer loss sums over all K + 1 phases, the query data being the last of them, and
 the inner gradients count as constants. With a likelihood-ratio surrogate (`outer: {name: gradient}`) the meta-gradient
-is (θ − θ_i^{K+1}) / α exactly, and SGD makes the paper's step with ε = lr / α. With PPO the first epoch follows the same
-direction; later ones recompute the descent from the current θ.
+is (θ − θ_i^{K+1}) / α exactly, and SGD makes the paper's step with ε = lr / α. With PPO the first epoch follows the
+same direction; later ones recompute the descent from the current θ.
 
 Without the query phase, K = 1 would be training on all tasks at once (their Sec. 5.1): with it, K = 1 is not.
 """

@@ -37,7 +37,7 @@ AGENTS: dict[str, dict[str, Any]] = {
 }
 """What each agent changes in the config; `outer: None` leaves out the outer step of the config."""
 
-BUDGETS = {"half_cheetah_dir": 3_000_000, "navigation": 2_000_000}
+BUDGETS = {"half_cheetah_dir": 1_000_000, "navigation": 1_000_000}
 """Environment steps of training."""
 
 EVALUATED_STEPS = 3
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=list(BUDGETS), help=f"any of {', '.join(BUDGETS)}")
     parser.add_argument("--agents", nargs="+", default=list(AGENTS), choices=list(AGENTS), metavar="AGENT")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--env-steps", type=int, help="of every run; 3M on HalfCheetahDir, 2M in navigation if left out")
+    parser.add_argument("--env-steps", type=int, help="of every run, 1M if left out")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     options = parser.parse_args()

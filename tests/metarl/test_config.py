@@ -96,7 +96,11 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest(write):
         ("num_tasks: {a: 1}", "num_tasks", "expected a valid integer"),
         ("agent: 5", "agent", "got 5, expected"),
         ("agent:", "agent", "got None, expected"),
-        ("agent: {normalize_observations: perhaps}", "agent.normalize_observations", "got 'perhaps', expected a valid boolean"),
+        (
+            "agent: {normalize_observations: perhaps}",
+            "agent.normalize_observations",
+            "got 'perhaps', expected a valid boolean",
+        ),
         ("agent: {activation: gelu}", "agent.activation", "got 'gelu', expected 'tanh' or 'relu'"),
         ("device: gpu", "device", "got 'gpu', expected 'auto', 'cpu' or 'cuda'"),
         ("stages: {iterations: 3}", "stages", "expected"),
@@ -179,7 +183,8 @@ def test_an_unknown_config_is_named_with_the_nearest(tmp_path):
 
 def test_flags_are_laid_over_nested_and_listed_settings():
     flags = (
-        "--seed 7 --agent.inner-lr=0.25 --agent.outer.lr 1e-4 --agent.hidden-sizes 32 16 --agent.normalize-observations true "
+        "--seed 7 --agent.inner-lr=0.25 --agent.outer.lr 1e-4 --agent.hidden-sizes 32 16 "
+        "--agent.normalize-observations true "
         "--stages.0.tasks.horizon 9 --stages.0.iterations 3 --evaluation.rollouts-per-task null --device cpu"
     )
     config, before = load_config("navigation_maml_ppo", flags.split()), load_config("navigation_maml_ppo")
