@@ -296,6 +296,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name, monkeypatch):
         lambda advantages, valid: normalize(valid, advantages, 0.0) * float("inf"),
     )
     before = snapshot(agent)
-    with pytest.raises(FloatingPointError, match="not finite.*inner_lr"):
+    with pytest.raises(FloatingPointError, match=r"not finite.*inner_lr"):
         agent.update(rollouts)
     assert_same(snapshot(agent), before, rtol=0, atol=0)
