@@ -260,7 +260,7 @@ def _explain(error: ValidationError, source: str, flags: set[tuple[str, ...]]) -
 
 def _problem(item: Any, keys: tuple[str | int, ...], given_by_flag: bool) -> str:
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(keys[-1]), _fields_at(keys[:-1]), n=1, cutoff=0.4)
+        near = difflib.get_close_matches(str(keys[-1]), _fields_at(item["loc"][:-1]), n=1, cutoff=0.4)
         name = (lambda key: _flag((*keys[:-1], key))) if given_by_flag else repr
         return "unknown setting" + (f"; did you mean {name(near[0])}?" if near else "")
     if item["type"] == "union_tag_invalid":
@@ -291,11 +291,14 @@ def _path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
     return tuple(key for key, above in zip(location, before, strict=False) if key not in _TAGS.get(str(above), ()))
 
 
-def _fields_at(path: tuple[str | int, ...]) -> list[str]:
-    """Names of the settings below a path; for a union those of all members."""
+def _fields_at(location: tuple[str | int, ...]) -> list[str]:
+    """Names of the settings below a location; for a union those of the member whose tag the location holds."""
     models: list[type[BaseModel]] = [RunConfig]
-    for key in path:
+    for key, above in zip(location, (None, *location), strict=False):
         if isinstance(key, int):
+            continue
+        if key in _TAGS.get(str(above), ()):
+            models = [model for model in models if key in (field.default for field in model.model_fields.values())]
             continue
         found = [model.model_fields[key].annotation for model in models if key in model.model_fields]
         models = [model for annotation in found for model in _models_in(annotation)]

@@ -291,7 +291,7 @@ def test_inspect_shows_what_a_run_holds(metarl, trained):
 def test_list_shows_names_with_their_purpose(metarl):
     for what, names in (
         ("configs", embedded_configs()),
-        ("agents", ["maml_ppo"]),
+        ("agents", ["maml_ppo", "fomaml", "multi_task"]),
         ("envs", ["ML10", "ML45", "reach-v3", "HalfCheetahVel", "goals"]),
     ):
         status, out, _ = metarl("list", what)

@@ -196,6 +196,25 @@ def test_flags_are_laid_over_nested_and_listed_settings():
     assert config.stages[0].tasks.name == before.stages[0].tasks.name
 
 
+def test_the_settings_of_an_agent_are_its_own():
+    """A near name is sought among those of the chosen agent and outer step alone."""
+    flags = "--agent.name imaml --agent.outer {name: trpo}".split(maxsplit=3)
+    config = load_config("navigation_maml_ppo", flags)
+    assert (config.agent.proximal, config.agent.outer.cg_iterations) == (2.0, 10)
+    for flags, expected in (
+        ("--agent.name imaml --agent.proximl 3", "--agent.proximl: unknown setting; did you mean --agent.proximal?"),
+        ("--agent.proximal 3", "--agent.proximal: unknown setting"),
+        ("--agent.name maml_trpo", "agent.outer.epochs: unknown setting"),
+        ("--agent.name fomaml --agent.outer.name trop", "got 'trop', expected one of ppo, trpo, gradient; did you"),
+        ("--agent.name fomalm", "did you mean 'fomaml'?"),
+        ("--agent.adapted-modules heads", "got 'heads', expected all or any of layer_0, layer_1, head, log_std"),
+        ("--agent.name meta_dropout --agent.estimator dice", "--agent.estimator: got 'dice', expected 'lvc'"),
+    ):
+        message = problem("navigation_maml_ppo", *flags.split())
+        assert expected in message
+    assert "did you mean" not in problem("navigation_maml_ppo", "--agent.proximal", "3")
+
+
 def test_lists_negative_numbers_and_repetition():
     assert parse_flags(["--a", "1", "2", "--b", "[3, 4]", "--c", "5"]) == {("a",): [1, 2], ("b",): [3, 4], ("c",): 5}
     assert parse_flags(["--a", "-1", "--b=-2.5", "--c", "x", "-3"]) == {("a",): -1, ("b",): -2.5, ("c",): ["x", -3]}
