@@ -9,10 +9,10 @@ The inner gradients g count as constants, so that dθ_i^K / dθ = I: no second d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from metarl.agents.gradient_agent import GradientAgentConfig
-from metarl.agents.inner import Loss, MetaParams, descend, gradients
+from metarl.agents.inner import Loss, MetaParams, OuterPhases, descend, gradients
 from metarl.policies import Params
 
 
@@ -28,7 +28,7 @@ class Fomaml:
 
     config: GradientAgentConfig
     adapted: tuple[str, ...]
-    outer_phases = "last"
+    outer_phases: ClassVar[OuterPhases] = "last"
 
     def learned(self, theta: Params) -> Params:
         """Nothing beside θ."""

@@ -12,7 +12,7 @@ surrogate's Hessian need not be positive: conjugate gradient stops where it is n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from metarl.agents.conjugate_gradient import conjugate_gradient
 from metarl.agents.gradient_agent import GradientAgentConfig
-from metarl.agents.inner import Loss, MetaParams, gradients
+from metarl.agents.inner import Loss, MetaParams, OuterPhases, gradients
 from metarl.policies import Params
 
 
@@ -39,7 +39,7 @@ class Imaml:
 
     config: ImamlConfig
     adapted: tuple[str, ...]
-    outer_phases = "last"
+    outer_phases: ClassVar[OuterPhases] = "last"
 
     def learned(self, theta: Params) -> Params:
         """Nothing beside θ."""

@@ -62,6 +62,9 @@ class MetaParams(NamedTuple):
         return {**{f"policy.{name}": value for name, value in self.theta.items()}, **self.learned}
 
 
+OuterPhases = Literal["first", "last", "all"]
+
+
 class Method(Protocol):
     """What one meta-learner does differently from the others.
 
@@ -71,7 +74,7 @@ class Method(Protocol):
     """
 
     @property
-    def outer_phases(self) -> Literal["first", "last", "all"]:
+    def outer_phases(self) -> OuterPhases:
         """See above."""
 
     def learned(self, theta: Params) -> Params:

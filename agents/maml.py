@@ -14,12 +14,12 @@ The gradient is exact to second order: it flows through the inner gradients.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from metarl.agents.gradient_agent import GradientAgentConfig
-from metarl.agents.inner import Loss, MetaParams, descend, gradients
+from metarl.agents.inner import Loss, MetaParams, OuterPhases, descend, gradients
 from metarl.agents.outer import GradientConfig, PpoConfig, TrpoConfig
 from metarl.policies import Params
 
@@ -51,7 +51,7 @@ class Maml:
 
     config: GradientAgentConfig
     adapted: tuple[str, ...]
-    outer_phases = "last"
+    outer_phases: ClassVar[OuterPhases] = "last"
 
     def learned(self, theta: Params) -> Params:
         """Nothing beside θ."""

@@ -10,13 +10,13 @@ together with θ by the same outer step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from metarl.agents.gradient_agent import GradientAgentConfig
-from metarl.agents.inner import Loss, MetaParams, gradients
+from metarl.agents.inner import Loss, MetaParams, OuterPhases, gradients
 from metarl.policies import Params
 
 
@@ -32,7 +32,7 @@ class MetaCurvature:
 
     config: MetaCurvatureConfig
     adapted: tuple[str, ...]
-    outer_phases = "last"
+    outer_phases: ClassVar[OuterPhases] = "last"
 
     def learned(self, theta: Params) -> Params:
         """`curvature_out.<parameter>` and, for matrices, `curvature_in.<parameter>`: identities."""

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from metarl.agents.gradient_agent import GradientAgentConfig
-from metarl.agents.inner import MetaParams, PolicyLoss, descend
+from metarl.agents.inner import MetaParams, OuterPhases, PolicyLoss, descend
 from metarl.policies import Params
 
 UNIT = math.log(math.e - 1.0)
@@ -40,7 +40,7 @@ class MetaDropout:
 
     config: MetaDropoutConfig
     adapted: tuple[str, ...]
-    outer_phases = "last"
+    outer_phases: ClassVar[OuterPhases] = "last"
 
     def learned(self, theta: Params) -> Params:
         """φ: `noise_weight.<layer>` in the shape of the layer's weight, and `noise_bias.<layer>`."""

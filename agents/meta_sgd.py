@@ -9,13 +9,13 @@ start at `inner_lr` and not at random ones, so that training starts as MAML.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from metarl.agents.gradient_agent import GradientAgentConfig
-from metarl.agents.inner import Loss, MetaParams, gradients
+from metarl.agents.inner import Loss, MetaParams, OuterPhases, gradients
 from metarl.policies import Params
 
 
@@ -32,7 +32,7 @@ class MetaSgd:
 
     config: MetaSgdConfig
     adapted: tuple[str, ...]
-    outer_phases = "last"
+    outer_phases: ClassVar[OuterPhases] = "last"
 
     def learned(self, theta: Params) -> Params:
         """α: `inner_lr.<parameter>` in the shape of the parameter."""

@@ -9,12 +9,12 @@ for the meta-learners.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from metarl.agents.gradient_agent import GradientAgentConfig
-from metarl.agents.inner import Loss, MetaParams, descend, gradients
+from metarl.agents.inner import Loss, MetaParams, OuterPhases, descend, gradients
 from metarl.policies import Params
 
 
@@ -31,7 +31,7 @@ class MultiTask:
 
     config: MultiTaskConfig
     adapted: tuple[str, ...]
-    outer_phases = "first"
+    outer_phases: ClassVar[OuterPhases] = "first"
 
     def learned(self, theta: Params) -> Params:
         """Nothing beside θ."""

@@ -15,10 +15,10 @@ Without the query phase, K = 1 would be training on all tasks at once (their Sec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from metarl.agents.gradient_agent import GradientAgentConfig
-from metarl.agents.inner import Loss, MetaParams, descend, gradients
+from metarl.agents.inner import Loss, MetaParams, OuterPhases, descend, gradients
 from metarl.policies import Params
 
 
@@ -34,7 +34,7 @@ class Reptile:
 
     config: GradientAgentConfig
     adapted: tuple[str, ...]
-    outer_phases = "all"
+    outer_phases: ClassVar[OuterPhases] = "all"
 
     def learned(self, theta: Params) -> Params:
         """Nothing beside θ."""

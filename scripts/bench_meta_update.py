@@ -2,9 +2,9 @@
 """Time and memory of one meta-gradient (inner and outer step, second order): ours against a plain loop over tasks.
 
 The loop is what is usually written: for each task `torch.autograd.grad(..., create_graph=True)`, then `backward`.
-Both are timed alternately in one process and their gradients are compared; the median of the ratios is printed. Then the
-peak memory of ours over the number of tasks: as it comes, in chunks, and with all tasks in one chunk. A Fisher-vector
-product, of which TRPO makes ten or so an iteration, is measured beside the gradient.
+Both are timed alternately in one process and their gradients are compared; the median of the ratios is printed. Then
+the peak memory of ours over the number of tasks: as it comes, in chunks, and with all tasks in one chunk. A
+Fisher-vector product, of which TRPO makes ten or so an iteration, is measured beside the gradient.
 
     .venv/bin/python scripts/bench_meta_update.py [--device cuda] [--repeats 7]
 """

@@ -198,7 +198,7 @@ def test_flags_are_laid_over_nested_and_listed_settings():
 
 def test_the_settings_of_an_agent_are_its_own():
     """A near name is sought among those of the chosen agent and outer step alone."""
-    flags = "--agent.name imaml --agent.outer {name: trpo}".split(maxsplit=3)
+    flags = ["--agent.name", "imaml", "--agent.outer", "{name: trpo}"]
     config = load_config("navigation_maml_ppo", flags)
     assert (config.agent.proximal, config.agent.outer.cg_iterations) == (2.0, 10)
     for flags, expected in (
