@@ -1,4 +1,4 @@
-"""FOMAML: first-order MAML (Finn et al. 2017, 5.2; Nichol et al. 2018, Sec. 4).
+"""FOMAML: first-order MAML (Finn et al. 2017, 5.2; Nichol et al. 2018, Sec. 2).
 
     θ_i^{k+1} = θ_i^k − α g_i^k,   g_i^k = ∇ L(θ_i^k; D_i^k)        the inner steps of MAML
     ∇_θ J ≈ mean_i ∇ L_outer(θ_i^K; D_i^K)                          taken AT θ_i^K, applied to θ
@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from metarl.agents.gradient_agent import GradientAgentConfig
 from metarl.agents.inner import Loss, MetaParams, OuterPhases, descend, gradients
 from metarl.policies import Params
@@ -20,6 +22,7 @@ class FomamlConfig(GradientAgentConfig):
     """First-order MAML: the gradient at the adapted parameters is applied to θ, without second derivatives."""
 
     name: Literal["fomaml"] = "fomaml"
+    estimator: Literal["lvc"] = Field("lvc", description="surrogate; to first order they are all the same")
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ class GradientAgentConfig(BaseModel):
     )
     estimator: Literal["lvc", "dice", "score_function"] = Field(
         "lvc",
-        description="surrogate of the inner steps; lvc: low variance; dice: unbiased to every order, high variance; "
-        "score_function: BIASED to second order, to compare with",
+        description="surrogate of the inner steps; lvc: low variance; dice: exact to second order given exact "
+        "advantages, high variance; score_function: BIASED to second order, to compare with",
     )
     gamma: float = Field(0.99, ge=0, le=1, description="discount a step")
     gae_lambda: float = Field(0.97, ge=0, le=1, description="GAE's trade-off: 0 one-step, 1 Monte Carlo")
@@ -87,7 +87,7 @@ class GradientAgent:
         observation_size: O.
         action_size: A.
         device: where updates are computed. Acting happens on the CPU, beside the environments, with small copies.
-        seed: of the initial parameters.
+        seed: of the initial parameters, and of what adapting draws.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class GradientAgent:
         generator = torch.Generator().manual_seed(seed)
         params = self.policy.init(generator)
         theta = {name: value.to(device).requires_grad_() for name, value in params.items()}
-        self.meta = MetaParams(theta, method.learned(theta))
+        self.meta = MetaParams(theta, method.learned(theta), seed=seed)
         self.value: LearnedValue | None = None
         if config.baseline == "learned":
             value_args = (observation_size, config.hidden_sizes, config.value_lr, config.value_epochs)
@@ -178,6 +178,8 @@ class GradientAgent:
     def update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         """One meta-update on the K support rollouts and the query rollout; see `Agent.update`."""
         config = self.config
+        if len(rollouts) != self.training_adaptation_steps + 1:
+            raise ValueError(f"got {len(rollouts)} rollouts, expected {self.training_adaptation_steps + 1}: K + 1")
         metrics = self._outer.step(self.objective([self._prepare(rollout) for rollout in rollouts]))
         self.meta = self.meta._replace(iteration=self.meta.iteration + 1)
         std = self.meta.theta["log_std"].detach().exp().clamp(config.min_std, config.max_std).mean()
@@ -211,7 +213,7 @@ class GradientAgent:
         state |= {f"normalizer.{name}": value for name, value in self.normalizer.state_dict().items()}
         if self.value is not None:
             state |= {f"value.{name}": value for name, value in self.value.state_dict().items()}
-        state |= {"iteration": torch.tensor(self.meta.iteration)}
+        state |= {"iteration": torch.tensor(self.meta.iteration), "seed": torch.tensor(self.meta.seed)}
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -220,12 +222,12 @@ class GradientAgent:
             if "optimizer." not in name and (name not in state or state[name].shape != value.shape):
                 found = tuple(state[name].shape) if name in state else "nothing"
                 raise ValueError(f"cannot load {name!r}: expected shape {tuple(value.shape)}, found {found}")
+        self._outer.load_state_dict(state)
         with torch.no_grad():
             for name, value in self.meta.named().items():
                 value.copy_(state[name])
-        self.meta = self.meta._replace(iteration=int(state["iteration"]))
+        self.meta = self.meta._replace(iteration=int(state["iteration"]), seed=int(state["seed"]))
         statistics = {name: state[f"normalizer.{name}"] for name in self.normalizer.state_dict()}
         self._use_normalizer(Normalizer(**statistics, floor=self.config.normalizer_floor))
         if self.value is not None:
             self.value.load_state_dict({name.removeprefix("value."): value for name, value in state.items()})
-        self._outer.load_state_dict(state)

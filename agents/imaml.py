@@ -1,12 +1,14 @@
 """iMAML, implicit MAML (Rajeswaran et al. 2019): the meta-gradient of where a descent ENDS, not of the way there.
 
-    φ_i = argmin_φ L(φ; D_i) + λ/2 ‖φ − θ‖²                          the proximal inner problem (their Eq. 3)
+    φ_i = argmin_φ L(φ; D_i) + λ/2 ‖φ − θ‖²                          the proximal inner problem
     dφ_i/dθ = (I + ∇²L(φ_i; D_i) / λ)⁻¹                              at its solution (their Lemma 1)
     ∇_θ J = mean_i (I + ∇²L(φ_i) / λ)⁻¹ ∇ L_outer(φ_i; D_i')         solved by conjugate gradient (their Alg. 2)
 
 The memory does not grow with the number of gradient steps. Here each of the K phases of fresh data takes
 `gradient_steps` descents on the proximal problem, anchored at θ throughout; the Hessian is that of the last phase. The
-surrogate's Hessian need not be positive: conjugate gradient stops where it is not.
+surrogate's Hessian need not be positive: conjugate gradient stops where it is not. Of parameters b that do not adapt
+the solution depends by dφ/dθ_b = −(λI + ∇²_aa L)⁻¹ ∇²_ab L. With too few `cg_iterations` all of this is approximate,
+the Fisher information that TRPO sees included.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class ImamlConfig(GradientAgentConfig):
     name: Literal["imaml"] = "imaml"
     proximal: float = Field(2.0, gt=0, description="λ, how strongly a task's parameters are held near θ")
     gradient_steps: int = Field(5, ge=1, description="descents of step size inner_lr on the data of each phase")
-    cg_iterations: int = Field(5, ge=1, description="steps of conjugate gradient for the meta-gradient")
+    cg_iterations: int = Field(10, ge=1, description="steps of conjugate gradient for the meta-gradient")
 
 
 @dataclass(frozen=True)
@@ -57,63 +59,79 @@ class Imaml:
                 solution[name] = (solution[name] - config.inner_lr * (value + pull)).detach()
         if not create_graph:
             return solution
-        solve = _Solve(loss, solution, self.adapted, batch, config)
-        theta = [meta.theta[name] for name in self.adapted]
+        shared = tuple(name for name in meta.theta if name not in self.adapted)
+        problem = _Problem(loss, solution, self.adapted, shared, batch, config)
         attached = _Implicit.apply(  # type: ignore[no-untyped-call]
-            solve, *theta, *(solution[name] for name in self.adapted)
+            problem, *(meta.theta[name] for name in (*self.adapted, *shared))
         )
         return meta.theta | dict(zip(self.adapted, attached, strict=True))
 
 
 @dataclass(frozen=True)
-class _Solve:
-    """v → (I + ∇²L(φ) / λ)⁻¹ v, for each task by itself."""
+class _Problem:
+    """A solved proximal problem: φ of the adapted parameters a, given the shared ones b."""
 
     loss: Loss
     solution: Params
     adapted: tuple[str, ...]
+    shared: tuple[str, ...]
     batch: Any
     config: ImamlConfig
 
     @torch.enable_grad()
-    def __call__(self, *vectors: Tensor) -> tuple[Tensor, ...]:
-        leaves = {name: self.solution[name].detach().requires_grad_() for name in self.adapted}
-        value = self.loss(self.solution | leaves, self.batch)
-        gradient = torch.autograd.grad(value.sum(), list(leaves.values()), create_graph=True)
+    def _gradient(self) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...], bool]:
+        """Return the adapted and the shared parameters, ∇_a L at the solution, and whether tasks are stacked."""
+        leaves = {name: value.detach().requires_grad_() for name, value in self.solution.items()}
+        value = self.loss(leaves, self.batch)
+        adapted, shared = ([leaves[name] for name in names] for names in (self.adapted, self.shared))
+        return adapted, shared, torch.autograd.grad(value.sum(), adapted, create_graph=True), value.ndim > 0
+
+    def solve(self, vectors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return (I + ∇²_aa L / λ)⁻¹ v, for each task by itself."""
+        adapted, _, gradient, stacked = self._gradient()
 
         def product(vector: Params) -> Params:
-            second = torch.autograd.grad(gradient, list(leaves.values()), list(vector.values()), retain_graph=True)
+            second = torch.autograd.grad(gradient, adapted, list(vector.values()), retain_graph=True)
             return {
                 name: value + part / self.config.proximal
                 for (name, value), part in zip(vector.items(), second, strict=True)
             }
 
         target = dict(zip(self.adapted, (vector.detach() for vector in vectors), strict=True))
-        return tuple(conjugate_gradient(product, target, self.config.cg_iterations, stacked=value.ndim > 0).values())
+        return tuple(conjugate_gradient(product, target, self.config.cg_iterations, stacked).values())
+
+    def through_shared(self, solved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return −∇²_ba L x / λ for x = `solve(v)`: how the solution moves with the parameters that do not adapt."""
+        _, shared, gradient, _ = self._gradient()
+        if not shared:
+            return ()
+        with torch.enable_grad():
+            cross = torch.autograd.grad(gradient, shared, solved, create_graph=True, materialize_grads=True)
+        return tuple(-part / self.config.proximal for part in cross)
 
 
 class _Implicit(torch.autograd.Function):
-    """Returns φ; hands its gradient to θ through the solver."""
+    """Returns φ; hands its gradient to θ as Lemma 1 says, for adapted and shared parameters."""
 
     @staticmethod
-    def forward(ctx: Any, solve: _Solve, *theta_and_solution: Tensor) -> tuple[Tensor, ...]:
-        ctx.solve = solve
-        solution = theta_and_solution[len(theta_and_solution) // 2 :]
-        return tuple(value.clone() for value in solution)
+    def forward(ctx: Any, problem: _Problem, *theta: Tensor) -> tuple[Tensor, ...]:
+        ctx.problem = problem
+        return tuple(problem.solution[name].clone() for name in problem.adapted)
 
     @staticmethod
     def backward(ctx: Any, *vectors: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *_Solved.apply(ctx.solve, *vectors), *[None] * len(vectors))  # type: ignore[no-untyped-call]
+        solved = _Solved.apply(ctx.problem, *vectors)  # type: ignore[no-untyped-call]
+        return (None, *solved, *ctx.problem.through_shared(solved))
 
 
 class _Solved(torch.autograd.Function):
-    """Applies the solver; it is linear and symmetric, so that it is its own derivative (TRPO asks for it)."""
+    """Solves the linear system; the solver is symmetric, so that it is its own derivative (TRPO asks for it)."""
 
     @staticmethod
-    def forward(ctx: Any, solve: _Solve, *vectors: Tensor) -> tuple[Tensor, ...]:
-        ctx.solve = solve
-        return solve(*vectors)
+    def forward(ctx: Any, problem: _Problem, *vectors: Tensor) -> tuple[Tensor, ...]:
+        ctx.problem = problem
+        return problem.solve(vectors)
 
     @staticmethod
     def backward(ctx: Any, *vectors: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *_Solved.apply(ctx.solve, *vectors))  # type: ignore[no-untyped-call]
+        return (None, *_Solved.apply(ctx.problem, *vectors))  # type: ignore[no-untyped-call]

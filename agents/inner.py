@@ -50,12 +50,14 @@ class MetaParams(NamedTuple):
     Attributes:
         theta: θ, where every task starts; plain, or stacked `[M, ...]`.
         learned: what the method learns beside θ, by name; shared by all tasks.
-        iteration: meta-updates so far; seeds what an inner step draws.
+        iteration: meta-updates so far.
+        seed: with the iteration the root of what an inner step draws.
     """
 
     theta: Params
     learned: Params
     iteration: int = 0
+    seed: int = 0
 
     def named(self) -> Params:
         """Return all that is trained, by the names used on disk."""

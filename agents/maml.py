@@ -58,6 +58,6 @@ class Maml:
         return {}
 
     def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
-        """Finn et al. 2017, Eq. 1; see `Method.step`."""
+        """Finn et al. 2017, Sec. 2.2; see `Method.step`."""
         gradient = gradients(loss, params, self.adapted, batch, create_graph)
         return descend(params, gradient, self.config.inner_lr)

@@ -1,6 +1,6 @@
 """Meta-Curvature (Park & Oliva 2019): a learned preconditioner of the inner gradient.
 
-    θ_i' = θ − α MC(∇ L(θ; D_i)),   MC(G) = M_o G M_i for a weight matrix G `[out, in]` (their Eq. 10 without M_f)
+    θ_i' = θ − α MC(∇ L(θ; D_i)),   MC(G) = M_o G M_i for a weight matrix G `[out, in]`
 
 M_o `[out, out]` mixes the gradients of a layer's outputs and M_i `[in, in]` those of its inputs; vectors (biases, the
 log standard deviations) have M_o alone. Both start as the identity, so that training starts as MAML, and are learned
@@ -44,7 +44,7 @@ class MetaCurvature:
         }
 
     def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
-        """Park & Oliva 2019, Eq. 5; see `Method.step`."""
+        """A step along the transformed gradient; see `Method.step`."""
         gradient = gradients(loss, params, self.adapted, batch, create_graph)
         return params | {
             name: params[name] - self.config.inner_lr * precondition(meta.learned, name, value)

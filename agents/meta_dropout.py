@@ -1,12 +1,14 @@
-"""Meta-Dropout (Lee et al. 2020): learned multiplicative noise on the hidden activations of the inner loop.
+"""Meta-Dropout (Lee et al. 2020): learned multiplicative noise on the hidden layers of the inner loop.
 
-    z ~ N(μ_φ(h_{l−1}), I),   h_l ← h_l ∘ softplus(z)              while the inner loss is computed (their Eq. 4 and 5)
-    θ_i' = θ − α ∇_θ L(θ, φ; D_i),   (θ, φ) ← outer step on mean_i L_outer(θ_i'; D_i'), without noise
+    z ~ N(μ_φ(h_{l−1}), I),   a_l ← a_l ∘ softplus(z)              on pre-activations, while the inner loss is computed
+    θ_i' = θ − α ∇_θ L(θ, φ; D_i),   (θ, φ) ← outer step on mean_i L_outer(θ_i'; D_i')
 
 φ, a linear map a layer from the activations below, is learned by the outer step and never adapts. It starts where
-softplus(z) is 1 at the mean of z. Acting and the outer loss are without noise, so that the likelihood ratio to the data
-is that of the unperturbed policy (`PolicyLoss.perturbed`). The noise of an iteration is drawn from its number: `adapt`
-and every epoch of `update` see the same, and so does a resumed run. All tasks share it.
+softplus(z) is 1 at the mean of z. Deviations: acting and the outer loss know no factor at all, where the paper keeps
+softplus(μ), so that the policy that acts stays a plain network, and the likelihood ratio to the data is that of this
+policy (`PolicyLoss.perturbed`); the output layer has no noise; all tasks and all K steps of an iteration share one
+draw. It follows from the run's seed and the number of the iteration: `adapt`, every epoch of `update` and a resumed run
+see the same.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ from torch import Tensor
 from metarl.agents.gradient_agent import GradientAgentConfig
 from metarl.agents.inner import MetaParams, OuterPhases, PolicyLoss, descend
 from metarl.policies import Params
+from metarl.seeding import Purpose, integer_seed
 
 UNIT = math.log(math.e - 1.0)
 """softplus(UNIT) = 1."""
 
 
 class MetaDropoutConfig(GradientAgentConfig):
-    """Meta-Dropout: second-order MAML with learned, input-dependent noise on the activations of the inner loop."""
+    """Meta-Dropout: second-order MAML with learned, input-dependent noise on the hidden layers of the inner loop."""
 
     name: Literal["meta_dropout"] = "meta_dropout"
     estimator: Literal["lvc"] = Field("lvc", description="surrogate of the inner steps: the one defined under noise")
@@ -55,7 +58,8 @@ class MetaDropout:
         """MAML's step on the perturbed loss; see `Method.step`."""
 
         def perturb(layer: int, below: Tensor, hidden: Tensor) -> Tensor:
-            generator = torch.Generator().manual_seed(meta.iteration * 1000 + layer)
+            seed = integer_seed(meta.seed, Purpose.META_DROPOUT, meta.iteration, layer)
+            generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(hidden.shape[-2:], generator=generator, dtype=hidden.dtype).to(hidden.device)
             weight, bias = meta.learned[f"noise_weight.{layer}"], meta.learned[f"noise_bias.{layer}"]
             mean = torch.nn.functional.linear(below, weight, bias)

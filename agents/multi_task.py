@@ -11,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from metarl.agents.gradient_agent import GradientAgentConfig
 from metarl.agents.inner import Loss, MetaParams, OuterPhases, descend, gradients
+from metarl.agents.outer import PpoConfig
 from metarl.policies import Params
 
 
@@ -22,7 +23,14 @@ class MultiTaskConfig(GradientAgentConfig):
     """Multi-task PPO: one policy for all tasks, fine-tuned at evaluation alone; on a single task PPO from scratch."""
 
     name: Literal["multi_task"] = "multi_task"
+    estimator: Literal["lvc"] = Field("lvc", description="surrogate; to first order they are all the same")
     adaptation_steps: int = Field(1, ge=1, description="K, gradient steps at evaluation; training takes none")
+
+    @model_validator(mode="after")
+    def _nothing_to_hold_back(self) -> MultiTaskConfig:
+        if isinstance(self.outer, PpoConfig) and self.outer.inner_kl_coef:
+            raise ValueError("outer.inner_kl_coef has no effect without inner steps in training; leave it out")
+        return self
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,18 @@ LR_STEP = 1.1
 the adapted policy further: at a constant rate a single step comes to exceed max_kl, and the return falls again."""
 
 
+NAMES = (
+    "ppo, trpo or gradient (maml_ppo, maml_trpo and maml_vpg: their own); another one's settings are shown by "
+    "--agent.outer.name NAME --help"
+)
+
+
 class PpoConfig(BaseModel):
     """Several steps of Adam on PPO's clipped objective, each with the adaptation recomputed (ProMP)."""
 
     model_config = STRICT
 
-    name: Literal["ppo"] = "ppo"
+    name: Literal["ppo"] = Field("ppo", description=NAMES)
     lr: float = Field(1e-3, gt=0, description="Adam's learning rate for the meta-update, at most; see max_kl")
     epochs: int = Field(5, ge=1, description="outer steps on the data of an iteration")
     clip_eps: float = Field(0.3, gt=0, description="PPO clip range of the outer objective")
@@ -49,7 +55,7 @@ class TrpoConfig(BaseModel):
 
     model_config = STRICT
 
-    name: Literal["trpo"] = "trpo"
+    name: Literal["trpo"] = Field("trpo", description=NAMES)
     max_kl: float = Field(0.01, gt=0, description="largest KL(old‖new) of the adapted policies, mean over tasks")
     cg_iterations: int = Field(10, ge=1, description="steps of conjugate gradient for the natural gradient")
     damping: float = Field(1e-4, ge=0, description="added to the Fisher information's diagonal")
@@ -62,7 +68,7 @@ class GradientConfig(BaseModel):
 
     model_config = STRICT
 
-    name: Literal["gradient"] = "gradient"
+    name: Literal["gradient"] = Field("gradient", description=NAMES)
     optimizer: Literal["adam", "rmsprop", "sgd"] = Field("adam", description="what makes the step")
     lr: float = Field(1e-3, gt=0, description="its learning rate")
     max_grad_norm: float = Field(0.5, gt=0, description="the meta-gradient is scaled down to this norm")
@@ -153,12 +159,12 @@ class Ppo:
     def state_dict(self) -> dict[str, Tensor]:
         """See `Outer.state_dict`."""
         state = optimizer_state(self._optimizer, self._trained)
-        return {"outer_lr": torch.tensor(self._lr, dtype=torch.float64), **state}
+        return {"optimizer.lr": torch.tensor(self._lr, dtype=torch.float64), **state}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `Outer.load_state_dict`."""
-        self._lr = float(state["outer_lr"])
         load_optimizer_state(self._optimizer, self._trained, state)
+        self._lr = float(state.get("optimizer.lr", self.config.lr))
 
 
 class GradientStep:
@@ -193,8 +199,8 @@ class GradientStep:
 class Trpo:
     """The natural gradient by conjugate gradient, then a line search (Schulman et al. 2015, Appendix C).
 
-    It remembers nothing. The constraint is on the policies AFTER adaptation, as functions of θ, as in MAML (Finn et al.
-    2017, 5.3).
+    It remembers nothing. The constraint is on the policies AFTER adaptation, as functions of θ, as in the published
+    code of Finn et al. 2017.
     """
 
     def __init__(self, config: TrpoConfig, trained: Params) -> None:

@@ -103,7 +103,7 @@ def _train(arguments: list[str]) -> int:
     config_name = arguments[0] if arguments and not arguments[0].startswith("-") else None
     options, flags = parser.parse_known_args(arguments[1:] if config_name else arguments)
     if options.help:
-        return _train_help(config_name)
+        return _train_help(config_name, flags)
     if config_name is None:
         raise UserError("name a config: a YAML file or one of `metarl list configs`, e.g. metarl train quickstart")
     if options.resume and options.overwrite:
@@ -159,7 +159,7 @@ def _run_training(config: Any, run_dir: Path, options: argparse.Namespace) -> in
     return 128 + received[0] if received else 0
 
 
-def _train_help(name: str | None) -> int:
+def _train_help(name: str | None, flags: Sequence[str]) -> int:
     """Show every setting with its default; tyro draws it from the same config that the flags are laid over."""
     import tyro
 
@@ -167,7 +167,7 @@ def _train_help(name: str | None) -> int:
 
     print("usage: metarl train CONFIG.yaml [--run-dir DIR] [--resume | --overwrite] [--SETTING VALUE ...]\n")
     print(RUN_OPTIONS)
-    config = load_config(name or "quickstart")
+    config = load_config(name or "quickstart", flags)
     shown = Annotated[RunConfig, tyro.conf.arg(name="")]
     tyro.cli(
         shown,

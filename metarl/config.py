@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from metarl.agents import AgentConfig
+from metarl.agents import AgentConfig, agent_configs
 from metarl.agents.maml import MamlPpoConfig
 from metarl.agents.outer import OuterConfig
 from metarl.envs.metaworld import MetaWorldConfig
@@ -167,6 +167,7 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
             f"{path}: expected settings such as `seed: 0`, found {'nothing' if tree is None else repr(tree)}"
         )
     flags = parse_flags(overrides)
+    _change_members(tree, flags)
     for keys, value in flags.items():
         _lay_over(tree, keys, value)
     try:
@@ -214,6 +215,27 @@ def _value(words: list[str]) -> Any:
 
 def _flag(keys: Sequence[str | int]) -> str:
     return "--" + ".".join(str(key).replace("_", "-") for key in keys)
+
+
+def _change_members(tree: dict[str, Any], flags: Mapping[tuple[str, ...], Any]) -> None:
+    """Where flags name another agent or outer step than the file, drop what the file says that the new one lacks."""
+    agents, agent = agent_configs(), tree.get("agent")
+    if not isinstance(agent, dict):
+        return
+    old_name = agent.get("name", "maml_ppo")
+    name = flags.get(("agent", "name"), old_name)
+    if not {str(name), str(old_name)} <= agents.keys():
+        return  # validation tells
+    if name != old_name:
+        tree["agent"] = agent = {key: value for key, value in agent.items() if key in agents[name].model_fields}
+    fields = (agents[each].model_fields["outer"] for each in (old_name, name))
+    old_outer, outer = (field.get_default(call_default_factory=True).name for field in fields)
+    if isinstance(agent.get("outer"), dict):
+        old_outer = agent["outer"].get("name", old_outer)
+        takes_any = not isinstance(agents[name].model_fields["outer"].annotation, type)
+        outer = flags.get(("agent", "outer", "name"), old_outer if takes_any else outer)
+        if outer != old_outer:
+            agent["outer"] = {"name": outer}
 
 
 def _lay_over(tree: Any, keys: tuple[str, ...], value: Any) -> None:

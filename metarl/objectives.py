@@ -47,7 +47,7 @@ def likelihood_ratio_loss(
 
 
 def dice_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, steps: Tensor) -> Tensor:
-    """Minus the Loaded DiCE surrogate, −E[Σ_t A_t (□_{≤t} − □_{<t})] (Farquhar et al. 2019, Eq. 12).
+    """Minus the Loaded DiCE surrogate, −E[Σ_t A_t (□_{≤t} − □_{<t})] (Farquhar et al. 2019).
 
     □_{≤t} = exp(w − stop_grad(w)) with w the sum of log π over the episode's steps up to t, so that the value is 0 and
     every derivative is that of the expectation. With A the returns to go, the sum telescopes to DiCE, Σ_t r_t □_{≤t}

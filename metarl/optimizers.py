@@ -31,18 +31,18 @@ def load_optimizer_state(
     """Restore what `optimizer_state` returned; a parameter without entries starts afresh.
 
     Raises:
-        ValueError: an entry is missing or has another shape; the message names it.
+        ValueError: an entry is missing or has another shape; the message names it, and nothing was changed.
     """
     entries = _ENTRIES[type(optimizer)]
-    optimizer.state.clear()
-    for name, param in params.items():
-        if not any(f"optimizer.{entry}.{name}" in state for entry in entries):
-            continue
+    stepped = {name: param for name, param in params.items() if any(f"optimizer.{e}.{name}" in state for e in entries)}
+    for name, param in stepped.items():
         for entry in entries:
             key, expected = f"optimizer.{entry}.{name}", () if entry == "step" else tuple(param.shape)
             found = tuple(state[key].shape) if key in state else "nothing"
             if found != expected:
                 raise ValueError(f"cannot load {key!r}: expected shape {expected}, found {found}")
+    optimizer.state.clear()
+    for name, param in stepped.items():
         values = {entry: state[f"optimizer.{entry}.{name}"].clone() for entry in entries}
         optimizer.state[param] = {
             key: value if key == "step" else value.to(param.device) for key, value in values.items()

@@ -17,7 +17,7 @@ Params = dict[str, Tensor]
 """Parameters by name. Stacked over tasks, every tensor has a leading `[M]`."""
 
 Perturb = Callable[[int, Tensor, Tensor], Tensor]
-"""Changes what a hidden layer puts out: (layer, its inputs, its outputs) → outputs."""
+"""Changes what a hidden layer puts into its nonlinearity: (layer, its inputs, its pre-activations) → the latter."""
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
@@ -55,7 +55,7 @@ def apply_mlp(params: Params, inputs: Tensor, activation: str, perturb: Perturb 
         params: from `init_mlp`, plain or stacked over tasks; other entries are passed over.
         inputs: `[S, in]`, or `[M, S, in]` with stacked parameters.
         activation: `tanh` or `relu`.
-        perturb: changes the hidden activations (Meta-Dropout).
+        perturb: changes the hidden layers (Meta-Dropout).
 
     Returns:
         `[S, out]` or `[M, S, out]`.
@@ -66,9 +66,7 @@ def apply_mlp(params: Params, inputs: Tensor, activation: str, perturb: Perturb 
     for layer in range(layers):
         below, hidden = hidden, linear(hidden, params[f"weight_{layer}"], params[f"bias_{layer}"])
         if layer < layers - 1:
-            hidden = nonlinearity(hidden)
-            if perturb is not None:
-                hidden = perturb(layer, below, hidden)
+            hidden = nonlinearity(hidden if perturb is None else perturb(layer, below, hidden))
     return hidden
 
 
@@ -126,7 +124,7 @@ class GaussianMlp:
             params: plain, or stacked with `[M]` in front.
             observations: `[S, O]` or `[M, S, O]`, normalised.
             actions: `[S, A]` or `[M, S, A]`.
-            perturb: changes the hidden activations.
+            perturb: changes the hidden layers.
 
         Returns:
             `[S]` or `[M, S]`.

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     EVALUATION_ROLLOUTS = 4
     UNTRAINED_AGENT = 5
     BOOTSTRAP = 6
+    META_DROPOUT = 7
 
 
 def seeds(root: int, purpose: Purpose, *position: int) -> np.random.SeedSequence:

@@ -87,9 +87,9 @@ def start_from(agent: Agent, start: Mapping[str, Tensor]) -> None:
 
 
 def _is_optimizer_state(key: str) -> bool:
-    return not {"adam", "optimizer"}.isdisjoint(key.split("."))
+    return "optimizer" in key.split(".")
 
 
 def _is_learned(key: str) -> bool:
-    """Whether an entry is a parameter or a statistic, `<group>.<name>`; counters and schedules are not grouped."""
-    return "." in key and not _is_optimizer_state(key) and not key.startswith("outer.")
+    """Whether an entry is a parameter or a statistic, `<group>.<name>`; counters and seeds are not grouped."""
+    return "." in key and not _is_optimizer_state(key)

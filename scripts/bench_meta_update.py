@@ -24,7 +24,6 @@ import torch
 from metarl.agents import build, meta_objective
 from metarl.agents.inner import Batch
 from metarl.agents.maml import MamlPpoConfig
-from metarl.agents.outer import likelihood_ratio
 from metarl.objectives import likelihood_ratio_loss, ppo_clip_loss
 
 SIZES = (  # tasks, samples a task, observation size, action size, hidden sizes
@@ -80,10 +79,9 @@ def ours(agent: Any, support: Batch, query: Batch) -> None:
 
 
 def fisher(agent: Any, support: Batch, query: Batch) -> None:
-    """A Fisher-vector product; its gradient is left in place of the meta-gradient."""
+    """A Fisher-vector product."""
     vector = {name: torch.ones_like(value) for name, value in agent.meta.named().items()}
     agent.objective([support, query]).fisher_product(vector)
-    agent.objective([support, query]).measure(likelihood_ratio)
 
 
 MetaGradient = Callable[[Any, Batch, Batch], None]

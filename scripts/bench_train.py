@@ -53,7 +53,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "config", nargs="?", default="ml1_reach_maml_ppo", help="an embedded config of Meta-World tasks"
+        "config", nargs="?", default="ml1_reach_meta_sgd", help="an embedded config of Meta-World tasks"
     )
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--num-workers", type=int, help="as in `metarl train`; all cores if left out")

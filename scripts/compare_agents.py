@@ -4,8 +4,9 @@
 Every agent trains with the settings of the embedded MAML-PPO config of its tasks, but for what names it; so none is
 tuned, and MAML-PPO has the advantage that the settings were chosen for it. `pretrained` trains one policy on all tasks
 and adapts it at evaluation as the others do; `from scratch` is PPO on ONE held-out task with the whole budget for it
-alone: what adaptation in a few episodes competes with, not an equal. Intervals are 95 % bootstrap intervals over seeds,
-stratified by task. A run that is already there is not trained again; `table.md` and `curves.png` hold the results.
+alone: what adaptation in a few episodes competes with, not an equal. A seed's score is its mean over tasks; intervals
+are 95 % t-intervals over seeds, wide as they are with few. A run that is already there is not trained again; `table.md`
+and `curves.png` hold the results.
 
     .venv/bin/python scripts/compare_agents.py [half_cheetah_dir] [navigation] [--seeds 3] [--processes 2]
 """
@@ -48,6 +49,13 @@ EVALUATED_TASKS = 40
 
 SCRATCH_TASKS = 4
 """Held-out tasks, at most, that `from scratch` is trained on, one by one."""
+
+
+RETURNS = ("returns", "untrained_returns")
+"""In the rows of a report."""
+
+T_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+"""Of Student's t distribution at 97.5 %, by the number of seeds."""
 
 
 class Job(NamedTuple):
@@ -142,33 +150,31 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
 
 
 class Scores(NamedTuple):
-    """Returns of one agent, `[seeds · tasks]`, and the task of each."""
+    """Returns of one agent: a row for each seed, the mean over its tasks; a column for each step of adaptation."""
 
-    by_step: np.ndarray  # [seeds · tasks, 1 + EVALUATED_STEPS]
+    by_step: np.ndarray  # [seeds, 1 + EVALUATED_STEPS]
     untrained: np.ndarray  # the same of an untrained agent
-    strata: list[str]
     env_steps: int
 
 
 def scores(finished: Sequence[Job]) -> Scores:
     """Gather the reports of one agent."""
-    reports = [json.loads((job.run_dir / "report.json").read_text(encoding="utf-8")) for job in finished]
-    rows = [row for report in reports for row in report["tasks"]]
-    return Scores(
-        np.array([row["returns"] for row in rows]),
-        np.array([row["untrained_returns"] for row in rows]),
-        [f"{row['name']} {row['index']}" for row in rows],
-        max(report["env_steps"] for report in reports),
-    )
+    by_seed: dict[int, list[dict[str, Any]]] = {}
+    env_steps = 0
+    for job in finished:
+        report = json.loads((job.run_dir / "report.json").read_text(encoding="utf-8"))
+        by_seed.setdefault(job.seed, []).extend(report["tasks"])
+        env_steps = max(env_steps, report["env_steps"])
+    means = [[np.mean([row[key] for row in rows], axis=0) for rows in by_seed.values()] for key in RETURNS]
+    return Scores(np.array(means[0]), np.array(means[1]), env_steps)
 
 
-def cell(values: np.ndarray, strata: Sequence[str]) -> str:
-    """Return a mean with its interval."""
-    from metarl import statistics
-
-    found = statistics.aggregate(values, list(strata), np.random.default_rng(0))
-    low, high = found["ci95"]
-    return f"{found['mean']:.1f} [{low:.1f}, {high:.1f}]"
+def cell(values: np.ndarray) -> str:
+    """Return a mean over seeds with its interval."""
+    if len(values) < 2:
+        return f"{values.mean():.1f}"
+    half = T_QUANTILES.get(len(values), 2.0) * values.std(ddof=1) / np.sqrt(len(values))
+    return f"{values.mean():.1f} ± {half:.1f}"
 
 
 def table(tasks: str, by_agent: dict[str, list[Job]]) -> str:
@@ -183,14 +189,14 @@ def table(tasks: str, by_agent: dict[str, list[Job]]) -> str:
     for agent, finished in by_agent.items():
         found = scores(finished)
         if agent == "from scratch":
-            cells = [cell(found.untrained[:, 0], found.strata), cell(found.by_step[:, 0], found.strata), ""]
+            cells = [cell(found.untrained[:, 0]), cell(found.by_step[:, 0]), ""]
             agent = "from scratch, on one task alone: before and after all its env steps"
         else:
             untrained = untrained or found
-            cells = [cell(found.by_step[:, k], found.strata) for k in (0, 1, EVALUATED_STEPS)]
+            cells = [cell(found.by_step[:, k]) for k in (0, 1, EVALUATED_STEPS)]
         lines.append(f"| {agent} | {found.env_steps / 1e6:.2f}M | {' | '.join(cells)} |")
     if untrained is not None:
-        cells = [cell(untrained.untrained[:, k], untrained.strata) for k in (0, 1, EVALUATED_STEPS)]
+        cells = [cell(untrained.untrained[:, k]) for k in (0, 1, EVALUATED_STEPS)]
         lines.append(f"| untrained (random initialisation) | 0 | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -216,7 +222,11 @@ def plot(results: dict[str, dict[str, list[Job]]], path: Path) -> None:
             grid = np.linspace(0, min(steps[-1] for steps, _ in curves), 60)
             mean = np.mean([np.interp(grid, *curve) for curve in curves], axis=0)
             axis.plot(grid / 1e6, mean, label=agent, linestyle="--" if agent == "pretrained" else "-")
-        axis.set(title=tasks, xlabel="environment steps (millions)", ylabel="training return after adaptation")
+        axis.set(
+            title=tasks,
+            xlabel="environment steps (millions)",
+            ylabel="training return (after adaptation, if any)",
+        )
         axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize=8)
     figure.tight_layout()

@@ -165,12 +165,12 @@ def test_stacked_tasks_give_the_gradients_of_tasks_alone(theta):
 # A quadratic as a task: log π = −½ (x − c)ᵀ A (x − c), one sample; observations hold A, actions c
 
 
-def quadratic(params: dict[str, Tensor], curvature: Tensor, centre: Tensor, perturb=None) -> Tensor:
+def quadratic(params: dict[str, Tensor], curvature: Tensor, centre: Tensor) -> Tensor:
     offset = params["x"] - centre
     return -0.5 * torch.einsum("...i,...ij,...j->...", offset, curvature, offset).unsqueeze(-1)
 
 
-def quadratic_loss(params: dict[str, Tensor], batch: Batch, perturb=None) -> Tensor:
+def quadratic_loss(params: dict[str, Tensor], batch: Batch) -> Tensor:
     return -quadratic(params, batch.observations, batch.actions).sum(-1)
 
 
@@ -250,6 +250,34 @@ def test_imaml_on_a_quadratic(tasks):
     torch.testing.assert_close(found, pulled_back(query, end, jacobian))
     rough = quadratic_meta_gradient(imaml(cg_iterations=1), [support], query)
     assert 1e-3 < relative_error(rough, found) < 0.5
+
+
+def test_imaml_where_some_parameters_do_not_adapt():
+    """L = ½ (z − c)ᵀ A (z − c) in z = (x, y), x adapted: φ_x = (A_xx + λ)⁻¹ (λ x + A_xx c_x − A_xy (y − c_y)).
+
+    Fails when the solution's dependence on y, −(A_xx + λ)⁻¹ A_xy, is left out.
+    """
+    support, query = make_quadratics(2, 0), make_quadratics(2, 1)
+
+    def joint(params, curvature, centre):
+        return quadratic({"x": torch.cat([params["x"], params["y"]], -1)}, curvature, centre)
+
+    def loss(params, batch):
+        return -joint(params, batch.observations, batch.actions).sum(-1)
+
+    x, y = START[:2].clone().requires_grad_(), START[2:].clone().requires_grad_()
+    method = imaml(cg_iterations=2)
+    MetaObjective(method, loss, joint, MetaParams({"x": x, "y": y}, {}), [support, query], width=8).backward(plain)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for task in range(2):
+        a, c = support.observations[task], support.actions[task]
+        inverse = torch.linalg.inv(a[:2, :2] + 1.5 * torch.eye(2, dtype=torch.float64))
+        offset = 1.5 * START[:2] + a[:2, :2] @ c[:2] - a[:2, 2:] @ (START[2:] - c[2:])
+        end = torch.cat([inverse @ offset, START[2:]])
+        outer = query.observations[task] @ (end - query.actions[task])
+        expected[:2] += 1.5 * inverse @ outer[:2] / 2
+        expected[2:] += (outer[2:] - (inverse @ a[:2, 2:]).T @ outer[:2]) / 2
+    torch.testing.assert_close(torch.cat([x.grad, y.grad]), expected)
 
 
 def test_imaml_is_differentiated_as_the_solution_of_its_last_phase():

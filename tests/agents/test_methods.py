@@ -1,5 +1,7 @@
 """What every method of the MAML family must do, and what makes each one itself; on made-up rollouts."""
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -95,8 +97,7 @@ def test_chunks_add_up_to_the_whole(name, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "estimator"),
-    [(name, estimator) for name in METHODS for estimator in ESTIMATORS if name != "meta_dropout"]
-    + [("meta_dropout", "lvc")],
+    [(n, e) for n, config in agent_configs().items() for e in get_args(config.model_fields["estimator"].annotation)],
 )
 def test_only_the_adapted_modules_adapt(name, estimator):
     """While θ is learned as a whole. Fails when a step descends on all parameters."""
@@ -200,8 +201,10 @@ def test_meta_dropout_perturbs_the_inner_loss_alone():
     first, again = agent.adapt(state, rollout), agent.adapt(state, rollout)
     assert_same(first, again, rtol=0, atol=0)
     assert not torch.allclose(first["weight_2"], other.adapt(state, rollout)["weight_2"], atol=1e-4)
-    agent.meta = agent.meta._replace(iteration=1)
-    assert not torch.allclose(first["weight_2"], agent.adapt(state, rollout)["weight_2"], atol=1e-4)
+    meta = agent.meta
+    for change in ({"iteration": 1}, {"seed": 1}):
+        agent.meta = meta._replace(**change)
+        assert not torch.allclose(first["weight_2"], agent.adapt(state, rollout)["weight_2"], atol=1e-4)
 
 
 def test_meta_dropout_without_variance_begins_as_maml(monkeypatch):
@@ -228,6 +231,20 @@ def test_multi_task_training_learns_from_unadapted_episodes():
     expected = torch.autograd.grad(-(log_probs * batch.advantages.flatten() * weights).sum(), list(theta.values()))
     for value, gradient in zip(theta.values(), expected, strict=True):
         torch.testing.assert_close(value.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_rollouts_that_are_not_k_plus_1_are_refused():
+    agent = make_agent(name="multi_task")
+    with pytest.raises(ValueError, match="got 2 rollouts, expected 1"):
+        agent.update(iteration(agent))
+
+
+def test_settings_without_effect_are_refused():
+    for name in ("fomaml", "reptile", "multi_task", "meta_dropout"):
+        with pytest.raises(ValueError, match="estimator"):
+            make_agent(name=name, estimator="dice")
+    with pytest.raises(ValueError, match="inner_kl_coef has no effect"):
+        make_agent(name="multi_task", inner_kl_coef=0.1)
 
 
 def test_reptile_sums_the_gradients_of_all_phases():
@@ -299,3 +316,15 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name, monkeypatch):
     with pytest.raises(FloatingPointError, match=r"not finite.*inner_lr"):
         agent.update(rollouts)
     assert_same(snapshot(agent), before, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("outer", ["ppo", "trpo", "gradient"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("maml_ppo", "maml_trpo", "maml_vpg")])
+def test_the_gpu_computes_what_the_cpu_does(name, outer):
+    agents = [make_agent(name=name, outer={"name": outer}, adaptation_steps=2, device=d) for d in ("cpu", "cuda")]
+    rollouts = phases(agents[0])
+    for agent in agents:
+        agent.update([rollout.to(agent.device) for rollout in rollouts])
+    assert_same(*(agent.state_dict() for agent in reversed(agents)), rtol=1e-2, atol=1e-4)

@@ -196,15 +196,30 @@ def test_flags_are_laid_over_nested_and_listed_settings():
     assert config.stages[0].tasks.name == before.stages[0].tasks.name
 
 
+def test_a_flag_may_choose_another_agent_or_outer_step_than_the_file():
+    """What both have stays as the file says; the settings of the old one alone are dropped, none of a flag is."""
+
+    def load(flags=""):
+        return load_config("navigation_maml_ppo", flags.split()).agent
+
+    agent = load("--agent.name fomaml")
+    assert (agent.name, agent.outer.max_kl, agent.normalize_observations) == ("fomaml", 0.2, False)
+    agent = load("--agent.name maml_trpo")
+    assert (agent.outer.name, agent.outer.max_kl, agent.normalize_observations) == ("trpo", 0.01, False)  # not PPO's .2
+    agent = load("--agent.name anil --agent.outer.name trpo --agent.outer.cg-iterations 7")
+    assert (agent.outer.name, agent.outer.max_kl, agent.outer.cg_iterations) == ("trpo", 0.01, 7)
+    agent = load("--agent.name reptile --agent.outer.name gradient --agent.outer.lr 0.5")
+    assert (agent.outer.name, agent.outer.lr) == ("gradient", 0.5)
+    assert load() == load("--agent.name maml_ppo") == load("--agent.outer.name ppo")
+    found = problem("navigation_maml_ppo", "--agent.outer.name", "trpo")
+    assert "--agent.outer.name: got 'trpo', expected 'ppo'" in found
+
+
 def test_the_settings_of_an_agent_are_its_own():
     """A near name is sought among those of the chosen agent and outer step alone."""
-    flags = ["--agent.name", "imaml", "--agent.outer", "{name: trpo}"]
-    config = load_config("navigation_maml_ppo", flags)
-    assert (config.agent.proximal, config.agent.outer.cg_iterations) == (2.0, 10)
     for flags, expected in (
         ("--agent.name imaml --agent.proximl 3", "--agent.proximl: unknown setting; did you mean --agent.proximal?"),
         ("--agent.proximal 3", "--agent.proximal: unknown setting"),
-        ("--agent.name maml_trpo", "agent.outer.epochs: unknown setting"),
         ("--agent.name fomaml --agent.outer.name trop", "got 'trop', expected one of ppo, trpo, gradient; did you"),
         ("--agent.name fomalm", "did you mean 'fomaml'?"),
         ("--agent.adapted-modules heads", "got 'heads', expected all or any of layer_0, layer_1, head, log_std"),
