@@ -12,11 +12,12 @@ Fisher-vector product, of which TRPO makes ten or so an iteration, is measured b
 from __future__ import annotations
 
 import argparse
+import ctypes
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,9 +141,17 @@ def peak_megabytes(function: MetaGradient, device: str, tasks: int, whole: bool)
         before = torch.cuda.memory_allocated()
         timed(function, agent, support, query)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ctypes.CDLL(None).malloc_trim(0)  # what making the data took and freed must not hide what the update takes
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from what is resident now
+    before = resident("VmRSS")
     timed(function, agent, support, query)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+    return resident("VmHWM") - before
+
+
+def resident(entry: str) -> float:
+    """Return megabytes of memory of this process: VmRSS now, VmHWM at its peak (Linux)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return float(status.partition(f"{entry}:")[2].split()[0]) / 1e3
 
 
 def memory_table(device: str) -> None:
