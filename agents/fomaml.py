@@ -8,14 +8,13 @@ The inner gradients g count as constants, so that dθ_i^K / dθ = I: no second d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+import functools
+from typing import Literal
 
 from pydantic import Field
 
 from metarl.agents.gradient_agent import GradientAgentConfig
-from metarl.agents.inner import Loss, MetaParams, OuterPhases, descend, gradients
-from metarl.policies import Params
+from metarl.agents.maml import Maml
 
 
 class FomamlConfig(GradientAgentConfig):
@@ -25,19 +24,5 @@ class FomamlConfig(GradientAgentConfig):
     estimator: Literal["lvc"] = Field("lvc", description="surrogate; to first order they are all the same")
 
 
-@dataclass(frozen=True)
-class Fomaml:
-    """θ' = θ − α stop_grad(∇L(θ))."""
-
-    config: GradientAgentConfig
-    adapted: tuple[str, ...]
-    outer_phases: ClassVar[OuterPhases] = "last"
-
-    def learned(self, theta: Params) -> Params:
-        """Nothing beside θ."""
-        return {}
-
-    def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
-        """MAML's step without the graph of its gradient; see `Method.step`."""
-        gradient = gradients(loss, params, self.adapted, batch, create_graph=False)
-        return descend(params, gradient, self.config.inner_lr)
+Fomaml = functools.partial(Maml, second_order=False)
+"""θ' = θ − α stop_grad(∇L(θ))."""

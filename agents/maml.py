@@ -14,7 +14,7 @@ The gradient is exact to second order: it flows through the inner gradients.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -47,11 +47,19 @@ class MamlVpgConfig(GradientAgentConfig):
 
 @dataclass(frozen=True)
 class Maml:
-    """θ' = θ − α ∇L(θ), differentiated as it stands."""
+    """θ' = θ − α ∇L(θ).
+
+    Attributes:
+        config: its settings.
+        adapted: names of the parameters that adapt.
+        second_order: whether ∇L is differentiated, too; else it counts as a constant.
+        outer_phases: what the outer loss is taken of; see `Method`.
+    """
 
     config: GradientAgentConfig
     adapted: tuple[str, ...]
-    outer_phases: ClassVar[OuterPhases] = "last"
+    second_order: bool = True
+    outer_phases: OuterPhases = "last"
 
     def learned(self, theta: Params) -> Params:
         """Nothing beside θ."""
@@ -59,5 +67,5 @@ class Maml:
 
     def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
         """Finn et al. 2017, Sec. 2.2; see `Method.step`."""
-        gradient = gradients(loss, params, self.adapted, batch, create_graph)
+        gradient = gradients(loss, params, self.adapted, batch, create_graph and self.second_order)
         return descend(params, gradient, self.config.inner_lr)

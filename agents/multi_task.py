@@ -8,15 +8,14 @@ for the meta-learners.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+import functools
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from metarl.agents.gradient_agent import GradientAgentConfig
-from metarl.agents.inner import Loss, MetaParams, OuterPhases, descend, gradients
+from metarl.agents.maml import Maml
 from metarl.agents.outer import PpoConfig
-from metarl.policies import Params
 
 
 class MultiTaskConfig(GradientAgentConfig):
@@ -33,18 +32,5 @@ class MultiTaskConfig(GradientAgentConfig):
         return self
 
 
-@dataclass(frozen=True)
-class MultiTask:
-    """The outer loss of θ itself; a gradient step where it is evaluated."""
-
-    config: MultiTaskConfig
-    adapted: tuple[str, ...]
-    outer_phases: ClassVar[OuterPhases] = "first"
-
-    def learned(self, theta: Params) -> Params:
-        """Nothing beside θ."""
-        return {}
-
-    def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
-        """A gradient step; see `Method.step`."""
-        return descend(params, gradients(loss, params, self.adapted, batch, create_graph), self.config.inner_lr)
+MultiTask = functools.partial(Maml, outer_phases="first")
+"""The outer loss of θ itself; MAML's step where it is evaluated."""

@@ -14,14 +14,13 @@ Without the query phase, K = 1 would be training on all tasks at once (their Sec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+import functools
+from typing import Literal
 
 from pydantic import Field
 
 from metarl.agents.gradient_agent import GradientAgentConfig
-from metarl.agents.inner import Loss, MetaParams, OuterPhases, descend, gradients
-from metarl.policies import Params
+from metarl.agents.maml import Maml
 
 
 class ReptileConfig(GradientAgentConfig):
@@ -31,19 +30,5 @@ class ReptileConfig(GradientAgentConfig):
     estimator: Literal["lvc"] = Field("lvc", description="surrogate; to first order they are all the same")
 
 
-@dataclass(frozen=True)
-class Reptile:
-    """The steps of FOMAML, the outer loss of all phases."""
-
-    config: GradientAgentConfig
-    adapted: tuple[str, ...]
-    outer_phases: ClassVar[OuterPhases] = "all"
-
-    def learned(self, theta: Params) -> Params:
-        """Nothing beside θ."""
-        return {}
-
-    def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
-        """One step of the descent; see `Method.step`."""
-        gradient = gradients(loss, params, self.adapted, batch, create_graph=False)
-        return descend(params, gradient, self.config.inner_lr)
+Reptile = functools.partial(Maml, second_order=False, outer_phases="all")
+"""The steps of FOMAML, the outer loss of all phases."""
