@@ -10,7 +10,7 @@ from metarl.agents.inner import Batch, MetaParams, PolicyLoss
 from metarl.agents.meta_curvature import precondition
 from metarl.agents.meta_objective import MetaObjective
 from metarl.agents.outer import likelihood_ratio
-from metarl.objectives import ESTIMATORS
+from metarl.objectives import ESTIMATORS, approximate_kl
 from tests.agents.rollouts import assert_same, collect, iteration, make_agent, snapshot
 
 DIFFERENTIATED = ["maml_ppo", "meta_sgd", "meta_curvature", "anil", "meta_dropout"]
@@ -288,6 +288,31 @@ def test_a_plain_gradient_step_by_each_optimiser(optimizer):
     rollouts = phases(agent, seed=1)
     assert restored.update(rollouts) == agent.update(rollouts)
     assert_same(snapshot(restored), snapshot(agent), rtol=0, atol=0)
+
+
+def test_the_inner_kl_is_that_of_the_support_data():
+    """η times the gradient of mean_i KL(collecting ‖ θ) is added, once θ has moved. Fails when PPO drops η."""
+    agent = make_agent()
+    rollouts = phases(agent)
+    batches = [agent._prepare(rollout) for rollout in rollouts]
+    theta = agent.meta.theta
+    theta["bias_2"].data += 0.2
+    found = []
+    for coefficient in (0.0, 0.7):
+        clear(agent)
+        agent.objective(batches).backward(likelihood_ratio, coefficient)
+        found.append({key: value.grad.clone() for key, value in theta.items()})
+    clear(agent)
+    support = batches[0]
+    for task in range(3):
+        observations, actions, old, _, weights, _ = support.tasks(task)
+        (0.7 / 3 * approximate_kl(agent.policy.log_prob(theta, observations, actions), old, weights)).backward()
+    expected = {key: found[0][key] + value.grad for key, value in theta.items()}
+    assert_same(found[1], expected, rtol=1e-4, atol=1e-6)
+    free, held = make_agent(epochs=3, lr=0.05), make_agent(epochs=3, lr=0.05, inner_kl_coef=10.0)
+    for one in (free, held):
+        one.update(rollouts)
+    assert not torch.equal(snapshot(held)["policy.bias_2"], snapshot(free)["policy.bias_2"])
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("maml_ppo", "maml_trpo", "maml_vpg")])
