@@ -102,9 +102,9 @@ class _Problem:
 
     def through_shared(self, solved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return −∇²_ba L x / λ for x = `solve(v)`: how the solution moves with the parameters that do not adapt."""
-        _, shared, gradient, _ = self._gradient()
-        if not shared:
+        if not self.shared:
             return ()
+        _, shared, gradient, _ = self._gradient()
         with torch.enable_grad():
             cross = torch.autograd.grad(gradient, shared, solved, create_graph=True, materialize_grads=True)
         return tuple(-part / self.config.proximal for part in cross)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from metarl.agents.conjugate_gradient import dot
 from metarl.agents.inner import Batch, LogProb, Loss, MetaParams, Method, follow
 from metarl.objectives import approximate_kl
 from metarl.policies import Params
@@ -147,10 +148,7 @@ class MetaObjective:
             # J v by differentiating wᵀJ, which is linear in w: two passes backward make one forward.
             cotangents = [torch.zeros_like(output, requires_grad=True) for output in outputs]
             pulled = torch.autograd.grad(outputs, leaves, cotangents, create_graph=True, materialize_grads=True)
-            along = sum(
-                (((part * value).sum()) for part, value in zip(pulled, vector.values(), strict=True)),
-                torch.zeros((), device=leaves[0].device),
-            )
+            along = dot(dict(zip(vector, pulled, strict=True)), vector)
             pushed = torch.autograd.grad(along, cotangents, retain_graph=True)
             scaled = [
                 part * batch.weights / batch.weights.sum(-1, keepdim=True).clamp_min(1e-12)
