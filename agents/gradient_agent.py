@@ -25,7 +25,7 @@ from metarl.normalizer import Normalizer
 from metarl.objectives import ESTIMATORS
 from metarl.policies import GaussianMlp, Params, gaussian_log_prob
 from metarl.returns import gae, normalize_advantages
-from metarl.types import Rollout
+from metarl.types import Percept, Rollout
 
 
 class GradientAgentConfig(BaseModel):
@@ -100,7 +100,7 @@ class GradientAgent:
         seed: int,
     ) -> None:
         self.method, self.config, self.device = method, config, device
-        self.adaptation_steps = config.adaptation_steps
+        self.trial_episodes, self.adaptation_steps = 1, config.adaptation_steps
         self.training_adaptation_steps = 0 if method.outer_phases == "first" else config.adaptation_steps
         self.policy = GaussianMlp(
             observation_size,
@@ -134,17 +134,17 @@ class GradientAgent:
         return {name: value.detach().cpu().expand(num_tasks, *value.shape) for name, value in self.meta.theta.items()}
 
     @torch.no_grad()
-    def act(self, observations: Tensor, noise: Tensor, state: Params) -> tuple[Tensor, Tensor, Params]:
-        """Draw actions; see `Agent.act`."""
-        mean, log_std = self.policy.distribution(state, self._acting_normalizer(observations))
+    def act(self, percept: Percept, noise: Tensor, state: Params) -> tuple[Tensor, Tensor, Params]:
+        """Draw actions; see `Agent.act`. Of the percept only the observations matter."""
+        mean, log_std = self.policy.distribution(state, self._acting_normalizer(percept.observations))
         actions = mean + log_std.exp() * noise
         return actions, gaussian_log_prob(mean, log_std, actions), state
 
     @torch.no_grad()
-    def log_prob(self, state: Params, observations: Tensor, actions: Tensor) -> Tensor:
+    def log_prob(self, state: Params, rollout: Rollout) -> Tensor:
         """Log-density of given actions; see `Agent.log_prob`."""
-        inputs = self._acting_normalizer(observations).flatten(1, 2)
-        return self.policy.log_prob(state, inputs, actions.flatten(1, 2)).view(actions.shape[:-1])
+        inputs = self._acting_normalizer(rollout.observations).flatten(1, 2)
+        return self.policy.log_prob(state, inputs, rollout.actions.flatten(1, 2)).view(rollout.valid.shape)
 
     def adapt(self, state: Params, rollout: Rollout) -> Params:
         """One inner step for every task on its own data; see `Agent.adapt`."""

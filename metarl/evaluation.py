@@ -8,7 +8,6 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-import torch
 
 from metarl import statistics
 from metarl.config import RunConfig
@@ -18,7 +17,7 @@ from metarl.envs.manager import EnvManager
 from metarl.envs.vector import make_envs
 from metarl.errors import UserError, unknown_name
 from metarl.policy import Policy, build_agent
-from metarl.sampling import adapt_and_collect
+from metarl.sampling import adapt_and_collect, by_phase
 from metarl.seeding import Purpose, children, seeds
 from metarl.types import Agent, BatchEnv, Rollout, Task, TaskDistribution
 
@@ -155,10 +154,8 @@ def _phases(
             task_seeds[start : start + envs.max_envs],
             adaptation_steps,
         )
-        returns, success = (
-            torch.stack([measure(rollout).nanmean(-1) for rollout in rollouts], -1).tolist()
-            for measure in (Rollout.episode_returns, Rollout.episode_success)
-        )
+        measures = Rollout.episode_returns, Rollout.episode_success
+        returns, success = (by_phase(rollouts, measure).tolist() for measure in measures)
         results += [(_defined(a), _defined(b)) for a, b in zip(returns, success, strict=True)]
     return results
 

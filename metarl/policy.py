@@ -21,7 +21,7 @@ from metarl.config import RunConfig, load_config
 from metarl.errors import UserError
 from metarl.sampling import rollout_arrays, scale_actions
 from metarl.seeding import Purpose, integer_seed
-from metarl.types import Agent, FloatArray, Rollout, Trajectory
+from metarl.types import Agent, FloatArray, Percept, Rollout, Trajectory
 
 
 def build_agent(config: RunConfig, spaces: Spaces, device: torch.device, purpose: Purpose = Purpose.AGENT) -> Agent:
@@ -89,9 +89,12 @@ class Policy:
         if not np.isfinite(observation).all():
             raise ValueError("observation holds NaN or infinity; check the sensors before calling predict")
         batch = torch.from_numpy(np.atleast_2d(observation)).float()[None]
-        shape = (1, batch.shape[1], self.spaces.action_size)
-        noise = torch.zeros(shape) if deterministic else torch.randn(shape)
-        actions, log_probs, _ = self.agent.act(batch, noise, self.state)
+        shape = (1, batch.shape[1])
+        percept = Percept(batch, torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), torch.ones(shape).bool())
+        noise = torch.zeros(*shape, self.spaces.action_size)
+        if not deterministic:
+            noise = torch.randn(noise.shape)
+        actions, log_probs, _ = self.agent.act(percept, noise, self.state)
         return actions[0].double().numpy(), log_probs[0].double().numpy()
 
     def record(self, env: gymnasium.Env[Any, Any], episodes: int) -> list[Trajectory]:
@@ -160,7 +163,7 @@ class Policy:
         return replace(rollout, log_probs=self._log_probs(rollout, trajectories))
 
     def _log_probs(self, rollout: Rollout, trajectories: Sequence[Trajectory]) -> torch.Tensor:
-        log_probs = self.agent.log_prob(self.state, rollout.observations, rollout.actions).clone()
+        log_probs = self.agent.log_prob(self.state, rollout).clone()
         for n, trajectory in enumerate(trajectories):
             if trajectory.log_probs is not None:
                 log_probs[0, n, : len(trajectory.log_probs)] = torch.from_numpy(trajectory.log_probs).float()

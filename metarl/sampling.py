@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from metarl.seeding import children
-from metarl.types import Agent, BatchEnv, BoolArray, FloatArray, Rollout, Step, Task
+from metarl.types import Agent, BatchEnv, BoolArray, FloatArray, Percept, Rollout, Step, Task
 
 
 def scale_actions(actions: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
@@ -27,11 +27,11 @@ def collect(
     rollouts_per_task: int,
     seeds: Sequence[np.random.SeedSequence],
 ) -> Rollout:
-    """Run `rollouts_per_task` complete episodes of each task with the agent in `state`.
+    """Run `rollouts_per_task` rollouts of each task, of `agent.trial_episodes` episodes each, begun in `state`.
 
     Rollouts of a task beyond what fits into `envs.max_envs` run one after another, in waves. The number of workers does
     not change the result, that of environments changes it by rounding alone: the noise of every action and the seed of
-    every episode are drawn beforehand. An episode with a NaN or infinite observation or reward is dropped: all its
+    every episode are drawn beforehand. A rollout with a NaN or infinite observation or reward is dropped: all its
     steps become invalid.
 
     Args:
@@ -43,34 +43,50 @@ def collect(
         seeds: one a task, the only source of randomness.
 
     Returns:
-        A rollout `[M, N, T, ...]` on the agent's device, moved there at once; T is the length of the longest episode,
-        at most the tasks' horizon.
+        A rollout `[M, N, T, ...]` on the agent's device, moved there at once; T is the length of the longest one, at
+        most the tasks' horizon times L.
 
     Raises:
         ValueError: more tasks than environments.
-        RuntimeError: more than half of the episodes had to be dropped.
+        RuntimeError: more than half of the rollouts had to be dropped.
     """
     if len(tasks) > envs.max_envs:
         raise ValueError(f"{len(tasks)} tasks do not fit into {envs.max_envs} environments; collect them in parts")
-    horizon = max(int(task.option("horizon")) for task in tasks)
-    shape = (len(tasks), rollouts_per_task, horizon)
+    episodes = agent.trial_episodes
+    shape = (len(tasks), rollouts_per_task, episodes * max(int(task.option("horizon")) for task in tasks))
     noise = torch.stack([_noise(task_seeds, *shape[1:], envs.action_space.shape[0]) for task_seeds in seeds])
-    env_seeds = np.stack([task_seeds.generate_state(rollouts_per_task + 2, np.uint32)[2:] for task_seeds in seeds])
+    # The first two words of each task's are the seed of its noise.
+    words = [task_seeds.generate_state(rollouts_per_task * episodes + 2, np.uint32)[2:] for task_seeds in seeds]
+    env_seeds = np.stack(words).reshape(*shape[:2], episodes)
     arrays = rollout_arrays(shape, envs.observation_space.shape[0], envs.action_space.shape[0])
     in_flight = min(rollouts_per_task, envs.max_envs // len(tasks))
     with _one_thread():
         for start in range(0, rollouts_per_task, in_flight):
             wave = slice(start, min(start + in_flight, rollouts_per_task))
             _run_wave(envs, agent, state, tasks, noise[:, wave], env_seeds[:, wave], _part(arrays, wave))
-    dropped = ~arrays["valid"].any(-1)
+    dropped = ~arrays["valid"].reshape(*shape[:2], episodes, -1).any(-1).all(-1)
     if dropped.mean() > 0.5:
         raise RuntimeError(
-            f"{int(dropped.sum())} of {dropped.size} episodes had a NaN or infinite observation or reward and were "
+            f"{int(dropped.sum())} of {dropped.size} rollouts had a NaN or infinite observation or reward and were "
             "dropped; the environment is broken or the actions drive the simulation apart"
         )
+    for array in arrays.values():
+        array[dropped] = 0
+    if episodes > 1:
+        _close_gaps(arrays)
     length = int(np.flatnonzero(arrays["valid"].any((0, 1)))[-1]) + 1
     rollout = Rollout(**{name: torch.from_numpy(array[:, :, :length]) for name, array in arrays.items()})
     return rollout.to(agent.device)
+
+
+def _close_gaps(arrays: dict[str, NDArray[Any]]) -> None:
+    """Lay the episodes of each rollout end to end, where some were shorter than the horizon; padding comes last."""
+    valid = arrays["valid"]
+    if (valid[..., :-1] >= valid[..., 1:]).all():
+        return
+    order = np.argsort(~valid, axis=-1, kind="stable")
+    for name, array in arrays.items():
+        arrays[name] = np.take_along_axis(array, order.reshape(*order.shape, *[1] * (array.ndim - 3)), axis=2)
 
 
 @contextlib.contextmanager
@@ -103,35 +119,42 @@ def _run_wave(
     seeds: NDArray[Any],
     arrays: dict[str, NDArray[Any]],
 ) -> None:
-    """Run P episodes of each task side by side: noise `[M, P, T, A]`, seeds `[M, P]`; writes arrays `[M, P, T, ...]`.
+    """Run P rollouts of each task side by side: noise `[M, P, T, A]`, seeds `[M, P, L]`; writes `[M, P, T, ...]`.
 
-    The P episodes of each task are split into lanes. While the environments of one lane are stepped, the agent acts in
-    the next; a single episode is a single lane.
+    The P rollouts of each task are split into lanes. While the environments of one lane are stepped, the agent acts in
+    the next; a single rollout is a single lane. All begin an episode together, with the state and the last reward that
+    the episode before has left to them.
     """
-    num_tasks, parallel, horizon, action_size = noise.shape
+    num_tasks, parallel, _, action_size = noise.shape
+    horizon = noise.shape[2] // seeds.shape[2]
     count = min(parallel, envs.lanes)
     lanes = [slice(parallel * i // count, parallel * (i + 1) // count) for i in range(count)]
-    in_order = [task for lane in lanes for task in tasks for _ in range(lane.start, lane.stop)]
-    observations = envs.reset(in_order, np.concatenate([seeds[:, lane].reshape(-1) for lane in lanes]))
-    low, high = envs.action_space.low.astype(np.float64), envs.action_space.high.astype(np.float64)
     rows = [slice(num_tasks * lane.start, num_tasks * lane.stop) for lane in lanes]
-    episodes = [_Episodes(horizon, observations[lane], action_size) for lane in rows]
-    states = [state] * len(lanes)
-    for t in range(horizon + 1):
-        for i, record in enumerate(episodes):
-            if t > 0 and record.active.any():
-                record.write(t - 1, envs.step_wait(rows[i]))
-            if t < horizon and record.active.any():
-                inputs = torch.from_numpy(record.observations[t]).view(num_tasks, -1, record.observations.shape[-1])
-                actions, log_probs, states[i] = agent.act(inputs, noise[:, lanes[i], t], states[i])
-                record.actions[t] = actions.reshape(-1, action_size)
-                record.log_probs[t] = log_probs.reshape(-1)
-                scaled = scale_actions(np.clip(record.actions[t].astype(np.float64), -1.0, 1.0), low, high)
-                envs.step_async(rows[i], scaled, record.active)
-    for lane, record in zip(lanes, episodes, strict=True):
-        for name, array in record.arrays().items():
-            time_last = array.swapaxes(0, 1)
-            arrays[name][:, lane] = time_last.reshape(num_tasks, -1, *time_last.shape[1:])
+    in_order = [task for lane in lanes for task in tasks for _ in range(lane.start, lane.stop)]
+    low, high = envs.action_space.low.astype(np.float64), envs.action_space.high.astype(np.float64)
+    states, rewards = [state] * count, [np.zeros(lane.stop - lane.start, np.float32) for lane in rows]
+    for episode in range(seeds.shape[2]):
+        observations = envs.reset(in_order, np.concatenate([seeds[:, lane, episode].reshape(-1) for lane in lanes]))
+        records = [
+            _Episodes(horizon, observations[lane], action_size, last) for lane, last in zip(rows, rewards, strict=True)
+        ]
+        begin = episode * horizon
+        for t in range(horizon + 1):
+            for i, record in enumerate(records):
+                if t > 0 and record.active.any():
+                    record.write(t - 1, envs.step_wait(rows[i]))
+                if t < horizon and record.active.any():
+                    percept = record.percept(t, num_tasks)
+                    actions, log_probs, states[i] = agent.act(percept, noise[:, lanes[i], begin + t], states[i])
+                    record.actions[t] = actions.reshape(-1, action_size)
+                    record.log_probs[t] = log_probs.reshape(-1)
+                    scaled = scale_actions(np.clip(record.actions[t].astype(np.float64), -1.0, 1.0), low, high)
+                    envs.step_async(rows[i], scaled, record.active)
+        rewards = [record.last_rewards for record in records]
+        for lane, record in zip(lanes, records, strict=True):
+            for name, array in record.arrays().items():
+                time_last = array.swapaxes(0, 1).reshape(num_tasks, -1, horizon, *array.shape[2:])
+                arrays[name][:, lane, begin : begin + horizon] = time_last
 
 
 def rollout_arrays(shape: tuple[int, int, int], observation_size: int, action_size: int) -> dict[str, NDArray[Any]]:
@@ -150,9 +173,16 @@ def rollout_arrays(shape: tuple[int, int, int], observation_size: int, action_si
 
 
 class _Episodes:
-    """What the E environments of a lane did, `[T, E, ...]`: each step writes one row, in float32, as agents read it."""
+    """An episode of the E environments of a lane, `[T, E, ...]`: each step writes a row, in float32, as agents read it.
 
-    def __init__(self, horizon: int, observations: FloatArray, action_size: int) -> None:
+    Args:
+        horizon: T.
+        observations: `[E, O]`, of the reset.
+        action_size: A.
+        rewards: `[E]`, of the last step of the episode before.
+    """
+
+    def __init__(self, horizon: int, observations: FloatArray, action_size: int, rewards: NDArray[np.float32]) -> None:
         envs, observation_size = observations.shape
         self.observations = np.zeros((horizon + 1, envs, observation_size), np.float32)
         self.actions = np.zeros((horizon, envs, action_size), np.float32)
@@ -162,6 +192,18 @@ class _Episodes:
             self.observations[0] = observations
         self.active: BoolArray = np.isfinite(self.observations[0]).all(-1)
         self.dropped = ~self.active
+        self.last_rewards = rewards
+
+    def percept(self, t: int, num_tasks: int) -> Percept:
+        """What the agent is told before step t, of P rollouts of each task."""
+        observations = torch.from_numpy(self.observations[t]).view(num_tasks, -1, self.observations.shape[-1])
+        shape = observations.shape[:2]
+        return Percept(
+            observations,
+            torch.from_numpy(self.last_rewards).view(shape),
+            torch.full(shape, t == 0),
+            torch.from_numpy(self.active).view(shape),
+        )
 
     def write(self, t: int, step: Step) -> None:
         """Write step t of the active environments, and deactivate those whose episode has ended or is broken."""
@@ -170,6 +212,7 @@ class _Episodes:
             self.rewards[t] = step.rewards
         self.success[t], self.valid[t], self.terminated[t] = step.success, self.active, step.terminated
         self.truncated[t] = step.truncated | ~step.terminated if t + 1 == len(self.valid) else step.truncated
+        self.last_rewards = np.where(self.active, self.rewards[t], self.last_rewards)
         sane = np.isfinite(self.observations[t + 1]).all(-1) & np.isfinite(self.rewards[t])
         self.dropped |= self.active & ~sane
         self.active = self.active & sane & ~step.terminated & ~self.truncated[t]
@@ -221,3 +264,16 @@ def adapt_and_collect(
             state = agent.adapt(state, rollouts[-1])
         rollouts.append(collect(envs, agent, state, tasks, rollouts_per_task, phase_seeds))
     return rollouts
+
+
+def by_phase(rollouts: Sequence[Rollout], measure: Callable[[Rollout], torch.Tensor]) -> torch.Tensor:
+    """Return how each task went before adaptation, and after each part of it, `[M, phases]`.
+
+    A phase is one of the rollouts between which an agent adapts, or one episode of a trial; what adapts is told by
+    the shapes alone.
+
+    Args:
+        rollouts: K + 1.
+        measure: of episodes, `[M, N, L]`; NaN is left out of the mean over N.
+    """
+    return torch.cat([measure(rollout).nanmean(1) for rollout in rollouts], -1)

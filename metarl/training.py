@@ -31,7 +31,7 @@ from metarl.envs.vector import POOL, env_spaces, make_envs, usable_cores
 from metarl.errors import UserError
 from metarl.evaluation import Report, evaluate_agent, held_out_metrics, select_tasks
 from metarl.policy import Policy, build_agent, resolve_device, restore
-from metarl.sampling import adapt_and_collect
+from metarl.sampling import adapt_and_collect, by_phase
 from metarl.seeding import Purpose, children, seeds
 from metarl.tracking import Tracker
 from metarl.transfer import stage_starts, start_from
@@ -260,12 +260,12 @@ class Limits:
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Return the scalars of an iteration's K + 1 rollouts: means over all episodes, dropped ones left out."""
-    returns = [float(rollout.episode_returns().nanmean()) for rollout in rollouts]
+    """Return the scalars of an iteration's K + 1 rollouts: means over all tasks, dropped rollouts left out."""
+    measures = Rollout.episode_returns, Rollout.episode_success
+    returns, success = (by_phase(rollouts, measure).nanmean(0).tolist() for measure in measures)
     metrics = {"meta_train/return_pre": returns[0], "meta_train/return_post": returns[-1]}
+    metrics |= {"meta_train/success_pre": success[0], "meta_train/success_post": success[-1]}
     metrics |= {f"adaptation/return_after_{k}": value for k, value in enumerate(returns)}
-    metrics["meta_train/success_pre"] = float(rollouts[0].episode_success().nanmean())
-    metrics["meta_train/success_post"] = float(rollouts[-1].episode_success().nanmean())
     metrics["train/dropped_episodes"] = float(sum((~rollout.valid.any(-1)).sum() for rollout in rollouts))
     return metrics
 

@@ -5,6 +5,7 @@ Owns validation and JSON, no other behaviour. Must not import torch, environment
 Shape legend, used in every docstring:
 
     M tasks      N rollouts a task      T steps      K adaptation steps
+    L episodes a rollout: 1, or the episodes of a trial for agents that adapt in their memory
     P rollouts of one task in flight    E environments stepped together (E = M · P, task first)
     O observation size                  A action size
 
@@ -124,14 +125,16 @@ def _checked(field: str, value: NDArray[Any], ndim: int) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Complete episodes of M tasks, N each, padded to T steps; the unit that agents learn from.
+    """What agents learn from: of M tasks N rollouts each, of L complete episodes end to end, padded to T steps.
 
-    A padded step has `valid` False and zeros elsewhere. `terminated` and `truncated` are never merged: a value function
-    bootstraps after truncation and not after termination.
+    L is 1 for agents that adapt between rollouts; for those that adapt in their memory a rollout is a trial. The steps
+    of a rollout come first, padding is last: it has `valid` False and zeros elsewhere. `terminated` and `truncated` are
+    never merged: a value function bootstraps after truncation and not after termination.
 
     Attributes:
         observations: `[M, N, T, O]`, before the action.
-        next_observations: `[M, N, T, O]`, after it; the true last observation at an episode's end.
+        next_observations: `[M, N, T, O]`, after it; the true last observation at an episode's end, though the next
+            step of a trial begins from another one.
         actions: `[M, N, T, A]`, as the policy drew them: before clipping and scaling to the action space.
         rewards: `[M, N, T]`.
         log_probs: `[M, N, T]`, of the policy that acted.
@@ -166,16 +169,27 @@ class Rollout:
         """How many environment steps the rollout holds."""
         return int(self.valid.sum())
 
+    @property
+    def episode(self) -> torch.Tensor:
+        """The episode that each step belongs to, counted from 0 in every rollout, `[M, N, T]`."""
+        return (self.episode_start.cumsum(-1) - 1).clamp_min(0)
+
     def episode_returns(self) -> torch.Tensor:
-        """Undiscounted return of each rollout, `[M, N]`; NaN for a dropped one."""
-        returns = (self.rewards * self.valid).sum(-1)
-        return returns.masked_fill(~self.valid.any(-1), float("nan"))
+        """Undiscounted return of each episode, `[M, N, L]`; NaN for the episodes of a dropped rollout."""
+        returns = self._by_episode(self.rewards * self.valid, "sum")
+        return returns.masked_fill(~self.valid.any(-1, keepdim=True), float("nan"))
 
     def episode_success(self) -> torch.Tensor:
-        """1 where success held at ANY step of the rollout, else 0, `[M, N]`; NaN if undefined or dropped."""
-        undefined = (self.success.isnan() & self.valid).any(-1) | ~self.valid.any(-1)
-        reached = (self.success.nan_to_num() * self.valid).amax(-1)
-        return reached.masked_fill(undefined, float("nan"))
+        """1 where success held at ANY step of the episode, else 0, `[M, N, L]`; NaN if undefined or dropped."""
+        undefined = self._by_episode((self.success.isnan() & self.valid).to(self.rewards.dtype), "amax") > 0
+        reached = self._by_episode(self.success.nan_to_num() * self.valid, "amax")
+        return reached.masked_fill(undefined | ~self.valid.any(-1, keepdim=True), float("nan"))
+
+    def _by_episode(self, values: torch.Tensor, reduce: str) -> torch.Tensor:
+        """Reduce `[M, N, T]` to `[M, N, L]`; values are not negative where the reduction is a maximum."""
+        episode = self.episode
+        count = int(episode.max()) + 1
+        return values.new_zeros(*values.shape[:2], count).scatter_reduce(-1, episode, values, reduce)
 
 
 class Step(NamedTuple):
@@ -186,6 +200,19 @@ class Step(NamedTuple):
     terminated: BoolArray  # [E]
     truncated: BoolArray  # [E]
     success: FloatArray  # [E], NaN where undefined
+
+
+class Percept(NamedTuple):
+    """What an agent is told before it acts in P rollouts of each of M tasks."""
+
+    observations: torch.Tensor
+    """`[M, P, O]`, raw."""
+    rewards: torch.Tensor
+    """`[M, P]`, of the last step, also where that was in the episode before; 0 where a rollout begins."""
+    episode_start: torch.Tensor
+    """`[M, P]`, bool: an episode begins with these observations."""
+    active: torch.Tensor
+    """`[M, P]`, bool: elsewhere the episode has ended, actions have no effect, and a memory stays as it is."""
 
 
 class BatchEnv(Protocol):
@@ -243,6 +270,9 @@ class Agent(Protocol):
     device: torch.device
     """Where `adapt` and `update` want their rollouts; `act` works on the CPU, beside the environments."""
 
+    trial_episodes: int
+    """L, the episodes of a rollout, through which the state of `act` is carried; 1 for agents without a memory."""
+
     adaptation_steps: int
     """K, the number of calls of `adapt` between the first rollout and the last; 0 for agents that adapt in memory."""
 
@@ -252,22 +282,20 @@ class Agent(Protocol):
     def initial_state(self, num_tasks: int) -> Any:
         """The state before adaptation, for `num_tasks` tasks."""
 
-    def act(
-        self, observations: torch.Tensor, noise: torch.Tensor, state: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    def act(self, percept: Percept, noise: torch.Tensor, state: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Choose actions.
 
         Args:
-            observations: `[M, P, O]`, raw.
+            percept: of P rollouts of each task.
             noise: `[M, P, A]`, standard normal; zeros give the deterministic action.
-            state: from `initial_state`, `adapt` or the last `act`.
+            state: from `initial_state`, `adapt` or the last `act`; it stays as it is.
 
         Returns:
             actions `[M, P, A]` in which ±1 are the bounds of the action space, log_probs `[M, P]`, and the next state.
         """
 
-    def log_prob(self, state: Any, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """Log-density `[M, N, T]` of actions `[M, N, T, A]` at raw observations `[M, N, T, O]`, no gradient."""
+    def log_prob(self, state: Any, rollout: Rollout) -> torch.Tensor:
+        """Log-density `[M, N, T]` of a rollout's actions, by the agent that begins it in `state`; no gradient."""
 
     def adapt(self, state: Any, rollout: Rollout) -> Any:
         """The state after one adaptation step on `rollout`, which `state` collected; nothing else changes."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from metarl.agents import agent_configs, build, outer
-from metarl.types import Rollout
+from metarl.types import Percept, Rollout
 
 OBSERVATIONS, ACTIONS = 3, 2
 
@@ -27,7 +27,11 @@ def collect(agent, state, tasks=3, rollouts=4, steps=6, seed=0):
     shape = (tasks, rollouts, steps)
     observations = torch.randn(*shape, OBSERVATIONS, generator=generator)
     noise = torch.randn(tasks, rollouts * steps, ACTIONS, generator=generator)
-    actions, log_probs, _ = agent.act(observations.flatten(1, 2), noise, state)
+    flat = (tasks, rollouts * steps)
+    percept = Percept(
+        observations.flatten(1, 2), torch.zeros(flat), torch.zeros(flat, dtype=bool), torch.ones(flat, dtype=bool)
+    )
+    actions, log_probs, _ = agent.act(percept, noise, state)
     actions, log_probs = actions.view(*shape, ACTIONS), log_probs.view(shape)
     final = torch.randn(tasks, rollouts, 1, OBSERVATIONS, generator=generator)
     targets = torch.arange(tasks)[:, None] * torch.tensor([0.3, -0.3])

@@ -1,5 +1,6 @@
 """Evaluation reports, the choice of tasks, and the policy that users hold."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -101,10 +102,10 @@ def test_every_phase_is_collected_with_what_the_phases_before_led_to(policy, goa
     evaluate(policy, goals.test_tasks)
     state = policy.agent.initial_state(6)
     for rollout in collected[0]:
-        log_probs = policy.agent.log_prob(state, rollout.observations, rollout.actions)
+        log_probs = policy.agent.log_prob(state, rollout)
         torch.testing.assert_close(rollout.log_probs, log_probs)
         state = policy.agent.adapt(state, rollout)
-        adapted = policy.agent.log_prob(state, rollout.observations, rollout.actions)
+        adapted = policy.agent.log_prob(state, rollout)
         assert (adapted - log_probs).abs().max() > 1e-3
 
 
@@ -306,7 +307,7 @@ def record(policy, tasks, episodes=3):
         **{
             **vars(rollout),
             "actions": actions,
-            "log_probs": policy.agent.log_prob(policy.state, rollout.observations, actions),
+            "log_probs": policy.agent.log_prob(policy.state, dataclasses.replace(rollout, actions=actions)),
         }
     )
     trajectories = [

@@ -59,6 +59,7 @@ class Scripted:
 
     device = torch.device("cpu")
     adaptation_steps = 2
+    trial_episodes = 1
 
     def __init__(self, action=None):
         self.action = action
@@ -67,9 +68,9 @@ class Scripted:
     def initial_state(self, num_tasks):
         return 0.0
 
-    def act(self, observations, noise, state):
-        assert observations.dtype == torch.float32
-        assert noise.shape == (*observations.shape[:2], 2)
+    def act(self, percept, noise, state):
+        assert percept.observations.dtype == torch.float32
+        assert noise.shape == (*percept.observations.shape[:2], 2)
         actions = noise if self.action is None else torch.tensor(self.action).expand(noise.shape)
         return actions, torch.full(noise.shape[:2], state), state + 0.01
 
@@ -127,7 +128,7 @@ def test_a_full_horizon_by_hand():
     assert rollout.truncated.tolist() == [[[False] * 4 + [True]] * 3] * 2
     assert rollout.episode_start.tolist() == [[[True] + [False] * 4] * 3] * 2
     assert rollout.success.isnan().all()
-    assert rollout.episode_returns().tolist() == [[5.0] * 3] * 2
+    assert rollout.episode_returns().tolist() == [[[5.0]] * 3] * 2
     assert rollout.env_steps == 30
     assert len(rollout.observations[..., 0, 1].unique()) == 6  # a seed for each episode
 
@@ -143,7 +144,7 @@ def test_terminated_is_not_truncated():
     torch.testing.assert_close(rollout.next_observations[0, :, 1, 0], torch.tensor([2.0, 2.0]), rtol=0, atol=0)
     for name, tensor in vars(rollout).items():
         assert not tensor[0, :, 2:].any(), name  # padding
-    assert rollout.episode_returns().tolist() == [[2.0, 2.0], [5.0, 5.0], [5.0, 5.0]]
+    assert rollout.episode_returns().tolist() == [[[2.0], [2.0]], [[5.0], [5.0]], [[5.0], [5.0]]]
     assert rollout.env_steps == 2 * (2 + 5 + 5)
 
 
@@ -174,7 +175,7 @@ def test_a_rollout_is_as_long_as_its_longest_episode():
 def test_success_at_any_step():
     rollout = run(3, 1, solved_at={0: 3, 1: 5, 2: 9})
     assert rollout.success[:, 0].tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 0, 1], [0] * 5]
-    assert rollout.episode_success().tolist() == [[1.0], [1.0], [0.0]]
+    assert rollout.episode_success().tolist() == [[[1.0]], [[1.0]], [[0.0]]]
     assert run(1, 1).episode_success().isnan().all()
 
 
@@ -188,17 +189,17 @@ def test_a_broken_episode_is_dropped_whole(breaks):
             assert not tensor[1].any(), name
             assert tensor.isfinite().all(), name
         expected = torch.tensor([[5.0, 5.0], [NAN, NAN], [5.0, 5.0], [5.0, 5.0]])
-        torch.testing.assert_close(rollout.episode_returns(), expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(rollout.episode_returns(), expected[..., None], rtol=0, atol=0, equal_nan=True)
         success = torch.tensor([[1.0, 1.0], [NAN, NAN], [0.0, 0.0], [0.0, 0.0]])
-        torch.testing.assert_close(rollout.episode_success(), success, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(rollout.episode_success(), success[..., None], rtol=0, atol=0, equal_nan=True)
         assert rollout.env_steps == 3 * 2 * 5
 
 
 @pytest.mark.parametrize("max_envs", [4, 8])
 def test_more_than_half_of_the_episodes_dropped_is_an_error(max_envs):
     half = run(4, 2, max_envs=max_envs, breaks_at={0: 2, 3: 5})
-    assert half.episode_returns().isnan().any(-1).tolist() == [True, False, False, True]
-    with pytest.raises(RuntimeError, match="6 of 8 episodes had a NaN"):
+    assert half.episode_returns().isnan().any((1, 2)).tolist() == [True, False, False, True]
+    with pytest.raises(RuntimeError, match="6 of 8 rollouts had a NaN"):
         run(4, 2, max_envs=max_envs, breaks_at={0: 2, 1: 1, 3: 5})
     with pytest.raises(RuntimeError, match="8 of 8"):
         run(4, 2, max_envs=max_envs, breaks_at={0: 1, 1: 1, 2: 1, 3: 1})

@@ -150,7 +150,9 @@ def test_returns_and_steps_by_hand():
     recorded = rollout(
         [[1, 1, 1], [1, 0, 0], [0, 0, 0]], [[1.0, 2.0, 4.0], [3.0, 9.0, 9.0], [9.0] * 3], [[0.0] * 3] * 3
     )
-    torch.testing.assert_close(recorded.episode_returns(), torch.tensor([[7.0, 3.0, float("nan")]]), equal_nan=True)
+    torch.testing.assert_close(
+        recorded.episode_returns(), torch.tensor([[[7.0], [3.0], [float("nan")]]]), equal_nan=True
+    )
     assert recorded.env_steps == 4
 
 
@@ -163,7 +165,7 @@ def test_success_counts_at_any_step():
         [[0.0, 1.0, 0.0], [0.0] * 3, [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [nan] * 3, [0.0] * 3],
     )
     expected = torch.tensor([[1.0, 0.0, 1.0, 0.0, nan, nan]])
-    torch.testing.assert_close(recorded.episode_success(), expected, equal_nan=True)
+    torch.testing.assert_close(recorded.episode_success(), expected[..., None], equal_nan=True)
 
 
 def test_map_and_to_reach_every_tensor():
