@@ -1,6 +1,6 @@
-"""Agents: the MAML family, one file a method, read top to bottom like its paper.
+"""Agents: the MAML family, one file a method, and RL²; each is read top to bottom like its paper.
 
-A new method is one file, one member of `AgentConfig` and one entry in `METHODS`.
+A new method of the family is one file, one member of `AgentConfig` and one entry in `METHODS`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from metarl.agents.meta_dropout import MetaDropout, MetaDropoutConfig
 from metarl.agents.meta_sgd import MetaSgd, MetaSgdConfig
 from metarl.agents.multi_task import MultiTask, MultiTaskConfig
 from metarl.agents.reptile import Reptile, ReptileConfig
+from metarl.agents.rl2 import Rl2, Rl2Config
 from metarl.errors import named_by_default
 from metarl.types import Agent
 
@@ -35,7 +36,8 @@ AgentConfig = Annotated[
     | ImamlConfig
     | AnilConfig
     | MetaDropoutConfig
-    | MultiTaskConfig,
+    | MultiTaskConfig
+    | Rl2Config,
     Field(discriminator="name"),
     BeforeValidator(functools.partial(named_by_default, "maml_ppo")),
 ]
@@ -54,7 +56,7 @@ METHODS: dict[str, Any] = {
     "meta_dropout": MetaDropout,
     "multi_task": MultiTask,
 }
-"""What each of them does differently, by name."""
+"""What each method of the MAML family does differently, by name."""
 
 
 def agent_configs() -> dict[str, type[Any]]:
@@ -72,5 +74,7 @@ def build(config: Any, observation_size: int, action_size: int, device: torch.de
         device: where updates are computed.
         seed: of the initial parameters.
     """
+    if isinstance(config, Rl2Config):
+        return Rl2(config, observation_size, action_size, device, seed)
     method = METHODS[config.name](config, config.adapted)
     return GradientAgent(method, config, observation_size, action_size, device, seed)

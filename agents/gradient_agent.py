@@ -166,7 +166,8 @@ class GradientAgent:
         """Return normalised observations `[M, N, T, O]`, values and advantages `[M, N, T]`."""
         observations = self.normalizer(rollout.observations)
         if self.value is None:
-            values, next_values = linear_values(rollout, observations, self.config.gamma)
+            last = rollout.terminated | rollout.truncated
+            values, next_values = linear_values(observations, rollout.rewards, last, rollout.valid, self.config.gamma)
         else:
             values, next_values = self.value.values(rollout, observations, self.normalizer(rollout.next_observations))
         ends = (rollout.terminated, rollout.truncated)

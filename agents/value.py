@@ -13,24 +13,27 @@ from metarl.returns import discounted_returns, linear_baseline
 from metarl.types import Rollout
 
 
-def linear_values(rollout: Rollout, observations: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def linear_values(
+    observations: Tensor, rewards: Tensor, last: Tensor, valid: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
     """Values by the linear feature baseline, fitted to each task and each phase by itself.
 
-    It is a function of time, for a finite horizon: after the last step of an episode the value is 0.
+    It is a function of time, for a finite horizon: after the last step of an episode, or of a trial, the value is 0.
 
     Args:
-        rollout: complete episodes.
         observations: `[M, N, T, O]`, normalised.
+        rewards: `[M, N, T]`.
+        last: `[M, N, T]`, bool: nothing follows this step.
+        valid: `[M, N, T]`, bool.
         gamma: discount of the returns that it is fitted to.
 
     Returns:
         V before and after each step, both `[M, N, T]`.
     """
-    last = rollout.terminated | rollout.truncated
-    returns = discounted_returns(rollout.rewards, last, gamma)
+    returns = discounted_returns(rewards, last, gamma)
     time = torch.arange(returns.shape[-1], device=returns.device).expand_as(returns)
-    inputs, targets, steps, valid = (part.flatten(1, 2) for part in (observations, returns, time, rollout.valid))
-    values = linear_baseline(inputs, targets, steps, valid).view_as(returns)
+    inputs, targets, steps, counted = (part.flatten(1, 2) for part in (observations, returns, time, valid))
+    values = linear_baseline(inputs, targets, steps, counted).view_as(returns)
     following = torch.nn.functional.pad(values[..., 1:], (0, 1))
     return values, following.masked_fill(last, 0.0)
 

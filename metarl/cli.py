@@ -344,9 +344,9 @@ def _inspect(arguments: list[str]) -> int:
     run_dir = Path(options.run_dir)
     policy = load(run_dir)
     config, lines = policy.config, read_metrics(run_dir)
-    print(
-        f"agent        {config.agent.name}, K = {config.agent.adaptation_steps}, {policy.num_parameters:,} parameters"
-    )
+    steps, episodes = policy.agent.adaptation_steps, policy.agent.trial_episodes
+    adapts = f"K = {steps}" if steps else f"trials of {episodes} episodes"
+    print(f"agent        {config.agent.name}, {adapts}, {policy.num_parameters:,} parameters")
     print(f"observations {policy.spaces.observation_size}, actions {policy.spaces.action_size}")
     for stage in config.stages:
         tasks = ", ".join(f"{key} {value}" for key, value in stage.tasks.model_dump(exclude_none=True).items() if value)

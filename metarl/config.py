@@ -218,7 +218,7 @@ def _flag(keys: Sequence[str | int]) -> str:
 
 
 def _change_members(tree: dict[str, Any], flags: Mapping[tuple[str, ...], Any]) -> None:
-    """Where flags name another agent or outer step than the file, drop what the file says that the new one lacks."""
+    """Where flags name another agent, or part of one, than the file, drop what the file says that the new one lacks."""
     agents, agent = agent_configs(), tree.get("agent")
     if not isinstance(agent, dict):
         return
@@ -228,14 +228,20 @@ def _change_members(tree: dict[str, Any], flags: Mapping[tuple[str, ...], Any]) 
         return  # validation tells
     if name != old_name:
         tree["agent"] = agent = {key: value for key, value in agent.items() if key in agents[name].model_fields}
-    fields = (agents[each].model_fields["outer"] for each in (old_name, name))
-    old_outer, outer = (field.get_default(call_default_factory=True).name for field in fields)
-    if isinstance(agent.get("outer"), dict):
-        old_outer = agent["outer"].get("name", old_outer)
-        takes_any = not isinstance(agents[name].model_fields["outer"].annotation, type)
-        outer = flags.get(("agent", "outer", "name"), old_outer if takes_any else outer)
-        if outer != old_outer:
-            agent["outer"] = {"name": outer}
+    for part in ("outer", "memory", "critic"):
+        if isinstance(agent.get(part), dict):
+            _change_member_of(agent, part, agents[old_name], agents[name], flags.get(("agent", part, "name")))
+
+
+def _change_member_of(agent: dict[str, Any], part: str, old: type[BaseModel], new: type[BaseModel], flag: Any) -> None:
+    """The same for a part of the agent that is one of several by itself."""
+    old_field, new_field = (each.model_fields[part] for each in (old, new))
+    old_default, new_default = (field.get_default(call_default_factory=True) for field in (old_field, new_field))
+    before = agent[part].get("name", old_default.name)
+    takes_any = not isinstance(new_field.annotation, type)
+    after = flag or (before if takes_any else new_default.name)
+    if after != before:
+        agent[part] = {"name": after}
 
 
 def _lay_over(tree: Any, keys: tuple[str, ...], value: Any) -> None:

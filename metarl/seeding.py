@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     UNTRAINED_AGENT = 5
     BOOTSTRAP = 6
     META_DROPOUT = 7
+    MINIBATCHES = 8
 
 
 def seeds(root: int, purpose: Purpose, *position: int) -> np.random.SeedSequence:

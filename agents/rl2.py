@@ -1,0 +1,393 @@
+"""RL²: PPO over whole trials of a policy with a memory, which adapts by what it remembers (Duan et al. 2016).
+
+A trial is several episodes of one task; the memory lives through it and begins anew with the next. One update:
+
+    inputs  = observation, last action, last reward, episode start       of every step of every trial, normalised
+    states  = memory at the start of each chunk, values of each step     one pass without gradient
+    A       = GAE along the trial, through the ends of episodes
+    for epoch, for minibatch of trials:
+        log π, V = networks(chunks from their states)                    back-propagation within a chunk
+        Adam step on  PPO clip + value loss − entropy
+
+Must not import environments, training or tracking.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, model_validator
+from torch import Tensor
+
+from metarl.agents.recurrent import (
+    BaselineConfig,
+    Critic,
+    CriticConfig,
+    GaussianHead,
+    GruConfig,
+    MemoryConfig,
+    Policy,
+    Sizes,
+    Trunk,
+)
+from metarl.agents.trials import Before, Inputs, TrialBatch, Trials, chunks, read_memory, read_trials
+from metarl.agents.value import linear_values
+from metarl.errors import STRICT, as_tuple
+from metarl.memory import State, rows
+from metarl.normalizer import Normalizer
+from metarl.objectives import approximate_kl, ppo_clip_loss, weighted_mean
+from metarl.optimizers import load_optimizer_state, optimizer_state
+from metarl.policies import gaussian_log_prob
+from metarl.returns import gae, normalize_advantages
+from metarl.seeding import Purpose, integer_seed
+from metarl.types import Percept, Rollout
+
+LAST_LR = 0.1
+"""What the learning rate falls to, a fraction of what it was at first."""
+
+INPUT_BOUND = 10.0
+"""Inputs are cut at this many standard deviations: the first contact of a run must not blow up a memory."""
+
+_UNIT_ENTROPY = 0.5 * math.log(2.0 * math.pi * math.e)
+"""Of a Gaussian in one dimension with standard deviation 1."""
+
+
+class Rl2Config(BaseModel):
+    """RL²: a memory that lives through the episodes of a trial, trained by PPO over whole trials."""
+
+    model_config = STRICT
+
+    name: Literal["rl2"] = "rl2"
+    trial_episodes: int = Field(2, ge=1, description="episodes of a trial, through which the memory lives")
+    memory: MemoryConfig = Field(default_factory=GruConfig)
+    encoder_sizes: Sizes | tuple[()] = Field((128,), description="widths of the tanh layers before the memory")
+    init_std: float = Field(1.0, gt=0, description="initial action standard deviation; actions span ±1")
+    min_std: float = Field(0.1, gt=0, description="lower bound of the standard deviation")
+    max_std: float = Field(1.5, gt=0, description="upper bound of the standard deviation")
+    state_dependent_std: bool = Field(False, description="whether the deviation depends on what the policy sees")
+    observation_entries: Annotated[tuple[NonNegativeInt, ...] | None, BeforeValidator(as_tuple)] = Field(
+        None, description="which entries of the observation the agent sees; none: all"
+    )
+    input_differences: bool = Field(
+        True, description="whether the agent is told how observation and reward have changed since the last step"
+    )
+    input_time: bool = Field(False, description="whether the agent is told the step of the episode")
+    normalizer_floor: float = Field(1e-3, gt=0, description="smallest scale of an input, in its units")
+    critic: BaselineConfig = Field(default_factory=CriticConfig)
+    gamma: float = Field(0.99, ge=0, le=1, description="discount a step")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="GAE's trade-off: 0 one-step, 1 Monte Carlo")
+    success_bonus: float = Field(
+        0.0, ge=0, description="added to the training reward of a solved step; not to what the agent is told"
+    )
+    free_episodes: int = Field(
+        0, ge=0, description="first episodes of a trial whose rewards do not count in training (E-RL²)"
+    )
+    lr: float = Field(1e-3, gt=0, description="Adam's learning rate")
+    lr_decay_iterations: int = Field(
+        0, ge=0, description="iterations in which the rate falls, linearly, to a tenth; 0: it stays"
+    )
+    epochs: int = Field(5, ge=1, description="passes over the trials of an iteration")
+    minibatches: int = Field(4, ge=1, description="parts of the trials, each a step of Adam")
+    bptt_steps: int | None = Field(
+        None, ge=1, description="steps of a chunk that gradients flow through; none: the whole trial"
+    )
+    clip_eps: float = Field(0.2, gt=0, description="PPO clip range")
+    max_kl: float = Field(0.05, gt=0, description="an iteration's steps end when KL(old‖new) of a minibatch exceeds it")
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the policy's entropy, a bonus")
+    max_grad_norm: float = Field(0.5, gt=0, description="the gradient is scaled down to this norm")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Rl2Config:
+        if not self.min_std <= self.init_std <= self.max_std:
+            raise ValueError(
+                f"init_std is {self.init_std}; expected between min_std {self.min_std} and max_std {self.max_std}"
+            )
+        if self.free_episodes >= self.trial_episodes:
+            raise ValueError(
+                f"free_episodes is {self.free_episodes} of trial_episodes {self.trial_episodes}; one must count"
+            )
+        return self
+
+
+class Recall(NamedTuple):
+    """What the agent knows of B trials in progress: its adaptation state."""
+
+    memory: State
+    before: Before
+    time: Tensor  # [B], integers, the step of the episode; −1 before the first
+
+
+class Rl2:
+    """An `Agent` that adapts in its memory.
+
+    Args:
+        config: its settings.
+        observation_size: O.
+        action_size: A.
+        device: where it acts and learns.
+        seed: of the initial parameters and of the order of minibatches.
+
+    Raises:
+        ValueError: `observation_entries` names one that the observation does not have.
+    """
+
+    adaptation_steps = training_adaptation_steps = 0
+
+    def __init__(
+        self, config: Rl2Config, observation_size: int, action_size: int, device: torch.device, seed: int
+    ) -> None:
+        entries = tuple(range(observation_size)) if config.observation_entries is None else config.observation_entries
+        if max(entries) >= observation_size:
+            raise ValueError(
+                f"agent.observation_entries holds {max(entries)}; observations have entries 0 to {observation_size - 1}"
+            )
+        self.config, self.device, self.seed, self.iteration = config, device, seed, 0
+        self.trial_episodes, self.action_size = config.trial_episodes, action_size
+        self.inputs = Inputs(entries, action_size, config.input_differences, config.input_time)
+        self._entries = torch.tensor(entries, device=device)
+        generator = torch.Generator().manual_seed(seed)
+        trunk = Trunk(self.inputs.size, config.encoder_sizes, config.memory, generator)
+        std = (config.init_std, config.min_std, config.max_std)
+        head = GaussianHead(trunk.output_size, action_size, std, config.state_dependent_std, generator)
+        self.policy = Policy(trunk, head).to(device)
+        self.critic: Critic | None = None
+        if isinstance(config.critic, CriticConfig):
+            own = Trunk(self.inputs.size, config.encoder_sizes, config.memory, generator)
+            of_its_own = own if config.critic.name == "separate" else None
+            self._value_coef = config.critic.loss_coef
+            self.critic = Critic(trunk.output_size, config.critic.sizes, of_its_own, generator).to(device)
+        self._optimizer = torch.optim.Adam(self.parameters().values(), lr=config.lr)
+        self._use_normalizer(Normalizer.identity(self.inputs.size, config.normalizer_floor).to(device))
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What is trained, by name; what policy and critic share is the policy's."""
+        named = {f"policy.{name}": value for name, value in self.policy.named_parameters()}
+        if self.critic is not None:
+            shared = {id(value) for value in named.values()}
+            own = self.critic.named_parameters()
+            named |= {f"value.{name}": value for name, value in own if id(value) not in shared}
+        return dict(named)
+
+    def _use_normalizer(self, normalizer: Normalizer) -> None:
+        self.normalizer = normalizer
+        self._shift = normalizer.mean.float()
+        self._scale = 1.0 / normalizer.variance.sqrt().clamp_min(normalizer.floor).float()
+
+    def normalize(self, inputs: Tensor) -> Tensor:
+        """Shift, scale and cut inputs `[..., I]`."""
+        return ((inputs - self._shift) * self._scale).clamp(-INPUT_BOUND, INPUT_BOUND)
+
+    # --- acting and adapting -------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def initial_state(self, num_tasks: int) -> Recall:
+        """A memory that holds nothing, for `num_tasks` trials."""
+        nothing = torch.zeros(num_tasks, device=self.device)
+        observations, actions = (nothing[:, None].expand(-1, size) for size in (len(self._entries), self.action_size))
+        time = torch.full((num_tasks,), -1, device=self.device)
+        return Recall(self.policy.trunk.initial(num_tasks), Before(observations, actions, nothing), time)
+
+    @torch.inference_mode()
+    def act(self, percept: Percept, noise: Tensor, state: Recall) -> tuple[Tensor, Tensor, Recall]:
+        """Draw actions; see `Agent.act`. A state of M trials stands for all P of a task."""
+        tasks, parallel = percept.rewards.shape
+        mean, log_std, perceived = self._perceive(percept, state)
+        drawn = mean + log_std.exp() * noise.flatten(0, 1).to(self.device)
+        log_probs = gaussian_log_prob(mean, log_std, drawn)
+        actions = drawn.view(tasks, parallel, -1).cpu()
+        return actions, log_probs.view(tasks, parallel).cpu(), self._carried_out(percept, drawn, perceived)
+
+    def _perceive(self, percept: Percept, state: Recall) -> tuple[Tensor, Tensor, Recall]:
+        """Read a percept into B = M · P memories; returns mean and log deviation `[B, A]`, and what is known."""
+        batch = percept.rewards.numel()
+        if len(state.time) != batch:
+            each = torch.arange(len(state.time), device=self.device).repeat_interleave(batch // len(state.time))
+            state = Recall(rows(state.memory, each), Before(*(part[each] for part in state.before)), state.time[each])
+        now = percept.observations.flatten(0, 1).to(self.device)[:, self._entries]
+        rewards, start = (part.reshape(-1).to(self.device) for part in (percept.rewards, percept.episode_start))
+        active = None if bool(percept.active.all()) else percept.active.reshape(-1).to(self.device)
+        time = (state.time + 1).masked_fill(start, 0)
+        inputs = self.normalize(self.inputs(now, state.before, rewards, start, time))
+        features, memory = self.policy.trunk.step(inputs, state.memory, active)
+        before = Before(now, state.before.actions, rewards)
+        if active is not None:
+            before = Before(
+                torch.where(active[:, None], now, state.before.observations),
+                state.before.actions,
+                torch.where(active, rewards, state.before.rewards),
+            )
+            time = torch.where(active, time, state.time)
+        return *self.policy.head(features), Recall(memory, before, time)
+
+    def _carried_out(self, percept: Percept, actions: Tensor, state: Recall) -> Recall:
+        """What is known after actions `[B, A]`."""
+        actions = actions.clamp(-1.0, 1.0)
+        if not bool(percept.active.all()):
+            active = percept.active.reshape(-1, 1).to(self.device)
+            actions = torch.where(active, actions, state.before.actions)
+        return state._replace(before=state.before._replace(actions=actions))
+
+    def log_prob(self, state: Recall, rollout: Rollout) -> Tensor:
+        """Log-density of a trial's actions; see `Agent.log_prob`."""
+        return self._follow(state, rollout)[0]
+
+    def adapt(self, state: Recall, rollout: Rollout) -> Recall:
+        """Remember a task's N rollouts, one after another, as one trial; see `Agent.adapt`."""
+        return self._follow(state, rollout.map(lambda part: part.flatten(1, 2)[:, None]))[1]
+
+    @torch.inference_mode()
+    def _follow(self, state: Recall, rollout: Rollout) -> tuple[Tensor, Recall]:
+        """Live through recorded steps; returns log-densities `[M, N, T]` and what is known then."""
+        rewards, log_probs = torch.zeros_like(rollout.rewards[..., 0]), torch.zeros_like(rollout.rewards)
+        for t in range(rollout.valid.shape[-1]):
+            active = rollout.valid[..., t]
+            percept = Percept(rollout.observations[..., t, :], rewards, rollout.episode_start[..., t], active)
+            mean, log_std, state = self._perceive(percept, state)
+            actions = rollout.actions[..., t, :].flatten(0, 1).to(self.device)
+            log_probs[..., t] = gaussian_log_prob(mean, log_std, actions).view(active.shape)
+            state = self._carried_out(percept, actions, state)
+            rewards = torch.where(active, rollout.rewards[..., t], rewards)
+        return log_probs, state
+
+    # --- learning ------------------------------------------------------------------------------------------------
+
+    def update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Several epochs of PPO on one rollout of trials; see `Agent.update`."""
+        (rollout,) = rollouts
+        config = self.config
+        trials = read_trials(self.inputs, rollout, config.success_bonus, config.free_episodes)
+        batch, metrics = self._prepare(trials, len(rollout.valid))
+        metrics |= self._learn(batch)
+        self._use_normalizer(self.normalizer.update(trials.inputs[:, :-1], trials.valid))
+        self.iteration += 1
+        return {f"train/{name}": value for name, value in metrics.items()}
+
+    @torch.no_grad()
+    def _prepare(self, trials: Trials, tasks: int) -> tuple[TrialBatch, dict[str, float]]:
+        """Read all trials once: memories at the start of each chunk, and advantages along the trials."""
+        config, length = self.config, trials.valid.shape[1]
+        steps = min(config.bptt_steps or length, length)
+        inputs, valid = self.normalize(trials.inputs), trials.valid
+        features, starts = read_memory(self.policy.trunk, inputs, steps)
+        states = [starts]
+        if self.critic is not None and self.critic.trunk is not None:
+            features, starts = read_memory(self.critic.trunk, inputs, steps)
+            states.append(starts)
+        values, following = self._values(trials, inputs, features, tasks)
+        ends = (trials.terminated, trials.last & ~trials.terminated)
+        advantages = gae(trials.rewards, values, following, *ends, config.gamma, config.gae_lambda)
+        targets = values + advantages
+        unexplained = advantages[valid].var() / targets[valid].var().clamp_min(1e-12)
+        if self.critic is not None:
+            self.critic.rescale(targets[valid])
+            targets = self.critic.normalized(targets)
+        advantages = normalize_advantages(advantages.reshape(1, -1), valid.reshape(1, -1)).view_as(advantages)
+        parts = (inputs[:, :-1], trials.actions, trials.log_probs, advantages, targets, valid.to(inputs.dtype))
+        batch = TrialBatch(states, *(chunks(part, steps) for part in parts))
+        return batch, {"explained_variance": 1.0 - float(unexplained)}
+
+    def _values(self, trials: Trials, inputs: Tensor, features: Tensor, tasks: int) -> tuple[Tensor, Tensor]:
+        """Return the values before and after each step, both `[B, T]`.
+
+        What follows the end of an episode is the next one of the trial. After the last step a critic says what would
+        follow if the trial went on; the linear baseline, a function of the time left, says 0.
+        """
+        if self.critic is not None:
+            values = self.critic.values(features)
+            return values[:, :-1], values[:, 1:]
+        observations = inputs[:, :-1, : len(self._entries)]
+        parts = (observations, trials.rewards, trials.last, trials.valid)
+        observations, rewards, last, valid = (part.reshape(tasks, -1, *part.shape[1:]) for part in parts)
+        before, after = linear_values(observations, rewards, last, valid, self.config.gamma)
+        return before.flatten(0, 1), after.flatten(0, 1)
+
+    def _learn(self, batch: TrialBatch) -> dict[str, float]:
+        """Take the steps of Adam of one iteration; returns the mean of what was measured before each."""
+        config, trained = self.config, self.parameters()
+        lr = config.lr * max(LAST_LR, 1.0 - (1.0 - LAST_LR) * self.iteration / (config.lr_decay_iterations or math.inf))
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        measured: list[dict[str, float]] = []
+        optimizer_steps = 0
+        for part in self._minibatches(batch):
+            loss, metrics = self._loss(part)
+            measured.append({name: float(value) for name, value in metrics.items()})
+            if measured[-1]["kl"] > config.max_kl:
+                break
+            self._optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = float(torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm))
+            if not math.isfinite(norm + float(loss)):
+                raise FloatingPointError(
+                    f"the gradient is not finite (norm {norm}, loss {float(loss)}); lower agent.lr"
+                )
+            self._optimizer.step()
+            optimizer_steps += 1
+        means = {name: math.fsum(each[name] for each in measured) / len(measured) for name in measured[0]}
+        return means | {"lr": lr, "optimizer_steps": float(optimizer_steps)}
+
+    def _minibatches(self, batch: TrialBatch) -> Iterator[TrialBatch]:
+        """Split the trials anew in each epoch; a trial's chunks stay together."""
+        trials = len(batch.weights)
+        generator = torch.Generator().manual_seed(integer_seed(self.seed, Purpose.MINIBATCHES, self.iteration))
+        for _ in range(self.config.epochs):
+            order = torch.randperm(trials, generator=generator).to(self.device)
+            for chosen in order.chunk(self.config.minibatches):
+                yield batch.of(chosen)
+
+    def _loss(self, batch: TrialBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return PPO's loss on S chunks, and what it is made of."""
+        config = self.config
+        features, _ = self.policy.trunk.scan(batch.inputs, batch.states[0])
+        mean, log_std = self.policy.head(features)
+        weights, old = batch.weights.flatten(), batch.log_probs.flatten()
+        log_probs = gaussian_log_prob(mean, log_std, batch.actions).flatten()
+        loss, clipped = ppo_clip_loss(log_probs, old, batch.advantages.flatten(), weights, config.clip_eps)
+        entropy = weighted_mean((log_std + _UNIT_ENTROPY).sum(-1).flatten(), weights)
+        metrics = {
+            "policy_loss": loss,
+            "kl": approximate_kl(log_probs, old, weights),
+            "clip_fraction": clipped,
+            "entropy": entropy,
+            "std": weighted_mean(log_std.exp().mean(-1).flatten(), weights),
+        }
+        loss = loss - config.entropy_coef * entropy
+        if self.critic is not None:
+            if self.critic.trunk is not None:
+                features, _ = self.critic.trunk.scan(batch.inputs, batch.states[1])
+            errors = self.critic(features).flatten() - batch.targets.flatten()
+            metrics["value_loss"] = 0.5 * weighted_mean(errors.square(), weights)
+            loss = loss + self._value_coef * metrics["value_loss"]
+        return loss, {name: value.detach() for name, value in metrics.items()}
+
+    # --- saving --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that training changes; see `Agent.state_dict`."""
+        trained = self.parameters()
+        state = {**trained, **optimizer_state(self._optimizer, trained)}
+        state |= {f"normalizer.{name}": value for name, value in self.normalizer.state_dict().items()}
+        if self.critic is not None:
+            state["value.scale"] = self.critic.scale
+        state |= {"iteration": torch.tensor(self.iteration), "seed": torch.tensor(self.seed)}
+        return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned; raises ValueError naming the entry that is missing or does not fit."""
+        for name, value in self.state_dict().items():
+            if "optimizer." not in name and (name not in state or state[name].shape != value.shape):
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise ValueError(f"cannot load {name!r}: expected shape {tuple(value.shape)}, found {found}")
+        trained = self.parameters()
+        load_optimizer_state(self._optimizer, trained, state)
+        with torch.no_grad():
+            for name, value in trained.items():
+                value.copy_(state[name])
+        if self.critic is not None:
+            self.critic.scale = state["value.scale"].to(self.device)
+        self.iteration, self.seed = int(state["iteration"]), int(state["seed"])
+        statistics = {name: state[f"normalizer.{name}"].to(self.device) for name in self.normalizer.state_dict()}
+        self._use_normalizer(Normalizer(**statistics, floor=self.config.normalizer_floor))
