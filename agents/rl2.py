@@ -177,8 +177,8 @@ class Rl2:
         self._scale = 1.0 / normalizer.variance.sqrt().clamp_min(normalizer.floor).float()
 
     def normalize(self, inputs: Tensor) -> Tensor:
-        """Shift, scale and cut inputs `[..., I]`."""
-        return ((inputs - self._shift) * self._scale).clamp(-INPUT_BOUND, INPUT_BOUND)
+        """Shift, scale and cut inputs `[..., I]`; what is not known (NaN) is taken as its mean."""
+        return ((inputs - self._shift) * self._scale).nan_to_num(0.0).clamp(-INPUT_BOUND, INPUT_BOUND)
 
     # --- acting and adapting -------------------------------------------------------------------------------------
 
@@ -320,9 +320,9 @@ class Rl2:
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             norm = float(torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm))
-            if not math.isfinite(norm + float(loss)):
+            if not math.isfinite(norm + float(loss.detach())):
                 raise FloatingPointError(
-                    f"the gradient is not finite (norm {norm}, loss {float(loss)}); lower agent.lr"
+                    f"the gradient is not finite (norm {norm}, loss {float(loss.detach())}); lower agent.lr"
                 )
             self._optimizer.step()
             optimizer_steps += 1

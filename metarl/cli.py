@@ -189,6 +189,11 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_argument("--num-tasks", type=_positive, help="how many tasks, balanced over classes (all)")
     parser.add_argument("--rollouts-per-task", type=_positive, help="episodes a task and phase (as in training)")
     parser.add_argument("--adaptation-steps", type=_positive, help="K (as in training)")
+    parser.add_argument(
+        "--ablate",
+        choices=("memory", "reward"),
+        help="also without memory of earlier episodes, or with the average task's rewards (agents with a memory)",
+    )
     parser.add_argument("--seed", type=_not_negative, help="of episodes and intervals (the run's)")
     parser.add_argument("--num-workers", type=_not_negative, help="processes that step environments (one a core)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where adapting is computed")
@@ -211,7 +216,7 @@ def _evaluate(arguments: list[str]) -> int:
     tasks = distribution.test_tasks if options.split == "test" else distribution.train_tasks
     if options.num_tasks:
         tasks = select_tasks(tasks, options.num_tasks, np.random.default_rng(seeds(0, Purpose.EVALUATION_TASKS)))
-    name = f"{options.tasks}_{options.split}" if options.tasks else options.split
+    name = "_".join(filter(None, (options.tasks, options.split, options.ablate and f"without_{options.ablate}")))
     path: Path = options.json or Path(options.run_dir) / "evaluation" / f"{name}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,6 +231,7 @@ def _evaluate(arguments: list[str]) -> int:
             rollouts_per_task=options.rollouts_per_task,
             adaptation_steps=options.adaptation_steps,
             seed=options.seed,
+            ablate=options.ablate,
             num_workers=num_workers(policy.config) if options.num_workers is None else options.num_workers,
         )
     for table in report_tables(report):

@@ -78,23 +78,30 @@ def _arrow(metrics: Mapping[str, float], prefix: str) -> str:
 def report_tables(report: Mapping[str, Any]) -> list[Table]:
     """Return an evaluation report as tables: all tasks together, and by class if there are several."""
     kind = "held-out tasks" if report["held_out"] else f"{report['split']} tasks (NOT held out)"
-    title = f"{len(report['tasks'])} {kind}, {report['rollouts_per_task']} episodes each"
+    what = "episodes" if report["adaptation_steps"] else "trial(s)"
+    title = f"{len(report['tasks'])} {kind}, {report['rollouts_per_task']} {what} each"
     aggregate = Table(title=title, title_justify="left")
     measures = [name for name in ("return", "success") if f"{name}_post" in report["aggregate"]]
     aggregate.add_column("mean [95 % interval]")
     for measure in measures:
         aggregate.add_column(measure, justify="right")
-    for label, suffix, prefix in (
-        ("before adaptation", "pre", ""),
-        (f"after {report['adaptation_steps']} step(s)", "post", ""),
-        ("gain", "gain", ""),
-        ("untrained, before", "pre", "untrained_"),
-        ("untrained, after", "post", "untrained_"),
-    ):
-        cells = [_interval(report["aggregate"].get(f"{prefix}{name}_{suffix}"), name) for name in measures]
-        if any(cells):
-            aggregate.add_row(label, *cells)
+    for prefix, whose in (("", ""), ("ablated_", f"without {report.get('ablate')}, "), ("untrained_", "untrained, ")):
+        lines = [
+            (label, [phase.get(prefix + name) for name in measures])
+            for label, phase in zip(_phase_names(report), report["phases"], strict=True)
+        ]
+        lines.append(("gain", [report["aggregate"].get(f"{prefix}{name}_gain") for name in measures]))
+        for label, entries in lines:
+            if any(entries):
+                cells = (_interval(entry, name) for entry, name in zip(entries, measures, strict=True))
+                aggregate.add_row(whose + label, *cells)
     return [aggregate, *_class_table(report, measures)]
+
+
+def _phase_names(report: Mapping[str, Any]) -> list[str]:
+    if not report["adaptation_steps"]:
+        return [f"episode {number + 1}" for number in range(report["trial_episodes"])]
+    return ["before adaptation", *(f"after {k + 1} step(s)" for k in range(report["adaptation_steps"]))]
 
 
 def baseline_progress(row: Mapping[str, Any]) -> str:

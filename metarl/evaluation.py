@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 
 from metarl import statistics
+from metarl.ablation import Ablation, ablated
 from metarl.config import RunConfig
 from metarl.envs import FAMILIES, distribution
 from metarl.envs import make as make_env
@@ -19,7 +22,7 @@ from metarl.errors import UserError, unknown_name
 from metarl.policy import Policy, build_agent
 from metarl.sampling import adapt_and_collect, by_phase
 from metarl.seeding import Purpose, children, seeds
-from metarl.types import Agent, BatchEnv, Rollout, Task, TaskDistribution
+from metarl.types import Actor, Agent, BatchEnv, FloatArray, Rollout, Task, TaskDistribution
 
 Report = dict[str, Any]
 """JSON: see `evaluate`."""
@@ -43,14 +46,16 @@ def evaluate(
     rollouts_per_task: int | None = None,
     adaptation_steps: int | None = None,
     seed: int | None = None,
+    ablate: Ablation | None = None,
     num_workers: int = 0,
     make: Callable[[Task], gymnasium.Env[Any, Any]] = make_env,
 ) -> Report:
     """Evaluate an agent on tasks, adapting to each as in training, and an untrained agent on the same tasks.
 
-    Every phase runs `rollouts_per_task` episodes with exploring actions; a phase's episodes are what the next step
-    adapts on. The return of a phase is the mean over its episodes, its success the fraction of them in which the task
-    was solved at any step.
+    Every phase runs `rollouts_per_task` episodes with exploring actions. An agent that adapts by gradient steps has
+    K + 1 phases, and a phase's episodes are what the next step adapts on; for an agent with a memory the phases are
+    the episodes of a trial. The return of a phase is the mean over its episodes, its success the fraction of them in
+    which the task was solved at any step.
 
     Args:
         policy: from `metarl.load` or `metarl.train`, before adaptation.
@@ -58,17 +63,23 @@ def evaluate(
         rollouts_per_task: N; as in training if None.
         adaptation_steps: K; as in training if None.
         seed: of episodes and of intervals; the run's if None.
+        ablate: evaluate an agent with a memory without that memory of earlier episodes, or without its rewards, too.
         num_workers: processes that step environments; no effect on the result.
         make: builds the environment of a task; needed for tasks of one's own.
 
     Returns:
-        `{"protocol", "split", "held_out", "env_steps", "seed", "adaptation_steps", "rollouts_per_task", "tasks":
-        [{"name", "index", "returns": [pre, …, post], "success": [pre, …, post], "untrained_returns",
-        "untrained_success"}], "aggregate": {"return_pre": {"mean", "iqm", "ci95": [low, high]}, "return_post",
-        "return_gain", "success_pre", …, "untrained_return_post", …}, "per_class": {name: {"return_pre",
-        "success_post", "untrained_success_post", …}}}`. Intervals are 95 % bootstrap intervals of the mean over
-        tasks, stratified by class; `gain` is post − pre, task by task. Success is null where a task does not define
-        it, and so are phases whose episodes all had to be dropped; both are left out of the aggregates.
+        `{"protocol", "split", "held_out", "env_steps", "seed", "adaptation_steps", "trial_episodes",
+        "rollouts_per_task", "tasks": [{"name", "index", "returns": [pre, …, post], "success": [pre, …, post],
+        "untrained_returns", "untrained_success"}], "aggregate": {"return_pre": {"mean", "iqm", "ci95": [low, high]},
+        "return_post", "return_gain", "success_pre", …, "untrained_return_post", …}, "phases": [{"return": {"mean",
+        …}, "success"}], "per_class": {name: {"return_pre", "success_post", "untrained_success_post", …}}}`. Intervals
+        are 95 % bootstrap intervals of the mean over tasks, stratified by class; `gain` is post − pre, task by task.
+        Success is null where a task does not define it, and so are phases whose episodes all had to be dropped; both
+        are left out of the aggregates. An ablation is named in "ablate"; what it led to is beside the rest, in
+        "ablated_returns", "ablated_return_post" and so on.
+
+    Raises:
+        UserError: the tasks do not fit the agent, or the agent has no such phases or no memory to ablate.
     """
     if not tasks:
         raise ValueError("no tasks to evaluate on; expected at least one")
@@ -76,7 +87,14 @@ def evaluate(
         raise ValueError(
             "the policy is adapted already, and evaluating adapts by itself; give the agent before adaptation"
         )
-    config = policy.config
+    config, by_memory = policy.config, policy.agent.adaptation_steps == 0
+    if by_memory and adaptation_steps is not None:
+        raise UserError(
+            f"{config.agent.name} adapts in its memory, within trials of {policy.agent.trial_episodes} episodes; there "
+            "is no number of adaptation steps to choose"
+        )
+    if ablate is not None and not by_memory:
+        raise UserError(f"{config.agent.name} has no memory; only agents with one, e.g. rl2, can be ablated")
     seed = config.seed if seed is None else seed
     rollouts = rollouts_per_task or config.evaluation.rollouts_per_task or config.rollouts_per_task
     untrained = build_agent(config, policy.spaces, policy.agent.device, Purpose.UNTRAINED_AGENT)
@@ -95,6 +113,7 @@ def evaluate(
             env_steps=policy.env_steps,
             adaptation_steps=adaptation_steps,
             untrained=untrained,
+            ablate=ablate,
         )
     finally:
         envs.close()
@@ -111,18 +130,24 @@ def evaluate_agent(
     env_steps: int,
     adaptation_steps: int | None = None,
     untrained: Agent | None = None,
+    ablate: Ablation | None = None,
 ) -> Report:
     """Evaluate in given environments; see `evaluate` for the report, in which the untrained agent may be missing."""
-    rows = [
-        {"name": task.name, "index": task.index, "returns": returns, "success": success}
-        for task, (returns, success) in zip(
-            tasks, _phases(agent, envs, tasks, rollouts_per_task, seed, adaptation_steps), strict=True
-        )
-    ]
+    trials = functools.partial(
+        _collect, envs, tasks=tasks, rollouts_per_task=rollouts_per_task, seed=seed, adaptation_steps=adaptation_steps
+    )
+    rollouts = trials(agent)
+    outcomes = {"": rollouts}
     if untrained is not None:
-        outcome = _phases(untrained, envs, tasks, rollouts_per_task, seed, adaptation_steps)
-        for row, (returns, success) in zip(rows, outcome, strict=True):
-            row |= {"untrained_returns": returns, "untrained_success": success}
+        outcomes["untrained_"] = trials(untrained)
+    if ablate is not None:
+        outcomes["ablated_"] = trials(ablated(agent, ablate, [part for (part,) in rollouts]))
+    rows: list[dict[str, Any]] = [{"name": task.name, "index": task.index} for task in tasks]
+    for prefix, outcome in outcomes.items():
+        for field, measure in (("returns", Rollout.episode_returns), ("success", Rollout.episode_success)):
+            values = torch.cat([by_phase(part, measure) for part in outcome]).tolist()
+            for row, phases in zip(rows, values, strict=True):
+                row[prefix + field] = [None if math.isnan(value) else value for value in phases]
     shared = any(task.family in FAMILIES and task.benchmark in FAMILIES[task.family].shared_splits for task in tasks)
     return {
         "protocol": "metarl",
@@ -131,65 +156,78 @@ def evaluate_agent(
         "env_steps": env_steps,
         "seed": seed,
         "adaptation_steps": agent.adaptation_steps if adaptation_steps is None else adaptation_steps,
+        "trial_episodes": agent.trial_episodes,
         "rollouts_per_task": rollouts_per_task,
+        **({"ablate": ablate} if ablate else {}),
         "tasks": rows,
         "aggregate": _aggregate(rows, seed),
+        "phases": _by_phase(rows, seed),
         "per_class": _per_class(rows),
     }
 
 
-def _phases(
-    agent: Agent, envs: BatchEnv, tasks: Sequence[Task], rollouts_per_task: int, seed: int, adaptation_steps: int | None
-) -> list[tuple[list[float | None], list[float | None]]]:
-    """Return each task's mean return and success rate, before adaptation and after each step; None if undefined."""
-    results: list[tuple[list[float | None], list[float | None]]] = []
-    task_seeds = children(seeds(seed, Purpose.EVALUATION_ROLLOUTS), len(tasks))
-    for start in range(0, len(tasks), envs.max_envs):
-        part = tasks[start : start + envs.max_envs]
-        rollouts = adapt_and_collect(
+def _collect(
+    envs: BatchEnv,
+    agent: Actor,
+    tasks: Sequence[Task],
+    rollouts_per_task: int,
+    seed: int,
+    adaptation_steps: int | None,
+) -> list[list[Rollout]]:
+    """Return the K + 1 rollouts of all tasks, in parts of as many tasks as the environments take."""
+    task_seeds, size = children(seeds(seed, Purpose.EVALUATION_ROLLOUTS), len(tasks)), envs.max_envs
+    return [
+        adapt_and_collect(
             envs,
             agent,
-            part,
+            tasks[start : start + size],
             rollouts_per_task,
-            task_seeds[start : start + envs.max_envs],
+            task_seeds[start : start + size],
             adaptation_steps,
         )
-        measures = Rollout.episode_returns, Rollout.episode_success
-        returns, success = (by_phase(rollouts, measure).tolist() for measure in measures)
-        results += [(_defined(a), _defined(b)) for a, b in zip(returns, success, strict=True)]
-    return results
-
-
-def _defined(values: Sequence[float]) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values]
+        for start in range(0, len(tasks), size)
+    ]
 
 
 _MEASURES = {"return": "returns", "success": "success"}
 
+_PREFIXES = ("", "untrained_", "ablated_")
 
-def _measures(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], list[float]]]:
-    """Return each measure as the classes and values of the tasks that define it."""
-    measures: dict[str, tuple[list[str], list[float]]] = {}
-    for prefix in ("", "untrained_"):
+
+def _defined(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], FloatArray]]:
+    """Return each measure as the classes and values `[tasks, phases]` of the tasks that define it."""
+    measures = {}
+    for prefix in _PREFIXES:
         for measure, field in _MEASURES.items():
             kept = [row for row in rows if prefix + field in row and None not in row[prefix + field]]
-            if not kept:
-                continue
-            classes = [row["name"] for row in kept]
-            pre, post = ([row[prefix + field][phase] for row in kept] for phase in (0, -1))
-            measures[f"{prefix}{measure}_pre"], measures[f"{prefix}{measure}_post"] = (classes, pre), (classes, post)
-            if not prefix:
-                gains = [after - before for before, after in zip(pre, post, strict=True)]
-                measures[f"{measure}_gain"] = classes, gains
+            if kept:
+                values = np.array([row[prefix + field] for row in kept], dtype=np.float64)
+                measures[prefix + measure] = [row["name"] for row in kept], values
+    return measures
+
+
+def _measures(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], FloatArray]]:
+    """Return each measure before and after adaptation as classes and values `[tasks]`, and the gain of one over it."""
+    measures: dict[str, tuple[list[str], FloatArray]] = {}
+    for name, (classes, values) in _defined(rows).items():
+        measures[f"{name}_pre"], measures[f"{name}_post"] = (classes, values[:, 0]), (classes, values[:, -1])
+        if not name.startswith("untrained_"):
+            measures[f"{name}_gain"] = classes, values[:, -1] - values[:, 0]
     return measures
 
 
 def _aggregate(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seeds(seed, Purpose.BOOTSTRAP))
-    return {
-        name: statistics.aggregate(np.array(values), classes, rng)
-        for name, (classes, values) in _measures(rows).items()
-    }
+    return {name: statistics.aggregate(values, classes, rng) for name, (classes, values) in _measures(rows).items()}
+
+
+def _by_phase(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seeds(seed, Purpose.BOOTSTRAP, 1))
+    phases: list[dict[str, Any]] = [{} for _ in rows[0]["returns"]]
+    for name, (classes, values) in _defined(rows).items():
+        for phase, column in zip(phases, values.T, strict=True):
+            phase[name] = statistics.aggregate(column, classes, rng)
+    return phases
 
 
 def _per_class(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

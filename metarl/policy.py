@@ -41,6 +41,7 @@ class Policy:
         env_steps: environment steps of its training.
         state: the agent's adaptation state for one task.
         adapted: whether it has been adapted to a task.
+        reward: the last one of the episodes that it was adapted to.
     """
 
     config: RunConfig
@@ -49,6 +50,7 @@ class Policy:
     env_steps: int
     state: Any
     adapted: bool = False
+    reward: float = 0.0
 
     @property
     def num_parameters(self) -> int:
@@ -61,28 +63,48 @@ class Policy:
         state: Any = None,
         episode_start: NDArray[np.bool_] | None = None,
         deterministic: bool = False,
+        reward: float | NDArray[Any] | None = None,
     ) -> tuple[NDArray[np.float32], Any]:
-        """Choose actions; the signature of stable-baselines3.
+        """Choose actions; the signature of stable-baselines3, and the last reward for agents that read it.
 
         Args:
             observation: `[O]` or `[B, O]`, as the environment gives it.
-            state: a memory; this agent has none and returns what it is given.
-            episode_start: where an episode begins; without a memory it has no effect.
+            state: what the last call returned; None where a trial begins. An agent without a memory returns it as is.
+            episode_start: `[B]`, bool, where an episode begins; the memory of a trial lives on. None: where `state` is.
             deterministic: the mean instead of a draw (from torch's global generator).
+            reward: a number or `[B]`, of the last step. An agent with a memory takes it as average if it is not told.
 
         Returns:
-            Actions `[A]` or `[B, A]`, float32, within the bounds of the action space, and `state`.
+            Actions `[A]` or `[B, A]`, float32, within the bounds of the action space, and the next state.
 
         Raises:
             ValueError: wrong shape, NaN or infinity.
         """
         observation = np.asarray(observation, dtype=np.float64)
-        actions, _ = self._draw(observation, deterministic)
+        begins = state is None
+        if reward is None:
+            reward = self.reward if begins else np.nan
+        start = begins if episode_start is None else episode_start
+        before = self.state if begins or not self.has_memory else state
+        actions, _, after = self._draw(observation, before, deterministic, reward, start)
         scaled = scale_actions(np.clip(actions, -1.0, 1.0), *self.spaces.action_bounds)
-        return scaled.reshape(*observation.shape[:-1], -1).astype(np.float32), state
+        chosen = scaled.reshape(*observation.shape[:-1], -1).astype(np.float32)
+        return chosen, after if self.has_memory else state
 
-    def _draw(self, observation: FloatArray, deterministic: bool) -> tuple[FloatArray, FloatArray]:
-        """Return actions `[B, A]` in which ±1 are the bounds, not clipped, and their log-probabilities `[B]`."""
+    @property
+    def has_memory(self) -> bool:
+        """Whether it adapts in its memory, while it acts."""
+        return self.agent.adaptation_steps == 0
+
+    def _draw(
+        self,
+        observation: FloatArray,
+        state: Any,
+        deterministic: bool,
+        reward: float | NDArray[Any],
+        episode_start: bool | NDArray[np.bool_],
+    ) -> tuple[FloatArray, FloatArray, Any]:
+        """Return actions `[B, A]` in which ±1 are the bounds, not clipped, log-probabilities `[B]`, the next state."""
         size = self.spaces.observation_size
         if observation.ndim not in (1, 2) or observation.shape[-1] != size:
             raise ValueError(f"observation has shape {observation.shape}; expected ({size},) or (batch, {size})")
@@ -90,15 +112,17 @@ class Policy:
             raise ValueError("observation holds NaN or infinity; check the sensors before calling predict")
         batch = torch.from_numpy(np.atleast_2d(observation)).float()[None]
         shape = (1, batch.shape[1])
-        percept = Percept(batch, torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), torch.ones(shape).bool())
+        rewards = torch.as_tensor(np.broadcast_to(np.asarray(reward, dtype=np.float32), shape).copy())
+        start = torch.as_tensor(np.broadcast_to(np.asarray(episode_start, dtype=np.bool_), shape).copy())
+        percept = Percept(batch, rewards, start, torch.ones_like(start))
         noise = torch.zeros(*shape, self.spaces.action_size)
         if not deterministic:
             noise = torch.randn(noise.shape)
-        actions, log_probs, _ = self.agent.act(percept, noise, self.state)
-        return actions[0].double().numpy(), log_probs[0].double().numpy()
+        actions, log_probs, state = self.agent.act(percept, noise, state)
+        return actions[0].double().numpy(), log_probs[0].double().numpy(), state
 
     def record(self, env: gymnasium.Env[Any, Any], episodes: int) -> list[Trajectory]:
-        """Run exploring episodes, to adapt on: the procedure of training.
+        """Run exploring episodes, to adapt on: the procedure of training. With a memory they are a trial.
 
         Args:
             env: of the new task; its episodes must end (see `gymnasium.wrappers.TimeLimit`).
@@ -107,23 +131,32 @@ class Policy:
         Returns:
             Trajectories whose actions are the policy's draws before clipping, with their log-probabilities.
         """
-        return [self._episode(env) for _ in range(episodes)]
+        state, reward, trajectories = self.state, self.reward, []
+        for _ in range(episodes):
+            trajectory, state = self._episode(env, state, reward)
+            trajectories.append(trajectory)
+            reward = float(trajectory.rewards[-1])
+        return trajectories
 
-    def _episode(self, env: gymnasium.Env[Any, Any]) -> Trajectory:
+    def _episode(self, env: gymnasium.Env[Any, Any], state: Any, reward: float) -> tuple[Trajectory, Any]:
         bounds = self.spaces.action_bounds
         steps: list[tuple[Any, ...]] = []
         observation, _ = env.reset()
         ended = False
         while not ended:
-            actions, log_probs = self._draw(np.asarray(observation, dtype=np.float64), deterministic=False)
+            sensed = np.asarray(observation, dtype=np.float64)
+            actions, log_probs, state = self._draw(sensed, state, False, reward, not steps)
             action = scale_actions(np.clip(actions[0], -1.0, 1.0), *bounds).astype(np.float32)
-            following, reward, terminated, truncated, _ = env.step(action)
+            following, gained, terminated, truncated, _ = env.step(action)
+            reward = float(gained)
             steps.append((observation, scale_actions(actions[0], *bounds), reward, terminated, truncated, log_probs[0]))
             observation, ended = following, terminated or truncated
-        return Trajectory(*(np.array(part) for part in zip(*steps, strict=True)))
+        return Trajectory(*(np.array(part) for part in zip(*steps, strict=True))), state
 
     def adapt(self, trajectories: Sequence[Trajectory]) -> Policy:
-        """Return the policy after one adaptation step on recorded episodes of the new task; this one stays as it is.
+        """Return the policy after adapting to recorded episodes of the new task; this one stays as it is.
+
+        An agent of the MAML family makes one gradient step on them; one with a memory reads them one after another.
 
         Args:
             trajectories: at least one episode, best from `record`. Others are accepted: without `log_probs` those of
@@ -134,7 +167,8 @@ class Policy:
             ValueError: no trajectory, or sizes that do not fit.
         """
         rollout = self._rollout(trajectories)
-        return replace(self, state=self.agent.adapt(self.state, rollout), adapted=True)
+        reward = float(trajectories[-1].rewards[-1])
+        return replace(self, state=self.agent.adapt(self.state, rollout), adapted=True, reward=reward)
 
     def _rollout(self, trajectories: Sequence[Trajectory]) -> Rollout:
         """Pad trajectories to a rollout `[1, N, T, ...]`."""
@@ -163,7 +197,10 @@ class Policy:
         return replace(rollout, log_probs=self._log_probs(rollout, trajectories))
 
     def _log_probs(self, rollout: Rollout, trajectories: Sequence[Trajectory]) -> torch.Tensor:
-        log_probs = self.agent.log_prob(self.state, rollout).clone()
+        if all(trajectory.log_probs is not None for trajectory in trajectories):
+            log_probs = torch.zeros_like(rollout.rewards)
+        else:
+            log_probs = self.agent.log_prob(self.state, rollout).clone()
         for n, trajectory in enumerate(trajectories):
             if trajectory.log_probs is not None:
                 log_probs[0, n, : len(trajectory.log_probs)] = torch.from_numpy(trajectory.log_probs).float()

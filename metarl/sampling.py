@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from metarl.seeding import children
-from metarl.types import Agent, BatchEnv, BoolArray, FloatArray, Percept, Rollout, Step, Task
+from metarl.types import Actor, BatchEnv, BoolArray, FloatArray, Percept, Rollout, Step, Task
 
 
 def scale_actions(actions: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
@@ -21,7 +21,7 @@ def scale_actions(actions: FloatArray, low: FloatArray, high: FloatArray) -> Flo
 
 def collect(
     envs: BatchEnv,
-    agent: Agent,
+    agent: Actor,
     state: Any,
     tasks: Sequence[Task],
     rollouts_per_task: int,
@@ -112,7 +112,7 @@ def _part(arrays: dict[str, NDArray[Any]], rollouts: slice) -> dict[str, NDArray
 
 def _run_wave(
     envs: BatchEnv,
-    agent: Agent,
+    agent: Actor,
     state: Any,
     tasks: Sequence[Task],
     noise: torch.Tensor,
@@ -236,7 +236,7 @@ class _Episodes:
 
 def adapt_and_collect(
     envs: BatchEnv,
-    agent: Agent,
+    agent: Actor,
     tasks: Sequence[Task],
     rollouts_per_task: int,
     seeds: Sequence[np.random.SeedSequence],

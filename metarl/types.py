@@ -208,7 +208,7 @@ class Percept(NamedTuple):
     observations: torch.Tensor
     """`[M, P, O]`, raw."""
     rewards: torch.Tensor
-    """`[M, P]`, of the last step, also where that was in the episode before; 0 where a rollout begins."""
+    """`[M, P]`, of the last step, also of the episode before; 0 where a rollout begins; NaN where not known."""
     episode_start: torch.Tensor
     """`[M, P]`, bool: an episode begins with these observations."""
     active: torch.Tensor
@@ -264,8 +264,8 @@ class TaskDistribution(Protocol):
         """Build the environment of `task`. One with a method `set_task(task)` is reused for tasks of the same class."""
 
 
-class Agent(Protocol):
-    """What the loop asks of an agent. Its adaptation state is opaque to the loop: parameters a task, or a memory."""
+class Actor(Protocol):
+    """What collecting asks of an agent. Its adaptation state is opaque: parameters a task, or a memory."""
 
     device: torch.device
     """Where `adapt` and `update` want their rollouts; `act` works on the CPU, beside the environments."""
@@ -275,9 +275,6 @@ class Agent(Protocol):
 
     adaptation_steps: int
     """K, the number of calls of `adapt` between the first rollout and the last; 0 for agents that adapt in memory."""
-
-    training_adaptation_steps: int
-    """K of the K + 1 rollouts that `update` learns from; differs where training does without adaptation."""
 
     def initial_state(self, num_tasks: int) -> Any:
         """The state before adaptation, for `num_tasks` tasks."""
@@ -294,11 +291,18 @@ class Agent(Protocol):
             actions `[M, P, A]` in which ±1 are the bounds of the action space, log_probs `[M, P]`, and the next state.
         """
 
-    def log_prob(self, state: Any, rollout: Rollout) -> torch.Tensor:
-        """Log-density `[M, N, T]` of a rollout's actions, by the agent that begins it in `state`; no gradient."""
-
     def adapt(self, state: Any, rollout: Rollout) -> Any:
         """The state after one adaptation step on `rollout`, which `state` collected; nothing else changes."""
+
+
+class Agent(Actor, Protocol):
+    """What the loop asks of an agent."""
+
+    training_adaptation_steps: int
+    """K of the K + 1 rollouts that `update` learns from; differs where training does without adaptation."""
+
+    def log_prob(self, state: Any, rollout: Rollout) -> torch.Tensor:
+        """Log-density `[M, N, T]` of a rollout's actions, by the agent that begins it in `state`; no gradient."""
 
     def update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         """The outer step: learn from the K + 1 rollouts of one iteration; returns metrics by name."""

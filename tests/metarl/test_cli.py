@@ -27,6 +27,14 @@ SMALL = words(
 
 
 EPOCHS = "--agent.outer.epochs=1"
+RL2 = words("--agent.encoder-sizes [8] --agent.memory.size 8 --agent.epochs 1 --agent.minibatches 1")
+
+
+def small(name):
+    """The flags that make an embedded config small."""
+    if name.endswith("_rl2"):
+        return [*(word for word in SMALL if not word.startswith(("--agent", "[8]"))), *RL2]
+    return [word for word in SMALL if word != EPOCHS] if name.endswith("_trpo") else SMALL
 
 
 @pytest.fixture
@@ -144,12 +152,14 @@ def test_a_failure_that_is_not_the_users_has_status_1(metarl, monkeypatch, tmp_p
 @pytest.mark.parametrize("name", embedded_configs())
 def test_every_embedded_config_trains(metarl, tmp_path, name):
     run_dir = tmp_path / name
-    flags = [word for word in SMALL if word != EPOCHS] if name.endswith("_trpo") else SMALL
-    status, out, err = metarl("train", name, *flags, "--max-iterations", 1, "--run-dir", run_dir)
+    status, out, err = metarl("train", name, *small(name), "--max-iterations", 1, "--run-dir", run_dir)
     assert status == 0, err
     assert "finished: " in out and str(run_dir) in out
     first, evaluation = read_metrics(run_dir)
-    assert first["env_steps"] == 2 * 1 * 5 * (load_config(name).agent.adaptation_steps + 1)
+    agent = load_config(name).agent
+    phases = agent.trial_episodes if agent.name == "rl2" else agent.adaptation_steps + 1
+    assert first["env_steps"] == 2 * 1 * 5 * phases
+    assert f"adaptation/return_after_{phases - 1}" in first
     assert "meta_train/return_post" in first and "meta_test/return_post" in evaluation
     assert load_latest(run_dir / "checkpoints").position.iteration == 1
 

@@ -68,7 +68,7 @@ class FakeEnvs:
         self.time, self.total = self.time + 1, self.total + 1
         rewards = self.rewards(actions)
         self.returns = self.returns + rewards
-        success = np.array([self.time[i] == after for i, after in enumerate(self.solved_after)])
+        success = self.solved()
         terminated = success & self.terminate_on_success
         truncated = self.time == np.array(self.horizon)
         infos = {"final_info": {"success": success.astype(float), "episode": {"r": self.returns.copy()}}}
@@ -79,8 +79,18 @@ class FakeEnvs:
     def rewards(self, actions):
         return 100.0 * np.arange(self.num_envs) + self.total
 
+    def solved(self):
+        return np.array([self.time[i] == after for i, after in enumerate(self.solved_after)])
+
     def close(self):
         self.closed = True
+
+
+class SolvedOnce(FakeEnvs):
+    """Solved in that step of all, and never again."""
+
+    def solved(self):
+        return np.array([self.total[i] == after for i, after in enumerate(self.solved_after)])
 
 
 class RewardedActions(FakeEnvs):
@@ -117,14 +127,16 @@ class Remembering:
 
     device, trial_episodes, adaptation_steps, training_adaptation_steps = torch.device("cpu"), 3, 0, 0
 
-    def __init__(self):
+    def __init__(self, observation_size=2):
         self.memories = {}  # of each environment, after every step
+        self.observation_size = observation_size
 
     def initial_state(self, num_tasks):
         return ((),) * num_tasks
 
     def act(self, percept, noise, state):
         memories = []
+        assert percept.observations.shape == (len(state), 1, self.observation_size)
         for memory, (observation,), reward, start in zip(state, *percept[:3], strict=True):
             env, time = observation[:2].int().tolist()
             memories.append((*memory, (time, reward.item(), start.item())))
@@ -166,6 +178,14 @@ def test_ours_reads_a_quarter_of_the_same_episodes():
     success, _, of_class, _ = upstream.evaluation(agent, counted, num_episodes=3)
     assert (success, of_class) == (1.0, {"reach-v3": 1.0})
     assert counted.success == [{"reach-v3": 0.25}] and envs.total.tolist() == [18] * 4
+
+
+def test_ours_is_the_mean_over_the_episodes_of_an_environment():
+    """Environment 0 is solved in the first of its three episodes, the others never: (1/3 + 0 + 0 + 0) / 4."""
+    agent = MetaWorldAgent(make_policy(Counting()), 4)
+    counted = CountedEnvs(SolvedOnce([REACH] * 4, [6] * 4, [1, None, None, None]), agent, num_episodes=3)
+    upstream.evaluation(agent, counted, num_episodes=3)
+    assert counted.success == [{"reach-v3": pytest.approx(1 / 12, rel=1e-12)}]
 
 
 def test_the_report_holds_both_counts_and_their_difference():
@@ -319,6 +339,22 @@ def test_a_round_begins_without_memory():
     assert agent.memories[0][4] == ((0, 0.0, True),)  # 2 steps of adaptation, 2 of evaluation
 
 
+def test_a_memory_is_brought_back_in_the_episodes_that_upstream_does_not_wait_for():
+    """Upstream stops after 3 steps, with two episodes of the class; 6 steps are two of the longer ones."""
+    agent, envs = Remembering(), FakeEnvs([REACH, REACH], horizon=[2, 3], recurrent=True)
+    adapter = MetaWorldAgent(make_policy(agent), 2)
+    upstream.metalearning_evaluation(adapter, CountedEnvs(envs, adapter, 2), 1, 1, 2, 2)
+    lengths = [[len(memory) - len(ADAPTED) for memory in agent.memories[env][6:]] for env in range(2)]
+    assert lengths == [[1, 2, 1, 2, 1, 2], [1, 2, 3, 1, 2, 3]]
+
+
+def test_a_second_adaptation_step_begins_an_episode_where_the_last_one_has_not_ended():
+    """The longer episode ends after 3 steps, within the second one of the other environment."""
+    agent, envs = Remembering(), FakeEnvs([REACH, PUSH], horizon=[2, 3], recurrent=True)
+    upstream.metalearning_evaluation(MetaWorldAgent(make_policy(agent), 2), envs, 1, 2, 1, 1)
+    assert agent.memories[0][3] == ((0, 0.0, True), (1, 1.0, False), (0, 2.0, True), (0, 3.0, True))
+
+
 def test_only_what_the_mask_names_is_brought_back():
     agent = Remembering()
     adapter = MetaWorldAgent(make_policy(agent), 3)
@@ -438,7 +474,7 @@ def test_official_environments_end_to_end(monkeypatch, agent):
     """MAML-PPO, and a memory, whose rewards are checked against those that the observations tell."""
     monkeypatch.setattr(official, "NUM_ENVS", 4)
     bounds = (-1.0,) * 4, (1.0,) * 4
-    policy = make_policy(agent and agent(), *bounds, observation_size=39)
+    policy = make_policy(agent and agent(39), *bounds, observation_size=39)
     settings = {"benchmark": "ML1", "name": "reach-v3", "horizon": 10, "num_evals": 1, "adaptation_episodes": 2}
     np.random.seed(1)
     before = np.random.get_state()[1].copy()
