@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from metarl.errors import STRICT, as_tuple, unknown_name
 from metarl.types import FloatArray, Task
 
+RewardVersion = Literal["v1", "v2", "sparse"]
 Official = Literal["ML1", "ML10", "ML25", "ML45"]
 
 MULTI_CLASS = ("ML10", "ML25", "ML45")
@@ -69,7 +70,9 @@ class MetaWorldConfig(BaseModel):
         (), description="held-out classes (custom only); none: other goals of `names`"
     )
     horizon: int = Field(MAX_HORIZON, ge=1, le=MAX_HORIZON, description="steps an episode")
-    reward_version: Literal["v1", "v2"] = Field("v2", description="Meta-World's reward_function_version")
+    reward_version: RewardVersion = Field(
+        "v2", description="Meta-World's reward_function_version, or sparse: 1 where the task is solved, else 0"
+    )
     seed: int = Field(0, ge=0, le=2**32 - 2, description="seed of the goals")
 
     @model_validator(mode="after")
@@ -233,11 +236,11 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         if task.name != self.task.name:
             raise ValueError(f"task.name is {task.name!r}, the environment is of {self.task.name!r}; use make(task)")
         horizon, reward_version = _options(task)
-        official = self._official
+        official, self._sparse = self._official, reward_version == "sparse"
         official._last_rand_vec = goal_vector(task).copy()
         official._freeze_rand_vec = official._set_task_called = True
         official._set_task_inner()
-        official.reward_function_version = reward_version
+        official.reward_function_version = _official_version(reward_version)
         self.task, self._horizon, self._steps_left = task, horizon, 0
 
     def reset(
@@ -269,7 +272,7 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
             raise FloatingPointError(f"{error} (task {self.task.to_json()})") from None
         self._steps_left -= 1
         info["success"] = float(info["success"])
-        return observation, float(reward), False, self._steps_left == 0, info
+        return observation, info["success"] if self._sparse else float(reward), False, self._steps_left == 0, info
 
     def close(self) -> None:
         """Nothing stays behind; calling it twice is fine."""
@@ -282,7 +285,7 @@ def _build(task: Task) -> Any:
 
     goal_vector(task)  # names a wrong field before the model is compiled
     _, reward_version = _options(task)
-    official = fast_class(_official_class(task.name))(reward_function_version=reward_version)
+    official = fast_class(_official_class(task.name))(reward_function_version=_official_version(reward_version))
     official._partially_observable = True
     official.__dict__.pop("sawyer_observation_space", None)  # cached, and a step clips to it: it must know of that
     return official
@@ -293,9 +296,14 @@ def _options(task: Task) -> tuple[int, str]:
     horizon, reward_version = options.get("horizon"), options.get("reward_version")
     if type(horizon) is not int or not 1 <= horizon <= MAX_HORIZON:
         raise ValueError(f"task option horizon is {horizon!r}; expected 1 to {MAX_HORIZON} steps")
-    if reward_version not in ("v1", "v2"):
-        raise ValueError(f"task option reward_version is {reward_version!r}; expected 'v1' or 'v2'")
+    if reward_version not in get_args(RewardVersion):
+        versions = ", ".join(map(repr, get_args(RewardVersion)))
+        raise ValueError(f"task option reward_version is {reward_version!r}; expected one of {versions}")
     return horizon, str(reward_version)
+
+
+def _official_version(reward_version: str) -> str:
+    return "v2" if reward_version == "sparse" else reward_version
 
 
 def _check_name(name: str) -> None:

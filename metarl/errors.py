@@ -16,8 +16,8 @@ class UserError(Exception):
 
 
 def as_tuple(value: object) -> object:
-    """Let a single value stand for a list of one, as a flag gives it."""
-    return value if isinstance(value, list | tuple) else (value,)
+    """Let a single value stand for a list of one, as a flag gives it; None stays None."""
+    return value if value is None or isinstance(value, list | tuple) else (value,)
 
 
 def named_by_default(default: str, value: object) -> object:

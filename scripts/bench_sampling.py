@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from metarl.agents.maml_ppo import MamlPpo, MamlPpoConfig
+from metarl import agents
+from metarl.agents.maml import MamlPpoConfig
 from metarl.envs import distribution
 from metarl.envs.vector import POOL, WorkerEnvs
 from metarl.sampling import collect
 from metarl.seeding import children
-from metarl.types import Task
+from metarl.types import Agent, Task
 
 HORIZON = 100
 ROLLOUTS = 10
@@ -39,9 +40,9 @@ def tasks_of(benchmark: str, num_tasks: int) -> list[Task]:
     return tasks[:: len(tasks) // num_tasks][:num_tasks]
 
 
-def make_agent() -> MamlPpo:
+def make_agent() -> Agent:
     """Return an agent as in configs/ml10_maml_ppo.yaml."""
-    return MamlPpo(MamlPpoConfig(hidden_sizes=(128, 128)), 39, 4, torch.device("cpu"), 0)
+    return agents.build(MamlPpoConfig(hidden_sizes=(128, 128)), 39, 4, torch.device("cpu"), 0)
 
 
 def sample(envs: WorkerEnvs, tasks: list[Task], repeat: int) -> float:

@@ -152,16 +152,18 @@ def test_a_failure_that_is_not_the_users_has_status_1(metarl, monkeypatch, tmp_p
 @pytest.mark.parametrize("name", embedded_configs())
 def test_every_embedded_config_trains(metarl, tmp_path, name):
     run_dir = tmp_path / name
-    status, out, err = metarl("train", name, *small(name), "--max-iterations", 1, "--run-dir", run_dir)
+    stages = len(load_config(name).stages)
+    later = [f"--stages.{i}.{setting}" for i in range(1, stages) for setting in ("tasks.horizon=5", "iterations=1")]
+    status, out, err = metarl("train", name, *small(name), *later, "--run-dir", run_dir)
     assert status == 0, err
     assert "finished: " in out and str(run_dir) in out
-    first, evaluation = read_metrics(run_dir)
+    first, evaluation, *_ = read_metrics(run_dir)
     agent = load_config(name).agent
     phases = agent.trial_episodes if agent.name == "rl2" else agent.adaptation_steps + 1
     assert first["env_steps"] == 2 * 1 * 5 * phases
     assert f"adaptation/return_after_{phases - 1}" in first
     assert "meta_train/return_post" in first and "meta_test/return_post" in evaluation
-    assert load_latest(run_dir / "checkpoints").position.iteration == 1
+    assert load_latest(run_dir / "checkpoints").position.iteration == stages
 
 
 def test_flags_reach_the_run(metarl, tmp_path):

@@ -202,6 +202,15 @@ def test_the_report_holds_both_counts_and_their_difference():
     assert list(report["success_per_class"]) == ["reach-v3", "push-v3"]  # not in the order of a set
 
 
+def test_the_report_is_the_mean_over_rounds():
+    """A round is 6 steps of adaptation and 6 of evaluation; one of two is solved in the first step of the second."""
+    envs = SolvedOnce([REACH] * 2, [6] * 2, [12 + 6 + 1, None])
+    settings = {"adaptation_steps": 1, "adaptation_episodes": 1, "evaluation_episodes": 1}
+    report = evaluate_both_ways(envs, MetaWorldAgent(make_policy(Counting()), 2), num_evals=2, **settings)
+    assert report["success_per_class"] == {"reach-v3": 0.5}  # (0 + 1) / 2
+    assert report["per_environment"]["success_per_class"] == {"reach-v3": 0.25}  # (0 + 1/2) / 2
+
+
 def test_success_counts_every_environment_alike_and_only_its_first_episodes():
     outcomes = [[0.0, 1.0, 1.0, 1.0, 1.0], [1.0, 1.0], [0.0, 0.0, 1.0]]
     # a: (1/2 + 0) / 2; b: 1
@@ -447,6 +456,15 @@ def test_settings_reach_the_environments(monkeypatch):
     assert asked[0]["envs"].total[0] == 2 * (2 * 2 + 1) and settings.items() <= report.items()
     report = official.official_report(make_policy(Counting()), benchmark="ML25", num_evals=1)
     assert report["shared_classes"] == ["basketball-v3"]
+
+
+def test_the_seed_is_that_of_the_noise_and_not_of_the_goals(monkeypatch):
+    asked, agents = build_fakes(monkeypatch), [Counting() for _ in range(3)]
+    for seed, agent in zip((0, 1, 1), agents, strict=True):
+        official.official_report(make_policy(agent), benchmark="ML10", seed=seed, num_evals=1, deterministic=False)
+    draws = [torch.stack(agent.draws) for agent in agents]
+    assert torch.equal(draws[1], draws[2]) and not torch.isclose(draws[0], draws[1]).all(-1).any()
+    assert [options["seed"] for options in asked] == [5, 5, 5]
 
 
 def test_mistakes_are_named(monkeypatch):

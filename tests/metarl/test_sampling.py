@@ -11,7 +11,7 @@ from metarl.agents import build
 from metarl.agents.maml import MamlPpoConfig
 from metarl.envs import custom, distribution
 from metarl.envs.vector import SerialEnvs, make_envs
-from metarl.sampling import adapt_and_collect, collect, scale_actions
+from metarl.sampling import adapt_and_collect, by_phase, collect, scale_actions
 from metarl.seeding import children
 
 LOW, HIGH = np.array([-2.0, 0.0]), np.array([4.0, 1.0])
@@ -341,3 +341,98 @@ def test_the_number_of_workers_does_not_change_a_rollout(tasks):
     assert rollouts[0].env_steps > 100
     for other in rollouts[1:]:
         assert_same(other, rollouts[0])
+
+
+# trials
+
+
+class Diary:
+    """Remembers how many steps it has lived (its log_prob), and writes down what it was told."""
+
+    device = torch.device("cpu")
+    adaptation_steps = 0
+
+    def __init__(self, trial_episodes=3):
+        self.trial_episodes = trial_episodes
+        self.told = []
+
+    def act(self, percept, noise, state):
+        lived = torch.zeros(noise.shape[:2]) if state is None else state
+        self.told.append(percept)
+        return noise, lived, lived + percept.active
+
+
+def trial(num_tasks, rollouts=2, *, max_envs=None, agent=None, seed=0, **settings):
+    tasks, train = lines(num_tasks, 4, **settings)
+    envs = SerialEnvs(tasks, max_envs or num_tasks * rollouts)
+    seeds = children(np.random.SeedSequence(seed), num_tasks)
+    return collect(envs, agent or Diary(), None, train, rollouts, seeds)
+
+
+@pytest.mark.parametrize("max_envs", [2, 4])
+def test_the_memory_lives_through_a_trial_and_no_longer(max_envs):
+    # Two trials a task, in one wave or in two; 3 episodes of 4 steps. The memory counts on, and begins anew.
+    rollout = trial(2, max_envs=max_envs)
+    assert rollout.valid.all() and rollout.log_probs.shape == (2, 2, 12)
+    assert (rollout.log_probs == torch.arange(12.0)).all()
+    assert rollout.episode_start.nonzero()[:, 2].tolist() == [0, 4, 8] * 4
+    assert rollout.truncated.nonzero()[:, 2].tolist() == [3, 7, 11] * 4
+    assert rollout.episode[0, 0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert rollout.episode_returns().tolist() == [[[4.0] * 3] * 2] * 2
+
+
+def test_shorter_episodes_are_laid_end_to_end():
+    # Task 1 ends at step 3, itself, while the other goes on: 3 · 3 steps and 3 of padding, behind them all.
+    rollout = trial(2, rollouts=1, ends_at={1: 3}, solved_at={1: 2})
+    assert rollout.valid[:, 0].tolist() == [[True] * 12, [True] * 9 + [False] * 3]
+    assert rollout.log_probs[1, 0].tolist() == [*range(9), 0, 0, 0]  # its memory waits for the other
+    assert rollout.terminated[1, 0].nonzero().flatten().tolist() == [2, 5, 8]
+    assert rollout.episode_start[1, 0].nonzero().flatten().tolist() == [0, 3, 6]
+    assert not rollout.truncated[1].any()
+    elapsed = rollout.observations[..., 0]
+    assert elapsed[1, 0].tolist() == [0, 1, 2] * 3 + [0, 0, 0]
+    assert rollout.next_observations[1, 0, :, 0].tolist() == [1, 2, 3] * 3 + [0, 0, 0]  # the true last ones
+    assert rollout.episode_success()[1, 0].tolist() == [1.0] * 3 and rollout.env_steps == 21
+
+
+def test_an_agent_is_told_the_last_reward_and_where_episodes_begin():
+    agent = Diary(2)
+    trial(2, rollouts=1, agent=agent, ends_at={1: 3})
+    assert len(agent.told) == 8
+    rewards, starts, active = (
+        torch.stack([getattr(percept, name)[:, 0] for percept in agent.told]).tolist()
+        for name in ("rewards", "episode_start", "active")
+    )
+    assert rewards == [[0.0, 0.0]] + [[1.0, 1.0]] * 7  # a reward of 1 a step: also the last one of the episode before
+    assert starts == [[i in (0, 4)] * 2 for i in range(8)]
+    assert active == [[True, i not in (3, 7)] for i in range(8)]
+
+
+def test_the_episodes_of_a_trial_differ_and_do_not_depend_on_the_environments():
+    rollout = trial(3, random=True)
+    for other in (trial(3, random=True, max_envs=3), trial(3, random=True, agent=Diary())):
+        for name, tensor in vars(rollout).items():
+            torch.testing.assert_close(getattr(other, name), tensor, equal_nan=True, msg=name)
+    begun = rollout.observations[..., 1][rollout.episode_start]
+    assert len(set(begun.tolist())) == len(begun)  # every episode has a seed of its own
+    noise = rollout.actions[rollout.valid][:, 0]
+    assert len(set(noise.tolist())) == len(noise)
+
+
+def test_a_trial_with_a_broken_episode_is_dropped_whole():
+    rollout = trial(3, rollouts=1, breaks_at={1: 3})
+    assert rollout.valid.any(-1).flatten().tolist() == [True, False, True]
+    for name, tensor in vars(rollout).items():
+        assert not tensor[1].any(), name
+    assert rollout.episode_returns()[1, 0].isnan().tolist() == [True] * 3
+    # Of eight trials of two episodes some break in one of them only; the other one is not kept either.
+    rollout = trial(1, rollouts=8, agent=Diary(2), random=True)
+    whole = rollout.valid.any(-1)[0]
+    assert 4 <= whole.sum() < 8 and (rollout.episode_start.sum(-1)[0] == 2 * whole).all()
+
+
+def test_by_phase_holds_for_rollouts_between_adaptations_and_for_episodes_of_a_trial():
+    one, two = run(2, 3), run(2, 3, ends_at={1: 2})
+    assert by_phase([one, two], lambda r: r.episode_returns()).tolist() == [[5.0, 5.0], [5.0, 2.0]]
+    lived = trial(2, ends_at={1: 3}, breaks_at={})
+    assert by_phase([lived], lambda r: r.episode_returns()).tolist() == [[4.0] * 3, [3.0] * 3]
