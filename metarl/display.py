@@ -104,6 +104,23 @@ def _phase_names(report: Mapping[str, Any]) -> list[str]:
     return ["before adaptation", *(f"after {k + 1} step(s)" for k in range(report["adaptation_steps"]))]
 
 
+def official_table(report: Mapping[str, Any]) -> Table:
+    """Return a report of `metarl.official.official_report` as a table: its success beside that of each environment."""
+    what = f"{report['adaptation_episodes']} episodes to adapt on, then {report['evaluation_episodes']} each"
+    table = Table(title=f"Meta-World's own evaluation: {what}", title_justify="left")
+    ours = report["per_environment"]
+    for column in ("success", "as Meta-World counts", "per environment"):
+        table.add_column(column, justify="left" if column == "success" else "right")
+    for name, success in report["success_per_class"].items():
+        table.add_row(name, f"{success:.2f}", f"{ours['success_per_class'][name]:.2f}")
+    table.add_row("mean", f"{report['success_mean']:.3f}", f"{ours['success_mean']:.3f}", end_section=True)
+    table.caption = (
+        "Meta-World counts the first episodes of a class to finish, and solved ones finish early: it is biased, here "
+        f"by {report['biased_by']:+.3f}. Per environment: the same agents, the first episodes of every goal."
+    )
+    return table
+
+
 def baseline_progress(row: Mapping[str, Any]) -> str:
     """Return the entry of one task in a report of `metarl.baseline.reference` in one line."""
     text = f"{row['name']} {row['index']}: return {row['return_untrained']:.1f} → {row['return_final']:.1f}"

@@ -19,10 +19,22 @@ from metarl.envs import make as make_env
 from metarl.envs.manager import EnvManager
 from metarl.envs.vector import make_envs
 from metarl.errors import UserError, unknown_name
+from metarl.official import MetaWorldAgent
 from metarl.policy import Policy, build_agent
 from metarl.sampling import adapt_and_collect, by_phase
 from metarl.seeding import Purpose, children, seeds
 from metarl.types import Actor, Agent, BatchEnv, FloatArray, Rollout, Task, TaskDistribution
+
+__all__ = [
+    "MetaWorldAgent",
+    "Report",
+    "distribution_of",
+    "evaluate",
+    "evaluate_agent",
+    "family_names",
+    "held_out_metrics",
+    "select_tasks",
+]
 
 Report = dict[str, Any]
 """JSON: see `evaluate`."""

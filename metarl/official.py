@@ -28,7 +28,7 @@ NUM_ENVS = 20
 
 
 class MetaWorldAgent:
-    """A policy as a `metaworld.evaluation.MetaLearningAgent`, of E environments with a task each.
+    """A policy as a `metaworld.evaluation.MetaLearningAgent`, of as many environments E as it meets, a task each.
 
     Agents that adapt between rollouts (the MAML family) are given the complete episodes since the last adaptation;
     the last observation of an episode stands for the one after it, which upstream does not pass on.
@@ -40,14 +40,13 @@ class MetaWorldAgent:
 
     Args:
         policy: before adaptation.
-        num_envs: E.
         seed: of the actions' noise; each `init` begins a stream of its own.
         deterministic: whether `eval_action` acts without noise, as published figures do (metaworld-algorithms takes
             the mode, for MAML and RL² alike); otherwise it explores as in training. Adapting always explores.
     """
 
-    def __init__(self, policy: Policy, num_envs: int, *, seed: int = 0, deterministic: bool = False) -> None:
-        self._agent, self._spaces, self._num_envs = policy.agent, policy.spaces, num_envs
+    def __init__(self, policy: Policy, *, seed: int = 0, deterministic: bool = False) -> None:
+        self._agent, self._spaces = policy.agent, policy.spaces
         self._remembers = policy.agent.adaptation_steps == 0
         self._seed, self._deterministic, self._num_inits = seed, deterministic, 0
         self.init()
@@ -56,12 +55,17 @@ class MetaWorldAgent:
         """Forget the tasks, to begin with new ones."""
         noise_seed = integer_seed(self._seed, Purpose.EVALUATION_ROLLOUTS, self._num_inits)
         self._noise = torch.Generator().manual_seed(noise_seed)
-        self._num_inits += 1
-        agent, envs = self._agent, self._num_envs
+        self._num_inits, self._num_envs = self._num_inits + 1, 0
+        self._record: list[dict[str, NDArray[Any]]] = []
+
+    def _begin(self, envs: int) -> None:
+        """Have a state for each environment, from the first time on that they are met."""
+        if self._num_envs:
+            return
+        agent, self._num_envs = self._agent, envs
         self._states = [agent.initial_state(1) for _ in range(envs)] if self._remembers else [agent.initial_state(envs)]
         self._rewards, self._episode_start = np.zeros(envs, np.float32), np.ones(envs, np.bool_)
         self._adapted = self._states, self._rewards
-        self._record: list[dict[str, NDArray[Any]]] = []
 
     def adapt_action(self, observations: FloatArray) -> tuple[FloatArray, dict[str, NDArray[Any]]]:
         """Explore: observations `[E, ·]` → actions `[E, A]` for the environments, and what `step` needs of them."""
@@ -93,6 +97,7 @@ class MetaWorldAgent:
 
     def reset(self, env_mask: BoolArray) -> None:
         """Where `env_mask` `[E]`, an episode begins with what was adapted; nothing else changes."""
+        self._begin(len(env_mask))
         states, rewards = self._adapted
         self._rewards, self._episode_start = np.where(env_mask, rewards, self._rewards), self._episode_start | env_mask
         if self._remembers:
@@ -107,6 +112,7 @@ class MetaWorldAgent:
 
     def _read(self, observations: FloatArray) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return observations `[E, O]` and the last rewards `[E]`: of memories those that the observations tell."""
+        self._begin(len(observations))
         size = self._spaces.observation_size
         expected = (self._num_envs, size + (self._spaces.action_size + 2 if self._remembers else 0))
         if observations.shape != expected:
@@ -265,7 +271,7 @@ def evaluate_both_ways(
 def official_report(
     policy: Policy,
     *,
-    benchmark: Literal["ML1", "ML10", "ML25", "ML45"],
+    benchmark: str,
     name: str | None = None,
     split: Literal["train", "test"] = "test",
     seed: int = 0,
@@ -274,7 +280,7 @@ def official_report(
     adaptation_episodes: int = 10,
     evaluation_episodes: int = 3,
     horizon: int = 500,
-    reward_version: Literal["v1", "v2"] = "v2",
+    reward_version: str = "v2",
     deterministic: bool = True,
     vector_strategy: Literal["sync", "async"] = "sync",
 ) -> dict[str, Any]:
@@ -307,11 +313,14 @@ def official_report(
         splits, "env_steps": of the training, …}` and the settings.
 
     Raises:
-        ValueError: the policy is adapted already, or benchmark and name do not fit.
-        UserError: the policy was trained for other observations or actions.
+        ValueError: the policy is adapted already.
+        UserError: benchmark and name do not fit, the reward is not one of Meta-World's, or the policy was trained for
+            other observations or actions.
     """
     if policy.adapted:
         raise ValueError("the policy is adapted already, and evaluating adapts by itself; give the one before")
+    if reward_version not in ("v1", "v2"):
+        raise UserError(f"reward_version is {reward_version!r}, which Meta-World does not have; expected v1 or v2")
     import metaworld
 
     classes, goals = _classes(benchmark, name), GOALS_PER_CLASS[split]
@@ -347,7 +356,7 @@ def official_report(
         expected = policy.spaces.observation_size, policy.spaces.action_size
         if found != expected:
             raise UserError(f"{benchmark} has (observation, action) sizes {found}; the agent was made for {expected}")
-        agent = MetaWorldAgent(policy, num_envs, seed=seed, deterministic=deterministic)
+        agent = MetaWorldAgent(policy, seed=seed, deterministic=deterministic)
         figures = evaluate_both_ways(envs, agent, **rounds)
     finally:
         envs.close()
@@ -378,9 +387,9 @@ def _classes(benchmark: str, name: str | None) -> Mapping[str, Sequence[str]]:
     from metaworld import env_dict
 
     if benchmark not in ("ML1", "ML10", "ML25", "ML45") or (name is None) == (benchmark == "ML1"):
-        raise ValueError(f"benchmark is {benchmark!r}, name {name!r}; expected ML1 and a class, or ML10, ML25 or ML45")
+        raise UserError(f"benchmark is {benchmark!r}, name {name!r}; expected ML1 and a class, or ML10, ML25 or ML45")
     if name is None:
         return {split: list(classes) for split, classes in getattr(env_dict, f"{benchmark}_V3").items()}
     if name not in env_dict.ALL_V3_ENVIRONMENTS:
-        raise ValueError(f"name is {name!r}; expected a class of Meta-World: `metarl list envs` shows all")
+        raise UserError(f"name is {name!r}; expected a class of Meta-World: `metarl list envs` shows all")
     return {"train": [name], "test": [name]}
