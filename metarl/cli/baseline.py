@@ -1,0 +1,96 @@
+"""`metarl baseline`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from metarl.cli.arguments import Parser, not_negative, positive
+from metarl.errors import UserError
+
+
+def baseline(arguments: list[str]) -> int:
+    """Train a standard single-task agent from scratch on some tasks of a config."""
+    parser = Parser(
+        "metarl baseline",
+        usage="metarl baseline CONFIG [options] [--SETTING VALUE ...]",
+        description="Train stable-baselines3's PPO or SAC from scratch on each of some tasks of a config, on the CPU: "
+        "what a single-task agent reaches. Every setting of the config is a flag as well (metarl train CONFIG --help): "
+        "--seed is that of the networks and episodes, --stages.0.tasks... say which tasks.",
+        epilog="Finished tasks are kept: the same command goes on where it was stopped, or shows its result at once.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--algorithm", choices=("ppo", "sac"), default="ppo", help="what is trained (ppo)")
+    parser.add_argument(
+        "--env-steps", type=positive, default=100_000, metavar="N", help="of training on each task (100000)"
+    )
+    parser.add_argument("--num-tasks", type=positive, default=5, metavar="N", help="tasks, balanced over classes (5)")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="which tasks (test)")
+    parser.add_argument(
+        "--eval-episodes", type=positive, default=10, metavar="N", help="episodes of an evaluation (10)"
+    )
+    parser.add_argument("--stage", type=not_negative, metavar="I", help="stage of the config, from 0 (the last)")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("runs/baselines"), metavar="DIR", help="finished tasks (runs/baselines)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the report as well")
+    named = bool(arguments) and not arguments[0].startswith("-")
+    options, flags = parser.parse_known_args(arguments[1:] if named else arguments)
+    if not named:
+        raise UserError("name a config: a YAML file or one of `metarl list configs`, e.g. metarl baseline quickstart")
+    return _run_baseline(arguments[0], flags, options)
+
+
+def _run_baseline(config_name: str, flags: list[str], options: argparse.Namespace) -> int:
+    from metarl.config import load_config
+
+    config = load_config(config_name, flags)
+    if options.stage is not None and options.stage >= len(config.stages):
+        raise UserError(f"--stage is {options.stage}; {config_name} has {len(config.stages)} stage(s), counted from 0")
+    stage = config.stages[-1 if options.stage is None else options.stage]
+
+    import numpy as np
+    from rich.console import Console
+
+    from metarl.baseline import reference
+    from metarl.display import baseline_progress, baseline_table
+    from metarl.envs import FAMILIES
+    from metarl.evaluation import select_tasks
+    from metarl.seeding import Purpose, seeds
+
+    if stage.tasks.family not in FAMILIES:
+        raise UserError("the tasks are custom ones: call metarl.baseline.reference(tasks, make=...) from Python")
+    distribution = FAMILIES[stage.tasks.family].tasks(stage.tasks)
+    tasks = distribution.test_tasks if options.split == "test" else distribution.train_tasks
+    # The same draw as that of `metarl evaluate --num-tasks`, so that scores of the same tasks stand side by side.
+    tasks = select_tasks(tasks, options.num_tasks, np.random.default_rng(seeds(0, Purpose.EVALUATION_TASKS)))
+    try:
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.touch()
+    except OSError as error:
+        raise UserError(f"cannot write the report to {options.json}: {error.strerror}; choose another file") from error
+    console = Console()
+    try:
+        with console.status(f"training {options.algorithm} on each of {len(tasks)} tasks"):
+            report = reference(
+                tasks,
+                options.algorithm,
+                options.env_steps,
+                eval_episodes=options.eval_episodes,
+                seed=config.seed,
+                cache=options.cache,
+                progress=lambda finished, row: console.print(
+                    f"{finished}/{len(tasks)}  {baseline_progress(row)}", highlight=False, soft_wrap=True
+                ),
+            )
+    except KeyboardInterrupt:
+        print(f"metarl: stopped; finished tasks are kept in {options.cache}: the same command goes on", file=sys.stderr)
+        return 130
+    console.print(baseline_table(report))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        console.print(f"report: {options.json}", highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,123 @@
+"""`metarl evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from metarl.cli.arguments import Parser, not_negative, positive
+from metarl.errors import UserError
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Evaluate a run on held-out tasks."""
+    parser = Parser("metarl evaluate", description="Adapt to held-out tasks as in training, beside an untrained agent.")
+    parser.add_argument("run_dir", help="what `metarl train` wrote")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="tasks to evaluate on (test)")
+    parser.add_argument("--tasks", metavar="NAME", help="another benchmark or task than the run was trained on")
+    parser.add_argument("--num-tasks", type=positive, help="how many tasks, balanced over classes (all)")
+    parser.add_argument("--rollouts-per-task", type=positive, help="episodes a task and phase (as in training)")
+    parser.add_argument("--adaptation-steps", type=positive, help="K (as in training)")
+    parser.add_argument(
+        "--ablate",
+        choices=("memory", "reward"),
+        help="also without memory of earlier episodes, or with the average task's rewards (agents with a memory)",
+    )
+    parser.add_argument(
+        "--official", action="store_true", help="by Meta-World's own evaluation, which is biased; see also the next two"
+    )
+    parser.add_argument("--num-evals", type=positive, help="official rounds (until each of 40 goals has had its turn)")
+    parser.add_argument("--adaptation-episodes", type=positive, help="official episodes to adapt on (10)")
+    parser.add_argument("--seed", type=not_negative, help="of episodes and intervals (the run's)")
+    parser.add_argument("--num-workers", type=not_negative, help="processes that step environments (one a core)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where adapting is computed")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="where the report goes (RUN_DIR/evaluation/<split>.json)"
+    )
+    options = parser.parse_args(arguments)
+    own = {"ablate", "num_tasks", "rollouts_per_task", "adaptation_steps", "num_workers"}
+    for name in sorted(own if options.official else {"num_evals", "adaptation_episodes"}):
+        if getattr(options, name) is not None:
+            there = "does not go with" if options.official else "needs"
+            raise UserError(f"--{name.replace('_', '-')} {there} --official; see metarl evaluate --help")
+    return _evaluate_officially(options) if options.official else _evaluate_run(options)
+
+
+def _evaluate_run(options: argparse.Namespace) -> int:
+    import numpy as np
+    from rich.console import Console
+
+    from metarl import evaluation
+    from metarl.display import report_tables
+    from metarl.evaluation import distribution_of, select_tasks
+    from metarl.policy import load
+    from metarl.seeding import Purpose, seeds
+    from metarl.training import num_workers
+
+    policy = load(options.run_dir, device=options.device)
+    distribution = distribution_of(policy.config, options.tasks)
+    tasks = distribution.test_tasks if options.split == "test" else distribution.train_tasks
+    if options.num_tasks:
+        tasks = select_tasks(tasks, options.num_tasks, np.random.default_rng(seeds(0, Purpose.EVALUATION_TASKS)))
+    name = "_".join(filter(None, (options.tasks, options.split, options.ablate and f"without_{options.ablate}")))
+    path = _report_path(options, name)
+    console = Console()
+    with console.status(f"evaluating on {len(tasks)} tasks"):
+        report = evaluation.evaluate(
+            policy,
+            tasks,
+            rollouts_per_task=options.rollouts_per_task,
+            adaptation_steps=options.adaptation_steps,
+            seed=options.seed,
+            ablate=options.ablate,
+            num_workers=num_workers(policy.config) if options.num_workers is None else options.num_workers,
+        )
+    for table in report_tables(report):
+        console.print(table)
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _evaluate_officially(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from metarl.display import official_table
+    from metarl.evaluation import distribution_of
+    from metarl.official import official_report
+    from metarl.policy import load
+
+    policy = load(options.run_dir, device=options.device)
+    tasks: Any = getattr(distribution_of(policy.config, options.tasks), "config", None)
+    if getattr(tasks, "family", None) != "metaworld":
+        raise UserError("--official is for tasks of Meta-World; name some with --tasks, e.g. --tasks reach-v3")
+    path = _report_path(options, "_".join(filter(None, ("official", options.tasks, options.split))))
+    given = {name: getattr(options, name) for name in ("num_evals", "adaptation_episodes", "seed")}
+    console = Console()
+    with console.status("evaluating in Meta-World's own environments, which takes a while"):
+        report = official_report(
+            policy,
+            benchmark=tasks.benchmark,
+            name=tasks.name,
+            split=options.split,
+            horizon=tasks.horizon,
+            reward_version=tasks.reward_version,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    console.print(official_table(report))
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _report_path(options: argparse.Namespace, name: str) -> Path:
+    """Return where a report goes; raises UserError before the work is done if nothing can be written there."""
+    path: Path = options.json or Path(options.run_dir) / "evaluation" / f"{name}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise UserError(f"cannot write the report to {path}: {error.strerror}; choose another with --json") from error
+    return path

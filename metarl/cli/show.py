@@ -1,0 +1,74 @@
+"""`metarl inspect`, `metarl list` and `metarl doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from metarl.cli.arguments import Parser
+
+
+def inspect(arguments: list[str]) -> int:
+    """Show what a run directory holds."""
+    parser = Parser("metarl inspect", description="Show what a run directory holds.")
+    parser.add_argument("run_dir")
+    options = parser.parse_args(arguments)
+
+    from metarl.policy import load
+    from metarl.tracking import read_metrics
+
+    run_dir = Path(options.run_dir)
+    policy = load(run_dir)
+    config, lines = policy.config, read_metrics(run_dir)
+    steps, episodes = policy.agent.adaptation_steps, policy.agent.trial_episodes
+    adapts = f"K = {steps}" if steps else f"trials of {episodes} episodes"
+    print(f"agent        {config.agent.name}, {adapts}, {policy.num_parameters:,} parameters")
+    print(f"observations {policy.spaces.observation_size}, actions {policy.spaces.action_size}")
+    for stage in config.stages:
+        tasks = ", ".join(f"{key} {value}" for key, value in stage.tasks.model_dump(exclude_none=True).items() if value)
+        print(f"stage        {stage.name}: {stage.iterations} iterations of {tasks}")
+    print(f"trained      {lines[-1]['iteration'] if lines else 0} iterations, {policy.env_steps:,} env steps")
+    for prefix in ("meta_train", "meta_test"):
+        last = next((line for line in reversed(lines) if f"{prefix}/return_post" in line), None)
+        if last:
+            figures = ", ".join(f"{key} {value:.2f}" for key, value in last.items() if key.startswith(f"{prefix}/"))
+            print(f"{prefix:<12} iteration {last['iteration']}: {figures.replace(f'{prefix}/', '')}")
+    for path in sorted((run_dir / "evaluation").glob("*.json")):
+        print(f"report       {path}")
+    return 0
+
+
+def list_names(arguments: list[str]) -> int:
+    """List envs, agents or configs."""
+    parser = Parser("metarl list", description="List what there is.")
+    parser.add_argument("what", choices=("envs", "agents", "configs"))
+    options = parser.parse_args(arguments)
+    if options.what == "configs":
+        from metarl.config import embedded_configs
+
+        for name, path in embedded_configs().items():
+            first = path.read_text(encoding="utf-8").partition("\n")[0]
+            print(f"{name:<30}{first.removeprefix('# ')}")
+    elif options.what == "agents":
+        from metarl.agents import agent_configs
+
+        for name, agent in agent_configs().items():
+            print(f"{name:<30}{agent.__doc__}")
+    else:
+        from metarl.evaluation import family_names
+
+        for name, family in family_names().items():
+            print(f"{name:<30}{family}")
+    return 0
+
+
+def doctor(arguments: list[str]) -> int:
+    """Check this machine."""
+    Parser("metarl doctor", description="Check versions, devices and simulators on this machine.").parse_args(arguments)
+
+    from metarl.doctor import findings
+
+    healthy = True
+    for name, found, fine in findings():
+        print(f"{'ok ' if fine else 'BAD'} {name:<20}{found}")
+        healthy &= fine
+    return 0 if healthy else 1

@@ -1,0 +1,116 @@
+"""`metarl train`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+from metarl.cli.arguments import Parser
+from metarl.errors import UserError
+
+RUN_OPTIONS = """options of the run:
+  --run-dir DIR         where results go (default: runs/<name of the config>)
+  --resume              go on with the run in the run directory
+  --overwrite           throw away the run in the run directory
+  --max-iterations N    stop after N iterations, counted from the first of the run
+  --max-minutes X       stop at the first iteration that ends after X minutes
+  --debug               show tracebacks
+
+Every setting of the config is a flag as well:
+"""
+
+
+def train(arguments: list[str]) -> int:
+    """Train an agent from a YAML config."""
+    from metarl.config import find_config, load_config
+
+    parser = Parser("metarl train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--run-dir")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--max-iterations", type=int)
+    parser.add_argument("--max-minutes", type=float)
+    parser.add_argument("-h", "--help", action="store_true")
+    config_name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    options, flags = parser.parse_known_args(arguments[1:] if config_name else arguments)
+    if options.help:
+        return _train_help(config_name, flags)
+    if config_name is None:
+        raise UserError("name a config: a YAML file or one of `metarl list configs`, e.g. metarl train quickstart")
+    if options.resume and options.overwrite:
+        raise UserError("--resume and --overwrite exclude each other: go on with the run, or throw it away")
+    for name in ("max_iterations", "max_minutes"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
+    config = load_config(config_name, flags)
+    run_dir = Path(options.run_dir) if options.run_dir else Path("runs") / find_config(config_name).stem
+    return _run_training(config, run_dir, options)
+
+
+def _run_training(config: Any, run_dir: Path, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from metarl import training
+    from metarl.display import TrainingDisplay
+
+    total = sum(stage.iterations for stage in config.stages)
+    console = Console()
+    received: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        print(
+            f"metarl: {signal.Signals(number).name}: saving after this iteration; once more stops at once",
+            file=sys.stderr,
+        )
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with TrainingDisplay(config, min(total, options.max_iterations or total), console) as display:
+            run = training.train(
+                config,
+                run_dir=run_dir,
+                resume=options.resume,
+                overwrite=options.overwrite,
+                max_iterations=options.max_iterations,
+                max_minutes=options.max_minutes,
+                should_stop=lambda: bool(received),
+                progress=display,
+            )
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    state = "finished" if run.finished else "stopped; go on with --resume"
+    console.print(
+        f"{state}: {run.policy.env_steps:,} env steps, saved in {run.run_dir}", highlight=False, soft_wrap=True
+    )
+    return 128 + received[0] if received else 0
+
+
+def _train_help(name: str | None, flags: Sequence[str]) -> int:
+    """Show every setting with its default; tyro draws it from the same config that the flags are laid over."""
+    import tyro
+
+    from metarl.config import RunConfig, load_config
+
+    print("usage: metarl train CONFIG.yaml [--run-dir DIR] [--resume | --overwrite] [--SETTING VALUE ...]\n")
+    print(RUN_OPTIONS)
+    config = load_config(name or "quickstart", flags)
+    shown = Annotated[RunConfig, tyro.conf.arg(name="")]
+    tyro.cli(
+        shown,
+        prog="metarl train CONFIG.yaml",
+        default=config,
+        args=["--help"],
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+    return 0
