@@ -206,8 +206,14 @@ class GaussianHead(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log standard deviation `[..., A]`; the gradient at a bound is 0."""
         log_std = self.log_std if self.deviation is None else self.log_std + self.deviation(features)
-        mean = self.mean(features)
+        mean: Tensor = self.mean(features)
         return mean, log_std.clamp(*self._bounds).expand_as(mean)
+
+    def keep_within_bounds(self) -> None:
+        """Bring a deviation that an optimiser's step has carried past its bounds back: there it has no gradient."""
+        if self.deviation is None:
+            with torch.no_grad():
+                self.log_std.clamp_(*self._bounds)
 
 
 class Policy(nn.Module):
@@ -243,7 +249,8 @@ class Critic(nn.Module):
         self.trunk = trunk
         self.head = mlp((feature_size, *sizes, 1), 1.0, generator)
         self.scale: Tensor
-        self.register_buffer("scale", torch.tensor([0.0, 1.0, 0.0]))  # mean, standard deviation, updates seen
+        # Mean, standard deviation, updates seen; before the first one values are 0, whatever the scale of rewards.
+        self.register_buffer("scale", torch.zeros(3))
 
     def forward(self, features: Tensor) -> Tensor:
         """Normalised values `[...]` of features `[..., F]`."""

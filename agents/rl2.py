@@ -69,7 +69,7 @@ class Rl2Config(BaseModel):
     max_std: float = Field(1.5, gt=0, description="upper bound of the standard deviation")
     state_dependent_std: bool = Field(False, description="whether the deviation depends on what the policy sees")
     observation_entries: Annotated[tuple[NonNegativeInt, ...] | None, BeforeValidator(as_tuple)] = Field(
-        None, description="which entries of the observation the agent sees; none: all"
+        None, min_length=1, description="which entries of the observation the agent sees; none: all"
     )
     input_differences: bool = Field(
         True, description="whether the agent is told how observation and reward have changed since the last step"
@@ -105,6 +105,8 @@ class Rl2Config(BaseModel):
             raise ValueError(
                 f"init_std is {self.init_std}; expected between min_std {self.min_std} and max_std {self.max_std}"
             )
+        if self.observation_entries and len(set(self.observation_entries)) < len(self.observation_entries):
+            raise ValueError(f"observation_entries {self.observation_entries} name one twice; each counts once")
         if self.free_episodes >= self.trial_episodes:
             raise ValueError(
                 f"free_episodes is {self.free_episodes} of trial_episodes {self.trial_episodes}; one must count"
@@ -118,6 +120,12 @@ class Recall(NamedTuple):
     memory: State
     before: Before
     time: Tensor  # [B], integers, the step of the episode; −1 before the first
+    reward: Tensor  # [B], of the last step, where it is known and has not been told yet; else NaN; 0 before the first
+
+
+def _rows(state: Recall, index: Tensor) -> Recall:
+    memory, before, *rest = state
+    return Recall(rows(memory, index), Before(*(part[index] for part in before)), *(part[index] for part in rest))
 
 
 class Rl2:
@@ -188,7 +196,12 @@ class Rl2:
         nothing = torch.zeros(num_tasks, device=self.device)
         observations, actions = (nothing[:, None].expand(-1, size) for size in (len(self._entries), self.action_size))
         time = torch.full((num_tasks,), -1, device=self.device)
-        return Recall(self.policy.trunk.initial(num_tasks), Before(observations, actions, nothing), time)
+        return Recall(self.policy.trunk.initial(num_tasks), Before(observations, actions, nothing), time, nothing)
+
+    @torch.inference_mode()
+    def part_of(self, state: Recall, tasks: slice) -> Recall:
+        """What is known of some of the tasks, of which each has one memory."""
+        return _rows(state, torch.arange(len(state.time), device=self.device)[tasks])
 
     @torch.inference_mode()
     def act(self, percept: Percept, noise: Tensor, state: Recall) -> tuple[Tensor, Tensor, Recall]:
@@ -204,10 +217,13 @@ class Rl2:
         """Read a percept into B = M · P memories; returns mean and log deviation `[B, A]`, and what is known."""
         batch = percept.rewards.numel()
         if len(state.time) != batch:
+            if len(state.time) != len(percept.rewards):
+                raise ValueError(f"the state is of {len(state.time)} trials, the percept of {percept.rewards.shape}")
             each = torch.arange(len(state.time), device=self.device).repeat_interleave(batch // len(state.time))
-            state = Recall(rows(state.memory, each), Before(*(part[each] for part in state.before)), state.time[each])
+            state = _rows(state, each)
         now = percept.observations.flatten(0, 1).to(self.device)[:, self._entries]
         rewards, start = (part.reshape(-1).to(self.device) for part in (percept.rewards, percept.episode_start))
+        rewards = torch.where(rewards.isnan(), state.reward, rewards)
         active = None if bool(percept.active.all()) else percept.active.reshape(-1).to(self.device)
         time = (state.time + 1).masked_fill(start, 0)
         inputs = self.normalize(self.inputs(now, state.before, rewards, start, time))
@@ -220,7 +236,8 @@ class Rl2:
                 torch.where(active, rewards, state.before.rewards),
             )
             time = torch.where(active, time, state.time)
-        return *self.policy.head(features), Recall(memory, before, time)
+        mean, log_std = self.policy.head(features)
+        return mean, log_std, Recall(memory, before, time, torch.full_like(rewards, math.nan))
 
     def _carried_out(self, percept: Percept, actions: Tensor, state: Recall) -> Recall:
         """What is known after actions `[B, A]`."""
@@ -241,7 +258,7 @@ class Rl2:
     @torch.inference_mode()
     def _follow(self, state: Recall, rollout: Rollout) -> tuple[Tensor, Recall]:
         """Live through recorded steps; returns log-densities `[M, N, T]` and what is known then."""
-        rewards, log_probs = torch.zeros_like(rollout.rewards[..., 0]), torch.zeros_like(rollout.rewards)
+        rewards, log_probs = torch.full_like(rollout.rewards[..., 0], math.nan), torch.zeros_like(rollout.rewards)
         for t in range(rollout.valid.shape[-1]):
             active = rollout.valid[..., t]
             percept = Percept(rollout.observations[..., t, :], rewards, rollout.episode_start[..., t], active)
@@ -250,7 +267,7 @@ class Rl2:
             log_probs[..., t] = gaussian_log_prob(mean, log_std, actions).view(active.shape)
             state = self._carried_out(percept, actions, state)
             rewards = torch.where(active, rollout.rewards[..., t], rewards)
-        return log_probs, state
+        return log_probs, state._replace(reward=rewards.flatten().to(self.device))
 
     # --- learning ------------------------------------------------------------------------------------------------
 
@@ -313,6 +330,8 @@ class Rl2:
         measured: list[dict[str, float]] = []
         optimizer_steps = 0
         for part in self._minibatches(batch):
+            if not len(part.weights):
+                continue  # trials that were all dropped
             loss, metrics = self._loss(part)
             measured.append({name: float(value) for name, value in metrics.items()})
             if measured[-1]["kl"] > config.max_kl:
@@ -325,6 +344,7 @@ class Rl2:
                     f"the gradient is not finite (norm {norm}, loss {float(loss.detach())}); lower agent.lr"
                 )
             self._optimizer.step()
+            self.policy.head.keep_within_bounds()
             optimizer_steps += 1
         means = {name: math.fsum(each[name] for each in measured) / len(measured) for name in measured[0]}
         return means | {"lr": lr, "optimizer_steps": float(optimizer_steps)}

@@ -5,6 +5,7 @@ Each is an `Actor` around an agent that changes what the agent is told; the agen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -43,11 +44,15 @@ class WithoutMemory:
         """See `Actor.initial_state`."""
         return self._agent.initial_state(num_tasks)
 
+    def part_of(self, state: Any, tasks: slice) -> Any:
+        """See `Actor.part_of`."""
+        return self._agent.part_of(state, tasks)
+
     def act(self, percept: Percept, noise: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """See `Actor.act`; all rollouts begin their episodes together."""
         if bool(percept.episode_start.all()):
             state = self._agent.initial_state(len(percept.rewards))
-            percept = percept._replace(rewards=torch.zeros_like(percept.rewards))
+            percept = percept._replace(rewards=torch.full_like(percept.rewards, math.nan))
         return self._agent.act(percept, noise, state)
 
     def adapt(self, state: Any, rollout: Rollout) -> Any:
@@ -82,11 +87,15 @@ class WithoutReward:
         """See `Actor.initial_state`."""
         return _Counted(self._agent.initial_state(num_tasks))
 
+    def part_of(self, state: Any, tasks: slice) -> Any:
+        """See `Actor.part_of`."""
+        return state._replace(state=self._agent.part_of(state.state, tasks))
+
     def act(self, percept: Percept, noise: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """See `Actor.act`; all rollouts begin their episodes together."""
         begins = bool(percept.episode_start.all())
         episode, time = (state.episode + 1, 0) if begins else (state.episode, state.time)
-        told = self._rewards[episode, time - 1] if time else self._rewards[episode - 1, -1] if episode else 0.0
+        told = self._rewards[episode, time - 1] if time else self._rewards[episode - 1, -1] if episode else math.nan
         percept = percept._replace(rewards=torch.full_like(percept.rewards, float(told)))
         actions, log_probs, after = self._agent.act(percept, noise, state.state)
         return actions, log_probs, _Counted(after, episode, time + 1)

@@ -138,7 +138,7 @@ def _hold(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
 
 
 def _orthogonal(module: nn.Module, gain: float, generator: torch.Generator) -> None:
-    """Draw weights, gate by gate in a recurrent layer, and set biases to 0."""
+    """Draw weights, those between hidden units gate by gate, and set biases to 0."""
     with torch.no_grad():
         for name, value in module.named_parameters():
             if value.ndim == 1:
@@ -218,6 +218,10 @@ class Lstm(nn.Module):
         return outputs, tuple(part[0] for part in after)
 
 
+_BLOCK = 256
+"""Questions answered at once: what attention needs beside the steps themselves does not grow with the square of T."""
+
+
 class _Attention(nn.Module):
     """Attention of every step to itself and the `context` − 1 before it, several heads.
 
@@ -267,14 +271,21 @@ class _Attention(nn.Module):
     def scan(self, asking: Tensor, inputs: Tensor, history: History) -> tuple[Tensor, History]:
         """`[B, T, query_size]` and `[B, T, input_size]` → `[B, T, D]`."""
         keys, values = self._key_value(inputs).chunk(2, -1)
-        earlier = history.window()
-        time = torch.arange(inputs.shape[1], device=inputs.device)
-        old = torch.arange(earlier.longest, device=inputs.device)
-        behind = earlier.lengths[:, None, None] - old
-        since = torch.where(behind > 0, behind + time[:, None], -1)  # beyond its length a row holds nothing
-        distance = torch.cat([since, (time[:, None] - time).expand(len(inputs), -1, -1)], -1)
-        seen = [torch.cat([a.detach(), b], 1) for a, b in ((earlier.keys, keys), (earlier.values, values))]
-        return self._attend(asking, seen[0], seen[1], distance), earlier.extend(keys.detach(), values.detach())
+        earlier, steps = history.window(), inputs.shape[1]
+        time = torch.arange(steps, device=inputs.device)
+        behind = earlier.lengths[:, None, None] - torch.arange(earlier.longest, device=inputs.device)
+        answers = []
+        for begin in range(0, steps, _BLOCK):
+            asked, first = slice(begin, begin + _BLOCK), max(0, begin - self.context + 1)
+            now, new = time[asked, None], slice(first, begin + _BLOCK)
+            since = torch.where(behind > 0, behind + now, -1)  # beyond its length a row holds nothing
+            distance = torch.cat([since, (now - time[new]).expand(len(inputs), -1, -1)], -1)
+            seen = [
+                torch.cat([old.detach(), part[:, new]], 1)
+                for old, part in ((earlier.keys, keys), (earlier.values, values))
+            ]
+            answers.append(self._attend(asking[:, asked], seen[0], seen[1], distance))
+        return torch.cat(answers, 1), earlier.extend(keys.detach(), values.detach())
 
     def _attend(self, asking: Tensor, keys: Tensor, values: Tensor, distance: Tensor) -> Tensor:
         """Queries of `[B, T, ...]` read S keys and values `[B, S, D]` at distances `[B, T, S]`; < 0 are not read."""

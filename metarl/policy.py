@@ -41,7 +41,6 @@ class Policy:
         env_steps: environment steps of its training.
         state: the agent's adaptation state for one task.
         adapted: whether it has been adapted to a task.
-        reward: the last one of the episodes that it was adapted to.
     """
 
     config: RunConfig
@@ -50,7 +49,6 @@ class Policy:
     env_steps: int
     state: Any
     adapted: bool = False
-    reward: float = 0.0
 
     @property
     def num_parameters(self) -> int:
@@ -72,7 +70,8 @@ class Policy:
             state: what the last call returned; None where a trial begins. An agent without a memory returns it as is.
             episode_start: `[B]`, bool, where an episode begins; the memory of a trial lives on. None: where `state` is.
             deterministic: the mean instead of a draw (from torch's global generator).
-            reward: a number or `[B]`, of the last step. An agent with a memory takes it as average if it is not told.
+            reward: a number or `[B]`, of the last step. An agent with a memory takes it as average if it is not told;
+                it knows by itself where a trial begins, and the last one of recorded episodes.
 
         Returns:
             Actions `[A]` or `[B, A]`, float32, within the bounds of the action space, and the next state.
@@ -82,8 +81,7 @@ class Policy:
         """
         observation = np.asarray(observation, dtype=np.float64)
         begins = state is None
-        if reward is None:
-            reward = self.reward if begins else np.nan
+        reward = np.nan if reward is None else reward
         start = begins if episode_start is None else episode_start
         before = self.state if begins or not self.has_memory else state
         actions, _, after = self._draw(observation, before, deterministic, reward, start)
@@ -131,7 +129,7 @@ class Policy:
         Returns:
             Trajectories whose actions are the policy's draws before clipping, with their log-probabilities.
         """
-        state, reward, trajectories = self.state, self.reward, []
+        state, reward, trajectories = self.state, np.nan, []
         for _ in range(episodes):
             trajectory, state = self._episode(env, state, reward)
             trajectories.append(trajectory)
@@ -167,8 +165,7 @@ class Policy:
             ValueError: no trajectory, or sizes that do not fit.
         """
         rollout = self._rollout(trajectories)
-        reward = float(trajectories[-1].rewards[-1])
-        return replace(self, state=self.agent.adapt(self.state, rollout), adapted=True, reward=reward)
+        return replace(self, state=self.agent.adapt(self.state, rollout), adapted=True)
 
     def _rollout(self, trajectories: Sequence[Trajectory]) -> Rollout:
         """Pad trajectories to a rollout `[1, N, T, ...]`."""

@@ -70,7 +70,8 @@ def linear_baseline(observations: Tensor, returns: Tensor, time: Tensor, valid: 
         returns: `[M, S]`.
         time: `[M, S]`, step within the episode.
         valid: `[M, S]`, bool; other samples carry no weight.
-        ridge: penalty on the coefficients, a fraction of the mean diagonal of the normal equations.
+        ridge: penalty on each coefficient, a fraction of its entry on the diagonal of the normal equations: features of
+            any scale are shrunk alike, also the powers of a long trial's time beside the constant.
 
     Returns:
         Fitted values `[M, S]` in the dtype of `returns`; 0 where not valid.
@@ -79,11 +80,10 @@ def linear_baseline(observations: Tensor, returns: Tensor, time: Tensor, valid: 
     t = time.double().unsqueeze(-1) / 100.0
     features = torch.cat([o, o * o, t, t * t, t * t * t, torch.ones_like(t)], dim=-1) * valid.unsqueeze(-1)
     gram = features.mT @ features
-    diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    penalty = torch.diag_embed(ridge * gram.diagonal(dim1=-2, dim2=-1) + 1e-12)
     targets = features.mT @ returns.double().unsqueeze(-1)
     # Not by LU: batched, from about 200 features on, it fails in several threads of some builds of PyTorch.
-    coefficients = torch.cholesky_solve(targets, torch.linalg.cholesky(gram + (ridge * diagonal + 1e-12) * eye))
+    coefficients = torch.cholesky_solve(targets, torch.linalg.cholesky(gram + penalty))
     values: Tensor = (features @ coefficients).squeeze(-1)
     return values.to(returns.dtype)
 

@@ -208,7 +208,7 @@ class Percept(NamedTuple):
     observations: torch.Tensor
     """`[M, P, O]`, raw."""
     rewards: torch.Tensor
-    """`[M, P]`, of the last step, also of the episode before; 0 where a rollout begins; NaN where not known."""
+    """`[M, P]`, of the last step, also of the episode before; NaN where not known, or where a rollout begins."""
     episode_start: torch.Tensor
     """`[M, P]`, bool: an episode begins with these observations."""
     active: torch.Tensor
@@ -268,7 +268,7 @@ class Actor(Protocol):
     """What collecting asks of an agent. Its adaptation state is opaque: parameters a task, or a memory."""
 
     device: torch.device
-    """Where `adapt` and `update` want their rollouts; `act` works on the CPU, beside the environments."""
+    """Where `adapt` and `update` want their rollouts; `act` takes and gives tensors on the CPU."""
 
     trial_episodes: int
     """L, the episodes of a rollout, through which the state of `act` is carried; 1 for agents without a memory."""
@@ -278,6 +278,9 @@ class Actor(Protocol):
 
     def initial_state(self, num_tasks: int) -> Any:
         """The state before adaptation, for `num_tasks` tasks."""
+
+    def part_of(self, state: Any, tasks: slice) -> Any:
+        """The state of some of the tasks."""
 
     def act(self, percept: Percept, noise: torch.Tensor, state: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Choose actions.

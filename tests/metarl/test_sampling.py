@@ -68,6 +68,9 @@ class Scripted:
     def initial_state(self, num_tasks):
         return 0.0
 
+    def part_of(self, state, tasks):
+        return state
+
     def act(self, percept, noise, state):
         assert percept.observations.dtype == torch.float32
         assert noise.shape == (*percept.observations.shape[:2], 2)
@@ -356,6 +359,9 @@ class Diary:
         self.trial_episodes = trial_episodes
         self.told = []
 
+    def part_of(self, state, tasks):
+        return state
+
     def act(self, percept, noise, state):
         lived = torch.zeros(noise.shape[:2]) if state is None else state
         self.told.append(percept)
@@ -397,13 +403,14 @@ def test_shorter_episodes_are_laid_end_to_end():
 
 def test_an_agent_is_told_the_last_reward_and_where_episodes_begin():
     agent = Diary(2)
-    trial(2, rollouts=1, agent=agent, ends_at={1: 3})
-    assert len(agent.told) == 8
+    trial(4, rollouts=1, agent=agent, ends_at={1: 3, 3: 3})
+    assert len(agent.told) == 16  # two lanes of two tasks, told in turns
     rewards, starts, active = (
-        torch.stack([getattr(percept, name)[:, 0] for percept in agent.told]).tolist()
+        torch.stack([getattr(percept, name)[:, 0] for percept in agent.told[::2]]).tolist()
         for name in ("rewards", "episode_start", "active")
     )
-    assert rewards == [[0.0, 0.0]] + [[1.0, 1.0]] * 7  # a reward of 1 a step: also the last one of the episode before
+    assert str(rewards[0]) == "[nan, nan]"  # there was none
+    assert rewards[1:] == [[1.0, 1.0]] * 7  # a reward of 1 a step: also the last one of the episode before
     assert starts == [[i in (0, 4)] * 2 for i in range(8)]
     assert active == [[True, i not in (3, 7)] for i in range(8)]
 
@@ -436,3 +443,32 @@ def test_by_phase_holds_for_rollouts_between_adaptations_and_for_episodes_of_a_t
     assert by_phase([one, two], lambda r: r.episode_returns()).tolist() == [[5.0, 5.0], [5.0, 2.0]]
     lived = trial(2, ends_at={1: 3}, breaks_at={})
     assert by_phase([lived], lambda r: r.episode_returns()).tolist() == [[4.0] * 3, [3.0] * 3]
+
+
+class Counted(Diary):
+    """A diary whose state begins with the number of its task, and which acts by it."""
+
+    def initial_state(self, num_tasks):
+        return torch.arange(float(num_tasks))[:, None]
+
+    def part_of(self, state, tasks):
+        return state[tasks]
+
+    def act(self, percept, noise, state):
+        return noise + 100.0 * state[..., None], state.expand(percept.rewards.shape), state
+
+
+@pytest.mark.parametrize("rollouts", [1, 3])
+def test_each_lane_acts_with_the_state_of_its_own_tasks(rollouts):
+    # 5 tasks of one rollout are two lanes of 2 and 3 tasks; of three rollouts, two lanes of 1 and 2 of them.
+    tasks, train = lines(5, 4)
+    agent, seeds = Counted(2), children(np.random.SeedSequence(0), 5)
+    results = []
+    for lanes in (1, 2):
+        envs = SerialEnvs(tasks, 5 * rollouts)
+        envs.lanes = lanes
+        results.append(collect(envs, agent, agent.initial_state(5), train, rollouts, seeds))
+        expected = torch.arange(5.0)[:, None, None].expand(5, rollouts, 8)
+        torch.testing.assert_close(results[-1].log_probs, expected, rtol=0, atol=0)
+    for name, tensor in vars(results[0]).items():
+        torch.testing.assert_close(getattr(results[1], name), tensor, rtol=0, atol=0, equal_nan=True, msg=name)
