@@ -9,14 +9,16 @@ import difflib
 import importlib.resources
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from metarl.agents import AgentConfig, agent_configs
 from metarl.agents.maml import MamlPpoConfig
 from metarl.agents.outer import OuterConfig
+from metarl.agents.recurrent import BaselineConfig, MemoryConfig
 from metarl.envs.metaworld import MetaWorldConfig
 from metarl.envs.mujoco import MujocoConfig
 from metarl.envs.navigation import NavigationConfig
@@ -229,7 +231,8 @@ def _change_members(tree: dict[str, Any], flags: Mapping[tuple[str, ...], Any]) 
     if name != old_name:
         tree["agent"] = agent = {key: value for key, value in agent.items() if key in agents[name].model_fields}
     for part in ("outer", "memory", "critic"):
-        if isinstance(agent.get(part), dict):
+        in_both = part in agents[old_name].model_fields and part in agents[name].model_fields
+        if in_both and isinstance(agent.get(part), dict):
             _change_member_of(agent, part, agents[old_name], agents[name], flags.get(("agent", part, "name")))
 
 
@@ -302,13 +305,16 @@ def _problem(item: Any, keys: tuple[str | int, ...], given_by_flag: bool) -> str
 
 
 def _tags(union: Any, key: str) -> set[str]:
-    return {member.model_fields[key].default for member in get_args(get_args(union)[0])}
+    members = get_args(get_args(union)[0])
+    return {tag for member in members for tag in get_args(member.model_fields[key].annotation)}
 
 
 _TAGS = {
     "tasks": _tags(TasksConfig, "family"),
     "agent": _tags(AgentConfig, "name"),
     "outer": _tags(OuterConfig, "name"),
+    "memory": _tags(MemoryConfig, "name"),
+    "critic": _tags(BaselineConfig, "name"),
 }
 """What pydantic puts into the path of an error below a union: the tag of its member."""
 
@@ -326,11 +332,15 @@ def _fields_at(location: tuple[str | int, ...]) -> list[str]:
         if isinstance(key, int):
             continue
         if key in _TAGS.get(str(above), ()):
-            models = [model for model in models if key in (field.default for field in model.model_fields.values())]
+            models = [model for model in models if any(_has_tag(field, key) for field in model.model_fields.values())]
             continue
         found = [model.model_fields[key].annotation for model in models if key in model.model_fields]
         models = [model for annotation in found for model in _models_in(annotation)]
     return [name for model in models for name in model.model_fields]
+
+
+def _has_tag(field: FieldInfo, tag: str) -> bool:
+    return get_origin(field.annotation) is Literal and tag in get_args(field.annotation)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

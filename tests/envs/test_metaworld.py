@@ -208,6 +208,22 @@ class TestEnv:
         env = make(tasks_of(name, reward_version=reward_version).train_tasks[3])
         np.testing.assert_array_equal(trajectory(env), trajectory(official))
 
+    def test_a_sparse_reward_is_success_and_nothing_else_differs(self):
+        sparse, dense = (make(tasks_of("reach-v3", reward_version=v).train_tasks[3]) for v in ("sparse", "v2"))
+        way = goal_vector(sparse.task)[-3:] - sparse.reset()[0][:3]
+        dense.reset()
+        rewards = []
+        for _ in range(60):  # to the goal, and on in the same direction
+            action = np.append(way / np.abs(way).max(), 0.0).astype(np.float32)
+            (seen, reward, *_, info), (expected, *_) = sparse.step(action), dense.step(action)
+            np.testing.assert_array_equal(seen, expected)
+            assert reward == info["success"]
+            rewards.append(reward)
+        assert set(rewards) == {0.0, 1.0} and rewards[0] == 0.0
+        sparse.set_task(dense.task)  # an environment of the pool may get either
+        sparse.reset()
+        assert sparse.step(np.zeros(4, np.float32))[1] > 1.0
+
     @pytest.mark.parametrize("name", ["door-lock-v3", "pick-place-v3", "drawer-open-v3"])
     def test_a_used_env_equals_a_fresh_one(self, name):
         used = make(tasks_of(name, reward_version="v1").train_tasks[0])

@@ -230,6 +230,38 @@ def test_the_settings_of_an_agent_are_its_own():
     assert "did you mean" not in problem("navigation_maml_ppo", "--agent.proximal", "3")
 
 
+def test_a_flag_may_choose_another_memory_or_critic_than_the_file():
+    def load(flags=""):
+        return load_config("ml10_rl2", flags.split()).agent
+
+    assert (load().memory.name, load().memory.size, load().critic.name) == ("gru", 256, "linear")
+    transformer = load("--agent.memory.name transformer --agent.memory.context 64").memory
+    assert (transformer.name, transformer.size, transformer.context) == ("transformer", 64, 64)  # the size is its own
+    assert load("--agent.critic.name separate --agent.critic.sizes 32").critic.sizes == (32,)
+    agent = load_config("navigation_maml_ppo", ["--agent.name", "rl2", "--agent.memory.name", "lstm"]).agent
+    assert (agent.name, agent.memory.name) == ("rl2", "lstm")
+    back = load("--agent.name maml_ppo --agent.outer.epochs 3")
+    assert (back.name, back.outer.epochs, back.gamma) == ("maml_ppo", 3, 0.99)
+    for flags, expected in (
+        ("--agent.memory.contxt 3", "--agent.memory.contxt: unknown setting"),
+        ("--agent.memory.name transformer --agent.memory.contxt 3", "did you mean --agent.memory.context?"),
+        ("--agent.memory.name gur", "got 'gur', expected one of gru, lstm, transformer, episodic; did you mean 'gru'"),
+        ("--agent.memory.name episodic --agent.memory.heads 3", "size is 128, heads is 3; expected a multiple"),
+        (
+            "--agent.critic.name separate --agent.critic.loss-coef 0",
+            "--agent.critic.loss-coef: got 0, expected greater",
+        ),
+        ("--agent.free-episodes 10", "free_episodes is 10 of trial_episodes 10; one must count"),
+        ("--agent.observation-entries 3 3", "name one twice"),
+    ):
+        assert expected in problem("ml10_rl2", *flags.split()), flags
+
+
+def test_a_memory_in_an_agent_without_one_is_an_unknown_setting(write):
+    with pytest.raises(UserError, match=r"agent\.memory: unknown setting"):
+        load_config(write("agent: {name: maml_ppo, memory: {name: gru}}"))
+
+
 def test_lists_negative_numbers_and_repetition():
     assert parse_flags(["--a", "1", "2", "--b", "[3, 4]", "--c", "5"]) == {("a",): [1, 2], ("b",): [3, 4], ("c",): 5}
     assert parse_flags(["--a", "-1", "--b=-2.5", "--c", "x", "-3"]) == {("a",): -1, ("b",): -2.5, ("c",): ["x", -3]}
