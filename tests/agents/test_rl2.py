@@ -723,3 +723,18 @@ def test_a_memory_is_chosen_by_its_name():
     assert isinstance(Rl2Config(memory={"name": "lstm"}).memory, LstmConfig)
     assert isinstance(Rl2Config(critic={"name": "linear"}).critic, LinearConfig)
     assert Rl2Config(memory={"size": 7}).memory == GruConfig(size=7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_memory
+def test_the_gpu_computes_what_the_cpu_does(memory):
+    config = make_agent(memory).config
+    agents = [Rl2(config, 2, 2, torch.device(name), 0) for name in ("cpu", "cuda")]
+    rollouts = [rollout_of(agent) for agent in agents]
+    torch.testing.assert_close(rollouts[1].log_probs.cpu(), rollouts[0].log_probs, rtol=1e-4, atol=1e-5)
+    for agent in agents:
+        agent.update([rollouts[0].to(agent.device)])
+    on_cpu, on_gpu = (agent.state_dict() for agent in agents)
+    for name, value in on_cpu.items():
+        torch.testing.assert_close(on_gpu[name], value, rtol=1e-3, atol=1e-4, msg=name)
