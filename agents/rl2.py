@@ -35,7 +35,7 @@ from metarl.agents.recurrent import (
 )
 from metarl.agents.trials import Before, Inputs, TrialBatch, Trials, chunks, read_memory, read_trials
 from metarl.agents.value import linear_values
-from metarl.errors import STRICT, as_tuple
+from metarl.errors import STRICT, UserError, as_tuple
 from metarl.memory import State, rows
 from metarl.normalizer import Normalizer
 from metarl.objectives import approximate_kl, ppo_clip_loss, weighted_mean
@@ -139,7 +139,7 @@ class Rl2:
         seed: of the initial parameters and of the order of minibatches.
 
     Raises:
-        ValueError: `observation_entries` names one that the observation does not have.
+        UserError: `observation_entries` names one that the observation does not have.
     """
 
     adaptation_steps = training_adaptation_steps = 0
@@ -149,7 +149,7 @@ class Rl2:
     ) -> None:
         entries = tuple(range(observation_size)) if config.observation_entries is None else config.observation_entries
         if max(entries) >= observation_size:
-            raise ValueError(
+            raise UserError(
                 f"agent.observation_entries holds {max(entries)}; observations have entries 0 to {observation_size - 1}"
             )
         self.config, self.device, self.seed, self.iteration = config, device, seed, 0
@@ -163,10 +163,11 @@ class Rl2:
         self.policy = Policy(trunk, head).to(device)
         self.critic: Critic | None = None
         if isinstance(config.critic, CriticConfig):
-            own = Trunk(self.inputs.size, config.encoder_sizes, config.memory, generator)
-            of_its_own = own if config.critic.name == "separate" else None
+            own = None
+            if config.critic.name == "separate":
+                own = Trunk(self.inputs.size, config.encoder_sizes, config.memory, generator)
             self._value_coef = config.critic.loss_coef
-            self.critic = Critic(trunk.output_size, config.critic.sizes, of_its_own, generator).to(device)
+            self.critic = Critic(trunk.output_size, config.critic.sizes, own, generator).to(device)
         self._optimizer = torch.optim.Adam(self.parameters().values(), lr=config.lr)
         self._use_normalizer(Normalizer.identity(self.inputs.size, config.normalizer_floor).to(device))
 

@@ -21,6 +21,7 @@ from metarl.agents.recurrent import (
 from metarl.agents.rl2 import Rl2, Rl2Config
 from metarl.agents.trials import read_trials
 from metarl.envs import custom
+from metarl.errors import UserError
 from metarl.memory import History, rows
 from metarl.sampling import collect
 from metarl.seeding import children
@@ -714,7 +715,7 @@ def test_settings_that_make_no_sense(settings, message):
 
 
 def test_an_entry_that_the_observation_does_not_have():
-    with pytest.raises(ValueError, match="observation_entries holds 5; observations have entries 0 to 1"):
+    with pytest.raises(UserError, match="observation_entries holds 5; observations have entries 0 to 1"):
         make_agent(observation_entries=(0, 5))
     assert make_agent(observation_entries=(1,)).inputs.entries == (1,)
 

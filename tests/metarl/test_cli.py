@@ -250,6 +250,47 @@ def test_evaluate_writes_the_report_and_shows_it(metarl, trained, tmp_path):
     assert again.read_text() == path.read_text()
 
 
+@pytest.fixture(scope="module")
+def remembering(tmp_path_factory):
+    """A small run of an agent with a memory, on Meta-World."""
+    run_dir = tmp_path_factory.mktemp("runs") / "memory"
+    with pytest.raises(SystemExit):
+        main(["train", "ml1_reach_rl2", *small("ml1_reach_rl2"), "--run-dir", str(run_dir)])
+    return run_dir
+
+
+def test_evaluate_shows_the_episodes_of_a_trial_and_an_ablation(metarl, remembering):
+    status, out, err = metarl("evaluate", remembering, "--num-tasks", 2, "--num-workers", 0, "--ablate", "reward")
+    assert status == 0, err
+    for row in ("episode 1", "episode 3", "without reward, episode 3", "without reward, gain", "untrained, episode 1"):
+        assert row in out
+    report = json.loads((remembering / "evaluation" / "test_without_reward.json").read_text())
+    assert len(report["phases"]) == 3 and report["ablate"] == "reward" and "ablated_success_post" in report["aggregate"]
+
+
+@pytest.mark.slow
+def test_evaluate_by_the_official_protocol(metarl, remembering):
+    flags = ("--official", "--num-evals", 1, "--adaptation-episodes", 2)
+    status, out, err = metarl("evaluate", remembering, *flags)
+    assert status == 0, err
+    assert "as Meta-World counts" in out and "biased" in out
+    report = json.loads((remembering / "evaluation" / "official_test.json").read_text())
+    assert (report["protocol"], report["adaptation_episodes"], report["horizon"]) == ("metaworld", 2, 5)
+    assert report["biased_by"] == report["success_mean"] - report["per_environment"]["success_mean"]
+
+
+def test_evaluations_that_do_not_go_together_are_refused(mistake, trained, remembering):
+    assert "--ablate does not go with --official" in mistake(
+        "evaluate", remembering, "--official", "--ablate", "memory"
+    )
+    assert "--num-evals needs --official" in mistake("evaluate", remembering, "--num-evals", 3)
+    assert "--official is for tasks of Meta-World" in mistake("evaluate", trained, "--official")
+    assert "maml_ppo has no memory" in mistake("evaluate", trained, "--ablate", "memory", "--num-workers", 0)
+    assert "adapts in its memory" in mistake("evaluate", remembering, "--adaptation-steps", 2, "--num-workers", 0)
+    refused = mistake("train", "navigation_rl2", "--agent.observation-entries", "7", "--run-dir", remembering / "new")
+    assert "agent.observation_entries holds 7; observations have entries 0 to 1" in refused
+
+
 def test_evaluate_on_other_tasks(metarl, mistake, trained):
     small = ["--num-tasks", 2, "--rollouts-per-task", 1, "--num-workers", 0]
     status, out, _ = metarl("evaluate", trained, "--split", "train", *small)
