@@ -133,10 +133,6 @@ class GradientAgent:
         """θ for every task, stacked `[M, ...]`, on the CPU."""
         return {name: value.detach().cpu().expand(num_tasks, *value.shape) for name, value in self.meta.theta.items()}
 
-    def part_of(self, state: Params, tasks: slice) -> Params:
-        """The parameters of some of the tasks."""
-        return {name: value[tasks] for name, value in state.items()}
-
     @torch.no_grad()
     def act(self, percept: Percept, noise: Tensor, state: Params) -> tuple[Tensor, Tensor, Params]:
         """Draw actions; see `Agent.act`. Of the percept only the observations matter."""

@@ -123,11 +123,6 @@ class Recall(NamedTuple):
     reward: Tensor  # [B], of the last step, where it is known and has not been told yet; else NaN; 0 before the first
 
 
-def _rows(state: Recall, index: Tensor) -> Recall:
-    memory, before, *rest = state
-    return Recall(rows(memory, index), Before(*(part[index] for part in before)), *(part[index] for part in rest))
-
-
 class Rl2:
     """An `Agent` that adapts in its memory.
 
@@ -200,11 +195,6 @@ class Rl2:
         return Recall(self.policy.trunk.initial(num_tasks), Before(observations, actions, nothing), time, nothing)
 
     @torch.inference_mode()
-    def part_of(self, state: Recall, tasks: slice) -> Recall:
-        """What is known of some of the tasks, of which each has one memory."""
-        return _rows(state, torch.arange(len(state.time), device=self.device)[tasks])
-
-    @torch.inference_mode()
     def act(self, percept: Percept, noise: Tensor, state: Recall) -> tuple[Tensor, Tensor, Recall]:
         """Draw actions; see `Agent.act`. A state of M trials stands for all P of a task."""
         tasks, parallel = percept.rewards.shape
@@ -221,7 +211,8 @@ class Rl2:
             if len(state.time) != len(percept.rewards):
                 raise ValueError(f"the state is of {len(state.time)} trials, the percept of {percept.rewards.shape}")
             each = torch.arange(len(state.time), device=self.device).repeat_interleave(batch // len(state.time))
-            state = _rows(state, each)
+            memory, before, *rest = state
+            state = Recall(rows(memory, each), Before(*(part[each] for part in before)), *(part[each] for part in rest))
         now = percept.observations.flatten(0, 1).to(self.device)[:, self._entries]
         rewards, start = (part.reshape(-1).to(self.device) for part in (percept.rewards, percept.episode_start))
         rewards = torch.where(rewards.isnan(), state.reward, rewards)

@@ -44,10 +44,6 @@ class WithoutMemory:
         """See `Actor.initial_state`."""
         return self._agent.initial_state(num_tasks)
 
-    def part_of(self, state: Any, tasks: slice) -> Any:
-        """See `Actor.part_of`."""
-        return self._agent.part_of(state, tasks)
-
     def act(self, percept: Percept, noise: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """See `Actor.act`; all rollouts begin their episodes together."""
         if bool(percept.episode_start.all()):
@@ -86,10 +82,6 @@ class WithoutReward:
     def initial_state(self, num_tasks: int) -> Any:
         """See `Actor.initial_state`."""
         return _Counted(self._agent.initial_state(num_tasks))
-
-    def part_of(self, state: Any, tasks: slice) -> Any:
-        """See `Actor.part_of`."""
-        return state._replace(state=self._agent.part_of(state.state, tasks))
 
     def act(self, percept: Percept, noise: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """See `Actor.act`; all rollouts begin their episodes together."""

@@ -121,20 +121,21 @@ def _run_wave(
 ) -> None:
     """Run P rollouts of each task side by side: noise `[M, P, T, A]`, seeds `[M, P, L]`; writes `[M, P, T, ...]`.
 
-    The rollouts are split into lanes: those of each task or, where a task has but one, the tasks. While the
-    environments of one lane are stepped, the agent acts in the next. All begin an episode together, with the state and
-    the last reward that the episode before has left to them.
+    The rollouts of each task are split into lanes. While the environments of one lane are stepped, the agent acts in
+    the next; a single rollout is a single lane. (To split the tasks as well has been measured: for two cores and ten
+    environments it is slower.) All begin an episode together, with the state and the last reward that the episode
+    before has left to them.
     """
-    action_size, horizon = noise.shape[3], noise.shape[2] // seeds.shape[2]
-    lanes = _lanes(noise.shape[0], noise.shape[1], envs.lanes)
-    sizes = [seeds[lane].shape[0] * seeds[lane].shape[1] for lane in lanes]
-    rows = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(lanes))]
-    in_order = [task for lane in lanes for task in tasks[lane[0]] for _ in range(seeds[lane].shape[1])]
+    num_tasks, parallel, _, action_size = noise.shape
+    horizon = noise.shape[2] // seeds.shape[2]
+    count = min(parallel, envs.lanes)
+    lanes = [slice(parallel * i // count, parallel * (i + 1) // count) for i in range(count)]
+    rows = [slice(num_tasks * lane.start, num_tasks * lane.stop) for lane in lanes]
+    in_order = [task for lane in lanes for task in tasks for _ in range(lane.start, lane.stop)]
     low, high = envs.action_space.low.astype(np.float64), envs.action_space.high.astype(np.float64)
-    states = [agent.part_of(state, lane[0]) if lane[0] != slice(0, len(tasks)) else state for lane in lanes]
-    rewards = [np.full(size, np.nan, np.float32) for size in sizes]
+    states, rewards = [state] * count, [np.full(lane.stop - lane.start, np.nan, np.float32) for lane in rows]
     for episode in range(seeds.shape[2]):
-        observations = envs.reset(in_order, np.concatenate([seeds[lane][..., episode].reshape(-1) for lane in lanes]))
+        observations = envs.reset(in_order, np.concatenate([seeds[:, lane, episode].reshape(-1) for lane in lanes]))
         records = [
             _Episodes(horizon, observations[lane], action_size, last) for lane, last in zip(rows, rewards, strict=True)
         ]
@@ -144,9 +145,8 @@ def _run_wave(
                 if t > 0 and record.active.any():
                     record.write(t - 1, envs.step_wait(rows[i]))
                 if t < horizon and record.active.any():
-                    drawn = noise[lanes[i]][:, :, begin + t]
-                    percept = record.percept(t, drawn.shape[0])
-                    actions, log_probs, states[i] = agent.act(percept, drawn, states[i])
+                    percept = record.percept(t, num_tasks)
+                    actions, log_probs, states[i] = agent.act(percept, noise[:, lanes[i], begin + t], states[i])
                     record.actions[t] = actions.reshape(-1, action_size)
                     record.log_probs[t] = log_probs.reshape(-1)
                     scaled = scale_actions(np.clip(record.actions[t].astype(np.float64), -1.0, 1.0), low, high)
@@ -154,16 +154,8 @@ def _run_wave(
         rewards = [record.last_rewards for record in records]
         for lane, record in zip(lanes, records, strict=True):
             for name, array in record.arrays().items():
-                shape = (*seeds[lane].shape[:2], horizon, *array.shape[2:])
-                arrays[name][lane][:, :, begin : begin + horizon] = array.swapaxes(0, 1).reshape(shape)
-
-
-def _lanes(tasks: int, parallel: int, most: int) -> list[tuple[slice, slice]]:
-    """Split P rollouts of each of M tasks into lanes, each some rollouts of all tasks or all rollouts of some."""
-    total = parallel if parallel > 1 else tasks
-    count = min(total, most)
-    parts = [slice(total * i // count, total * (i + 1) // count) for i in range(count)]
-    return [(slice(0, tasks), part) if parallel > 1 else (part, slice(0, 1)) for part in parts]
+                time_last = array.swapaxes(0, 1).reshape(num_tasks, -1, horizon, *array.shape[2:])
+                arrays[name][:, lane, begin : begin + horizon] = time_last
 
 
 def rollout_arrays(shape: tuple[int, int, int], observation_size: int, action_size: int) -> dict[str, NDArray[Any]]:

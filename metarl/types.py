@@ -279,9 +279,6 @@ class Actor(Protocol):
     def initial_state(self, num_tasks: int) -> Any:
         """The state before adaptation, for `num_tasks` tasks."""
 
-    def part_of(self, state: Any, tasks: slice) -> Any:
-        """The state of some of the tasks."""
-
     def act(self, percept: Percept, noise: torch.Tensor, state: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Choose actions.
 

@@ -122,9 +122,6 @@ class Altered:
     def __init__(self, agent, forget=False):
         self.agent, self.forget = agent, forget
 
-    def part_of(self, state, tasks):
-        return self.agent.part_of(state, tasks)
-
     def act(self, percept, noise, state):
         if self.forget and percept.episode_start.all():
             state = self.agent.initial_state(percept.rewards.numel())

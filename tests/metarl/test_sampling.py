@@ -68,9 +68,6 @@ class Scripted:
     def initial_state(self, num_tasks):
         return 0.0
 
-    def part_of(self, state, tasks):
-        return state
-
     def act(self, percept, noise, state):
         assert percept.observations.dtype == torch.float32
         assert noise.shape == (*percept.observations.shape[:2], 2)
@@ -359,9 +356,6 @@ class Diary:
         self.trial_episodes = trial_episodes
         self.told = []
 
-    def part_of(self, state, tasks):
-        return state
-
     def act(self, percept, noise, state):
         lived = torch.zeros(noise.shape[:2]) if state is None else state
         self.told.append(percept)
@@ -403,10 +397,10 @@ def test_shorter_episodes_are_laid_end_to_end():
 
 def test_an_agent_is_told_the_last_reward_and_where_episodes_begin():
     agent = Diary(2)
-    trial(4, rollouts=1, agent=agent, ends_at={1: 3, 3: 3})
-    assert len(agent.told) == 16  # two lanes of two tasks, told in turns
+    trial(2, rollouts=1, agent=agent, ends_at={1: 3})
+    assert len(agent.told) == 8
     rewards, starts, active = (
-        torch.stack([getattr(percept, name)[:, 0] for percept in agent.told[::2]]).tolist()
+        torch.stack([getattr(percept, name)[:, 0] for percept in agent.told]).tolist()
         for name in ("rewards", "episode_start", "active")
     )
     assert str(rewards[0]) == "[nan, nan]"  # there was none
@@ -451,16 +445,13 @@ class Counted(Diary):
     def initial_state(self, num_tasks):
         return torch.arange(float(num_tasks))[:, None]
 
-    def part_of(self, state, tasks):
-        return state[tasks]
-
     def act(self, percept, noise, state):
         return noise + 100.0 * state[..., None], state.expand(percept.rewards.shape), state
 
 
 @pytest.mark.parametrize("rollouts", [1, 3])
 def test_each_lane_acts_with_the_state_of_its_own_tasks(rollouts):
-    # 5 tasks of one rollout are two lanes of 2 and 3 tasks; of three rollouts, two lanes of 1 and 2 of them.
+    # Three rollouts of each of 5 tasks are two lanes, of 1 and 2 of them.
     tasks, train = lines(5, 4)
     agent, seeds = Counted(2), children(np.random.SeedSequence(0), 5)
     results = []
