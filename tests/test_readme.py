@@ -51,5 +51,15 @@ def test_an_imported_agent_predicts_adapts_and_is_evaluated(tmp_path, monkeypatc
     with pytest.raises(SystemExit) as ended:
         main(["train", "quickstart", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))])
     assert ended.value.code == 0
-    code = block("metarl.load") + "\nassert len(report['tasks']) == 5 and policy is not agent"
+    code = block("agent.adapt(episodes)") + "\nassert len(report['tasks']) == 5 and policy is not agent"
     run(code, tmp_path)
+
+
+@pytest.mark.slow
+def test_an_agent_with_a_memory_lives_through_a_trial(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--max-iterations 1 --num-workers 0 --num-tasks 2 --rollouts-per-task 1 --evaluation.num-tasks 1"
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "ml1_reach_rl2", "--agent.minibatches", "1", *flags.split()])
+    assert ended.value.code == 0
+    run(block("# a trial begins") + "\nassert episode == 2 and ended and state is not None", tmp_path)
