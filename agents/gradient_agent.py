@@ -23,6 +23,7 @@ from metarl.agents.value import LearnedValue, linear_values
 from metarl.errors import STRICT, as_tuple
 from metarl.normalizer import Normalizer
 from metarl.objectives import ESTIMATORS
+from metarl.optimizers import check_entries
 from metarl.policies import GaussianMlp, Params, gaussian_log_prob
 from metarl.returns import gae, normalize_advantages
 from metarl.types import Percept, Rollout
@@ -219,10 +220,7 @@ class GradientAgent:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned; raises ValueError naming the entry that is missing or does not fit."""
-        for name, value in self.state_dict().items():
-            if "optimizer." not in name and (name not in state or state[name].shape != value.shape):
-                found = tuple(state[name].shape) if name in state else "nothing"
-                raise ValueError(f"cannot load {name!r}: expected shape {tuple(value.shape)}, found {found}")
+        check_entries(state, self.state_dict())
         self._outer.load_state_dict(state)
         with torch.no_grad():
             for name, value in self.meta.named().items():

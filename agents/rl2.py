@@ -39,7 +39,7 @@ from metarl.errors import STRICT, UserError, as_tuple
 from metarl.memory import State, rows
 from metarl.normalizer import Normalizer
 from metarl.objectives import approximate_kl, ppo_clip_loss, weighted_mean
-from metarl.optimizers import load_optimizer_state, optimizer_state
+from metarl.optimizers import check_entries, load_optimizer_state, optimizer_state
 from metarl.policies import gaussian_log_prob
 from metarl.returns import gae, normalize_advantages
 from metarl.seeding import Purpose, integer_seed
@@ -389,10 +389,7 @@ class Rl2:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned; raises ValueError naming the entry that is missing or does not fit."""
-        for name, value in self.state_dict().items():
-            if "optimizer." not in name and (name not in state or state[name].shape != value.shape):
-                found = tuple(state[name].shape) if name in state else "nothing"
-                raise ValueError(f"cannot load {name!r}: expected shape {tuple(value.shape)}, found {found}")
+        check_entries(state, self.state_dict())
         trained = self.parameters()
         load_optimizer_state(self._optimizer, trained, state)
         with torch.no_grad():

@@ -1,4 +1,7 @@
-"""An optimiser's state as flat, named tensors, for checkpoints that hold tensors alone. Imports nothing of metarl."""
+"""The state of optimisers and agents as flat, named tensors, for checkpoints that hold tensors alone.
+
+Imports nothing of metarl.
+"""
 
 from __future__ import annotations
 
@@ -47,3 +50,19 @@ def load_optimizer_state(
         optimizer.state[param] = {
             key: value if key == "step" else value.to(param.device) for key, value in values.items()
         }
+
+
+def check_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check an agent's state before it is loaded; what belongs to optimisers `load_optimizer_state` checks.
+
+    Args:
+        state: to load.
+        expected: the state that the agent has.
+
+    Raises:
+        ValueError: an entry is missing or has another shape; the message names it.
+    """
+    for name, value in expected.items():
+        if "optimizer" not in name.split(".") and (name not in state or state[name].shape != value.shape):
+            found = tuple(state[name].shape) if name in state else "nothing"
+            raise ValueError(f"cannot load {name!r}: expected shape {tuple(value.shape)}, found {found}")
