@@ -70,20 +70,22 @@ def linear_baseline(observations: Tensor, returns: Tensor, time: Tensor, valid: 
         returns: `[M, S]`.
         time: `[M, S]`, step within the episode.
         valid: `[M, S]`, bool; other samples carry no weight.
-        ridge: penalty on each coefficient, a fraction of its entry on the diagonal of the normal equations: features of
-            any scale are shrunk alike, also the powers of a long trial's time beside the constant.
+        ridge: penalty on the coefficients, a fraction of the mean diagonal of the normal equations.
 
     Returns:
         Fitted values `[M, S]` in the dtype of `returns`; 0 where not valid.
     """
     o = observations.double().clamp(-10.0, 10.0)
-    t = time.double().unsqueeze(-1) / 100.0
+    # At most 1: the powers of a longer time would dominate the diagonal, and the ridge shrink all else away.
+    longest = (time * valid).amax(-1, keepdim=True).clamp_min(100)
+    t = (time.double() / longest).unsqueeze(-1)
     features = torch.cat([o, o * o, t, t * t, t * t * t, torch.ones_like(t)], dim=-1) * valid.unsqueeze(-1)
     gram = features.mT @ features
-    penalty = torch.diag_embed(ridge * gram.diagonal(dim1=-2, dim2=-1) + 1e-12)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     targets = features.mT @ returns.double().unsqueeze(-1)
     # Not by LU: batched, from about 200 features on, it fails in several threads of some builds of PyTorch.
-    coefficients = torch.cholesky_solve(targets, torch.linalg.cholesky(gram + penalty))
+    coefficients = torch.cholesky_solve(targets, torch.linalg.cholesky(gram + (ridge * diagonal + 1e-12) * eye))
     values: Tensor = (features @ coefficients).squeeze(-1)
     return values.to(returns.dtype)
 

@@ -110,6 +110,17 @@ def test_the_baseline_recovers_what_its_features_span():
     assert (outside - torch.sin(9 * observations[..., 0])).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("length", [100, 1000, 5000])
+def test_the_baseline_of_a_long_trial_still_sees_the_observations(length):
+    # t³ of a trial of 5,000 steps must not make the ridge so large that it shrinks the other coefficients to nothing.
+    generator = torch.Generator().manual_seed(0)
+    observations = torch.randn(1, length, 3, generator=generator)
+    targets = 3.0 + observations @ torch.tensor([1.0, -2.0, 0.5])
+    valid = torch.ones(1, length, dtype=torch.bool)
+    values = linear_baseline(observations, targets, torch.arange(length)[None], valid)
+    torch.testing.assert_close(values, targets, rtol=0, atol=2e-3)
+
+
 def test_the_baseline_ignores_invalid_samples():
     observations, time, valid = baseline_data()
     returns = in_span(observations, time)
