@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metarl.memory import Memory, State, join, rows
+from metarl.returns import time_in_episode
 from metarl.types import Rollout
 
 
@@ -97,10 +98,8 @@ def read_trials(inputs: Inputs, rollout: Rollout, success_bonus: float, free_epi
     rewards, start = F.pad(rollout.rewards, (1, 0)), F.pad(rollout.episode_start, (0, 1))
     actions = _one_longer(rollout.actions.clamp(-1.0, 1.0)).roll(1, 1)
     before = Before(_one_longer(now[:, :-1]).roll(1, 1), actions, F.pad(rewards[:, :-1], (1, 0)))
-    steps = torch.arange(now.shape[1], device=now.device).expand(start.shape)
-    time = steps - torch.where(start, steps, 0).cummax(1).values
     return Trials(
-        inputs(now, before, rewards, start, time),
+        inputs(now, before, rewards, start, time_in_episode(start)),
         rollout.actions,
         rollout.log_probs,
         objective * valid,

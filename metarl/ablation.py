@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from metarl.returns import time_in_episode
 from metarl.types import Actor, Percept, Rollout
 
 Ablation: TypeAlias = Literal["memory", "reward"]
@@ -107,9 +108,7 @@ def average_rewards(rollouts: Sequence[Rollout]) -> Tensor:
     """
     parts = []
     for rollout in rollouts:
-        steps = torch.arange(rollout.valid.shape[-1], device=rollout.valid.device).expand_as(rollout.episode)
-        time = steps - torch.where(rollout.episode_start, steps, 0).cummax(-1).values
-        valid = rollout.valid
+        time, valid = time_in_episode(rollout.episode_start), rollout.valid
         parts.append(torch.stack([rollout.episode[valid], time[valid], rollout.rewards[valid]]).cpu())
     episode, time, rewards = torch.cat(parts, 1)
     shape = int(episode.max()) + 1, int(time.max()) + 1

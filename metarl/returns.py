@@ -29,6 +29,16 @@ def discounted_returns(rewards: Tensor, last: Tensor, gamma: float) -> Tensor:
     return returns
 
 
+def time_in_episode(episode_start: Tensor) -> Tensor:
+    """Return the step of the episode that each step is, from 0, `[..., T]`.
+
+    Args:
+        episode_start: `[..., T]`, bool: the first step of an episode.
+    """
+    steps = torch.arange(episode_start.shape[-1], device=episode_start.device).expand(episode_start.shape)
+    return steps - torch.where(episode_start, steps, 0).cummax(-1).values
+
+
 def gae(
     rewards: Tensor,
     values: Tensor,

@@ -266,7 +266,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     metrics = {"meta_train/return_pre": returns[0], "meta_train/return_post": returns[-1]}
     metrics |= {"meta_train/success_pre": success[0], "meta_train/success_post": success[-1]}
     metrics |= {f"adaptation/return_after_{k}": value for k, value in enumerate(returns)}
-    metrics["train/dropped_episodes"] = float(sum((~rollout.valid.any(-1)).sum() for rollout in rollouts))
+    metrics["train/dropped_episodes"] = float(sum(rollout.episode_returns().isnan().sum() for rollout in rollouts))
     return metrics
 
 

@@ -26,6 +26,7 @@ from metarl.memory import History, rows
 from metarl.sampling import collect
 from metarl.seeding import children
 from metarl.types import Percept, Step
+from tests.agents.rollouts import assert_same, snapshot
 
 CPU = torch.device("cpu")
 
@@ -88,16 +89,6 @@ def learned(memory="gru", **changes):
 def strengthen(agent):
     with torch.no_grad():
         agent.policy.head.mean[0].weight.mul_(50.0)
-
-
-def snapshot(agent):
-    return {name: value.clone() for name, value in agent.state_dict().items()}
-
-
-def assert_same(left, right, **tolerance):
-    assert left.keys() == right.keys()
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], msg=lambda text, n=name: f"{n}: {text}", **tolerance)
 
 
 def known(state):
