@@ -9,24 +9,25 @@ Must not import environments, training or tracking.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor
 
-from metarl.agents.inner import Batch, MetaParams, Method, PolicyLoss
+from metarl.agents.inner import Batch, MetaParams, Method, PolicyLoss, follow
 from metarl.agents.meta_objective import MetaObjective
 from metarl.agents.outer import OuterConfig, PpoConfig, build_outer
+from metarl.agents.sensitivity import choose_steps, of_mlp
 from metarl.agents.value import LearnedValue, linear_values
 from metarl.errors import STRICT, as_tuple
 from metarl.normalizer import Normalizer
 from metarl.objectives import ESTIMATORS
 from metarl.optimizers import check_entries
-from metarl.policies import GaussianMlp, Params, gaussian_log_prob
-from metarl.returns import gae, normalize_advantages
-from metarl.types import Percept, Rollout
+from metarl.policies import ACTIVATIONS, GaussianMlp, Params, gaussian_log_prob
+from metarl.returns import discounted_returns, gae, normalize_advantages, vtrace
+from metarl.types import Guard, Percept, Prediction, Rollout, Sensitivity
 
 
 class GradientAgentConfig(BaseModel):
@@ -166,23 +167,26 @@ class GradientAgent:
     def _advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """Return normalised observations `[M, N, T, O]`, values and advantages `[M, N, T]`."""
         observations = self.normalizer(rollout.observations)
-        if self.value is None:
-            last = rollout.terminated | rollout.truncated
-            values, next_values = linear_values(observations, rollout.rewards, last, rollout.valid, self.config.gamma)
-        else:
-            values, next_values = self.value.values(rollout, observations, self.normalizer(rollout.next_observations))
+        values, next_values = self._values(rollout, observations)
         ends = (rollout.terminated, rollout.truncated)
         advantages = gae(rollout.rewards, values, next_values, *ends, self.config.gamma, self.config.gae_lambda)
         return observations, values, advantages
 
+    def _values(self, rollout: Rollout, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values before and after each step, both `[M, N, T]`; `observations` are normalised."""
+        if self.value is None:
+            last = rollout.terminated | rollout.truncated
+            return linear_values(observations, rollout.rewards, last, rollout.valid, self.config.gamma)
+        return self.value.values(rollout, observations, self.normalizer(rollout.next_observations))
+
     # --- learning ------------------------------------------------------------------------------------------------
 
-    def update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    def update(self, rollouts: Sequence[Rollout], guard: Guard | None = None) -> dict[str, float]:
         """One meta-update on the K support rollouts and the query rollout; see `Agent.update`."""
         config = self.config
         if len(rollouts) != self.training_adaptation_steps + 1:
             raise ValueError(f"got {len(rollouts)} rollouts, expected {self.training_adaptation_steps + 1}: K + 1")
-        metrics = self._outer.step(self.objective([self._prepare(rollout) for rollout in rollouts]))
+        metrics = self._outer.step(self.objective([self._prepare(rollout) for rollout in rollouts], guard))
         self.meta = self.meta._replace(iteration=self.meta.iteration + 1)
         std = self.meta.theta["log_std"].detach().exp().clamp(config.min_std, config.max_std).mean()
         metrics |= {"std": float(std)} | self._fit_value(rollouts)
@@ -193,10 +197,10 @@ class GradientAgent:
             self._use_normalizer(normalizer)
         return {f"train/{name}": value for name, value in metrics.items()}
 
-    def objective(self, batches: Sequence[Batch]) -> MetaObjective:
+    def objective(self, batches: Sequence[Batch], guard: Guard | None = None) -> MetaObjective:
         """Return the outer objective on the K support batches and the query batch, each `[M, S, ...]`."""
         width = max(self.config.hidden_sizes, default=self.policy.observation_size)
-        return MetaObjective(self.method, self._loss, self.policy.log_prob, self.meta, batches, width)
+        return MetaObjective(self.method, self._loss, self.policy.log_prob, self.meta, batches, width, guard)
 
     def _fit_value(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         if self.value is None:
@@ -206,6 +210,72 @@ class GradientAgent:
             observations, values, advantages = self._advantages(rollout)
             samples.append((observations.flatten(0, 2), (values + advantages).flatten(), rollout.valid.flatten()))
         return self.value.fit(*(torch.cat(part) for part in zip(*samples, strict=True)))
+
+    # --- what guards earlier stages asks ---------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What the outer step trains, by name."""
+        return {name: value for name, value in self.meta.named().items() if value.requires_grad}
+
+    def retrace(self, rollouts: Sequence[Rollout]) -> Prediction:
+        """Adapt anew from θ to recorded support data; see `Agent.retrace`.
+
+        The data is taken as if θ had collected it, as `adapt` takes recordings: the likelihood ratio to a policy of
+        long ago would leave next to nothing of it.
+        """
+        *supports, query = rollouts
+        tasks, shape = len(query.valid), query.valid.shape
+        theta = {name: value.expand(tasks, *value.shape) for name, value in self.meta.theta.items()}
+        params, meta = theta, self.meta._replace(theta=theta)
+        for batch in map(self._prepare, supports):
+            with torch.no_grad():
+                log_probs = self.policy.log_prob(params, batch.observations, batch.actions)
+            params = self.method.step(self._loss, meta, params, batch._replace(log_probs=log_probs), create_graph=True)
+        observations = self.normalizer(query.observations)
+        mean, log_std = self.policy.distribution(params, observations.flatten(1, 2))
+        mean, log_std = mean.view(*shape, -1), log_std.expand_as(mean).view(*shape, -1)
+        with torch.no_grad():
+            values, following = self._values(query, observations)
+            log_ratios = gaussian_log_prob(mean, log_std, query.actions) - query.log_probs
+            ends = (query.terminated, query.truncated)
+            advantages = vtrace(query.rewards, values, following, log_ratios, *ends, self.config.gamma)[1]
+            returns = discounted_returns(query.rewards, query.terminated | query.truncated, self.config.gamma)
+        return Prediction(mean, log_std, None, advantages, returns[query.valid].std().clamp_min(1e-6))
+
+    def sensitivities(
+        self, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
+    ) -> Iterator[Sensitivity]:
+        """Differentiate each task's policy at θ⁰ … θᴷ, to first order (∂θᵏ/∂θ = 1); see `Agent.sensitivities`."""
+        batches = [self._prepare(rollout) for rollout in rollouts]
+        tasks = len(batches[0].weights)
+        each = max(1, states // (tasks * len(batches)))
+        for params, batch in zip(self._path(batches), batches, strict=True):
+            for i in range(tasks):
+                chosen = choose_steps(batch.weights[i] > 0, each, generator)
+                if len(chosen):
+                    own = {name: value[i] for name, value in params.items()}
+                    yield of_mlp(self.policy, own, batch.observations[i, chosen])
+
+    def hidden_units(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+        """Activations of the adapted policies; see `Agent.hidden_units`."""
+        batches = [self._prepare(rollout) for rollout in rollouts]
+        units: dict[str, Tensor] = {}
+
+        def listen(layer: int, below: Tensor, hidden: Tensor) -> Tensor:
+            activations = ACTIVATIONS[self.config.activation](hidden)
+            units[f"layer_{layer}"] = activations[batches[-1].weights > 0]
+            return hidden
+
+        adapted = self._path(batches)[-1]
+        with torch.no_grad():
+            self.policy.distribution(adapted, batches[-1].observations, listen)
+        return units
+
+    def _path(self, batches: Sequence[Batch]) -> list[Params]:
+        """Adapt to each task's data anew; returns θ⁰ … θᴷ, stacked `[M, ...]`, without a graph."""
+        theta = {name: value.expand(len(batches[0].weights), *value.shape) for name, value in self.meta.theta.items()}
+        path = follow(self.method, self._loss, self.meta._replace(theta=theta), batches[:-1], create_graph=False)
+        return [{name: value.detach() for name, value in params.items()} for params in path]
 
     # --- saving --------------------------------------------------------------------------------------------------
 

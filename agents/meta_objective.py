@@ -2,7 +2,7 @@
 
 For tasks i = 1..M, with θ_i^0 = θ and θ_i^{k+1} the inner step of the method from θ_i^k on the support data D_i^k:
 
-    J(θ) = mean_i [ L_outer(θ_i^K; D_i^K) + η Σ_k KL(collecting ‖ θ_i^k) ]
+    J(θ) = mean_i [ L_outer(θ_i^K; D_i^K) + η Σ_k KL(collecting ‖ θ_i^k) ] + what guards earlier stages
 
 The adaptation is recomputed from the CURRENT θ each time. All tasks of a chunk are one batched computation; chunks
 bound the memory, whatever the number of tasks.
@@ -19,6 +19,7 @@ from metarl.agents.conjugate_gradient import dot
 from metarl.agents.inner import Batch, LogProb, Loss, MetaParams, Method, follow
 from metarl.objectives import approximate_kl
 from metarl.policies import Params
+from metarl.types import Guard
 
 CPU_CHUNK_BYTES = 2_500_000
 """Bytes of one layer's activations in a chunk of tasks on a CPU: it should stay in the cache (measured with
@@ -52,6 +53,7 @@ class MetaObjective:
         meta: the meta-parameters; those that require a gradient are trained.
         batches: K support batches and the query batch, all `[M, S, ...]`.
         width: numbers of the widest layer a sample, which sets how many tasks a chunk holds.
+        guard: adds to the objective what keeps earlier stages.
     """
 
     def __init__(
@@ -62,8 +64,10 @@ class MetaObjective:
         meta: MetaParams,
         batches: Sequence[Batch],
         width: int,
+        guard: Guard | None = None,
     ) -> None:
         self._method, self._loss, self._log_prob, self._meta, self._batches = method, loss, log_prob, meta, batches
+        self._guard = guard
         self.num_tasks, samples = batches[-1].weights.shape
         self._chunk = max(1, chunk_bytes(batches[-1].weights.device) // (4 * samples * width))
         self._outer_phases = range(0 if method.outer_phases == "all" else len(batches) - 1, len(batches))
@@ -107,6 +111,10 @@ class MetaObjective:
                     self._add(totals, kl=kl, clip_fraction=clip_fraction)
             (loss.sum() / self.num_tasks).backward()  # type: ignore[no-untyped-call]
             self._add(totals, loss=loss * len(self._outer_phases))
+        kept = self._guard(1.0) if self._guard is not None else None
+        if kept is not None:
+            kept.backward()  # type: ignore[no-untyped-call]
+            totals["loss"] = totals["loss"] + kept.detach()
         return {name: float(value) for name, value in totals.items()}
 
     def measure(self, surrogate: Surrogate) -> dict[str, float]:
@@ -119,6 +127,9 @@ class MetaObjective:
                     loss, clip_fraction = surrogate(log_probs, batches[k])
                     kl = approximate_kl(log_probs, batches[k].log_probs, batches[k].weights)
                     self._add(totals, loss=loss * len(self._outer_phases), kl=kl, clip_fraction=clip_fraction)
+        kept = self._guard(1.0) if self._guard is not None else None
+        if kept is not None:
+            totals["loss"] = totals["loss"] + kept.detach()
         return {name: float(value) for name, value in totals.items()}
 
     def _add(self, totals: dict[str, Tensor], **values: Tensor) -> None:

@@ -33,6 +33,7 @@ from metarl.agents.recurrent import (
     Sizes,
     Trunk,
 )
+from metarl.agents.sensitivity import choose_steps, jacobian
 from metarl.agents.trials import Before, Inputs, TrialBatch, Trials, chunks, read_memory, read_trials
 from metarl.agents.value import linear_values
 from metarl.errors import STRICT, UserError, as_tuple
@@ -41,9 +42,9 @@ from metarl.normalizer import Normalizer
 from metarl.objectives import approximate_kl, ppo_clip_loss, weighted_mean
 from metarl.optimizers import check_entries, load_optimizer_state, optimizer_state
 from metarl.policies import gaussian_log_prob
-from metarl.returns import gae, normalize_advantages
+from metarl.returns import gae, normalize_advantages, vtrace
 from metarl.seeding import Purpose, integer_seed
-from metarl.types import Percept, Rollout
+from metarl.types import Guard, Percept, Prediction, Rollout, Sensitivity
 
 LAST_LR = 0.1
 """What the learning rate falls to, a fraction of what it was at first."""
@@ -98,6 +99,12 @@ class Rl2Config(BaseModel):
     max_kl: float = Field(0.05, gt=0, description="an iteration's steps end when KL(old‖new) of a minibatch exceeds it")
     entropy_coef: float = Field(0.0, ge=0, description="weight of the policy's entropy, a bonus")
     max_grad_norm: float = Field(0.5, gt=0, description="the gradient is scaled down to this norm")
+    saturation_coef: float = Field(
+        0.0, ge=0, description="weight of max(0, |mean| − 1)²: a mean far beyond the bounds can hardly be unlearned"
+    )
+    normalizer_iterations: int | None = Field(
+        None, ge=0, description="iterations in which the normaliser of inputs learns; none: all; 0: inputs stay raw"
+    )
 
     @model_validator(mode="after")
     def _bounds(self) -> Rl2Config:
@@ -263,16 +270,20 @@ class Rl2:
 
     # --- learning ------------------------------------------------------------------------------------------------
 
-    def update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    def update(self, rollouts: Sequence[Rollout], guard: Guard | None = None) -> dict[str, float]:
         """Several epochs of PPO on one rollout of trials; see `Agent.update`."""
         (rollout,) = rollouts
         config = self.config
-        trials = read_trials(self.inputs, rollout, config.success_bonus, config.free_episodes)
+        trials = self._read(rollout)
         batch, metrics = self._prepare(trials, len(rollout.valid))
-        metrics |= self._learn(batch)
-        self._use_normalizer(self.normalizer.update(trials.inputs[:, :-1], trials.valid))
+        metrics |= self._learn(batch, guard)
+        if config.normalizer_iterations is None or self.iteration < config.normalizer_iterations:
+            self._use_normalizer(self.normalizer.update(trials.inputs[:, :-1], trials.valid))
         self.iteration += 1
         return {f"train/{name}": value for name, value in metrics.items()}
+
+    def _read(self, rollout: Rollout) -> Trials:
+        return read_trials(self.inputs, rollout, self.config.success_bonus, self.config.free_episodes)
 
     @torch.no_grad()
     def _prepare(self, trials: Trials, tasks: int) -> tuple[TrialBatch, dict[str, float]]:
@@ -313,7 +324,7 @@ class Rl2:
         before, after = linear_values(observations, rewards, last, valid, self.config.gamma)
         return before.flatten(0, 1), after.flatten(0, 1)
 
-    def _learn(self, batch: TrialBatch) -> dict[str, float]:
+    def _learn(self, batch: TrialBatch, guard: Guard | None) -> dict[str, float]:
         """Take the steps of Adam of one iteration; returns the mean of what was measured before each."""
         config, trained = self.config, self.parameters()
         lr = config.lr * max(LAST_LR, 1.0 - (1.0 - LAST_LR) * self.iteration / (config.lr_decay_iterations or math.inf))
@@ -328,6 +339,9 @@ class Rl2:
             measured.append({name: float(value) for name, value in metrics.items()})
             if measured[-1]["kl"] > config.max_kl:
                 break
+            kept = guard(1.0 / config.minibatches) if guard is not None else None
+            if kept is not None:
+                loss = loss + kept
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             norm = float(torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm))
@@ -367,6 +381,9 @@ class Rl2:
             "std": weighted_mean(log_std.exp().mean(-1).flatten(), weights),
         }
         loss = loss - config.entropy_coef * entropy
+        if config.saturation_coef:
+            beyond = (mean.abs() - 1.0).relu().square().sum(-1).flatten()
+            loss = loss + config.saturation_coef * weighted_mean(beyond, weights)
         if self.critic is not None:
             if self.critic.trunk is not None:
                 features, _ = self.critic.trunk.scan(batch.inputs, batch.states[1])
@@ -374,6 +391,57 @@ class Rl2:
             metrics["value_loss"] = 0.5 * weighted_mean(errors.square(), weights)
             loss = loss + self._value_coef * metrics["value_loss"]
         return loss, {name: value.detach() for name, value in metrics.items()}
+
+    # --- what guards earlier stages asks ---------------------------------------------------------------------------
+
+    def retrace(self, rollouts: Sequence[Rollout]) -> Prediction:
+        """Read recorded trials from their beginning; see `Agent.retrace`."""
+        (rollout,) = rollouts
+        tasks, shape, trials = len(rollout.valid), rollout.valid.shape, self._read(rollout)
+        inputs = self.normalize(trials.inputs)
+        features, _ = self.policy.trunk.scan(inputs, self.policy.trunk.initial(len(inputs)))
+        mean, log_std = self.policy.head(features[:, :-1])
+        expected = None
+        if self.critic is not None:
+            if self.critic.trunk is not None:
+                features, _ = self.critic.trunk.scan(inputs, self.critic.trunk.initial(len(inputs)))
+            expected = self.critic.values(features[:, :-1]).view(shape)
+        with torch.no_grad():
+            values, following = self._values(trials, inputs, features, tasks)
+            log_ratios = gaussian_log_prob(mean, log_std, trials.actions) - trials.log_probs
+            ends = (trials.terminated, trials.last & ~trials.terminated)
+            advantages = vtrace(trials.rewards, values, following, log_ratios, *ends, self.config.gamma)[1]
+            scale = self.critic.scale[1] if self.critic is not None else values[trials.valid].std().clamp_min(1e-6)
+        return Prediction(mean.view(*shape, -1), log_std.view(*shape, -1), expected, advantages.view(shape), scale)
+
+    def sensitivities(
+        self, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
+    ) -> Iterator[Sensitivity]:
+        """Differentiate through all earlier steps of a trial; see `Agent.sensitivities`."""
+        (rollout,) = rollouts
+        trials = self._read(rollout)
+        inputs = self.normalize(trials.inputs[:, :-1])
+        params = {f"policy.{name}": value for name, value in self.policy.named_parameters()}
+        used = choose_steps(trials.valid.any(-1), states, generator)
+        with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+            for i in used.tolist():
+                chosen = choose_steps(trials.valid[i], max(1, states // len(used)), generator)
+                read = inputs[None, i, : int(chosen[-1]) + 1]
+                features, _ = self.policy.trunk.scan(read, self.policy.trunk.initial(1))
+                mean, log_std = self.policy.head(features[0, chosen])
+                sensitivity = jacobian(mean, params), jacobian(log_std, params)
+                yield Sensitivity(mean.detach(), log_std.detach(), *sensitivity)
+
+    @torch.no_grad()
+    def hidden_units(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+        """Activations of encoder and memory; see `Agent.hidden_units`."""
+        (rollout,) = rollouts
+        trials, trunk = self._read(rollout), self.policy.trunk
+        inputs = self.normalize(trials.inputs[:, :-1])
+        encoded = trunk.encoder(inputs)
+        remembered, _ = trunk.memory.scan(encoded, trunk.initial(len(inputs)))
+        units = {"encoder": encoded, "memory": remembered} if self.config.encoder_sizes else {"memory": remembered}
+        return {name: value[trials.valid] for name, value in units.items()}
 
     # --- saving --------------------------------------------------------------------------------------------------
 

@@ -12,11 +12,12 @@ import gymnasium
 from pydantic import BaseModel
 
 from metarl.envs import metaworld, mujoco, navigation
+from metarl.envs.cues import CuedEnv, CuedTasks, has_cue, without_cue
 from metarl.envs.custom import custom
 from metarl.errors import unknown_name
 from metarl.types import Task, TaskDistribution
 
-__all__ = ["FAMILIES", "Family", "custom", "distribution", "make"]
+__all__ = ["FAMILIES", "CuedTasks", "Family", "custom", "distribution", "make"]
 
 
 class Family(NamedTuple):
@@ -61,7 +62,12 @@ def distribution(family: str, **options: Any) -> TaskDistribution:
 
 
 def make(task: Task) -> gymnasium.Env[Any, Any]:
-    """Build the environment of a task of a built-in family; raises ValueError for another family."""
+    """Build the environment of a task of a built-in family; raises ValueError for another family.
+
+    Observations of a task of `CuedTasks` end in its cue.
+    """
+    if has_cue(task):
+        return CuedEnv(make(without_cue(task)), task)
     return _family(task.family).make(task)
 
 

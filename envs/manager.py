@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,6 +27,38 @@ class Curriculum(NamedTuple):
     def fraction(self, iteration: int) -> float:
         """Return the fraction at an iteration; exactly 1 at the end."""
         return 1.0 - (1.0 - self.start_fraction) * max(0.0, 1.0 - iteration / self.iterations)
+
+
+class Manager(Protocol):
+    """What an iteration asks for its tasks."""
+
+    def fraction(self, iteration: int) -> float:
+        """Return which part of the tasks an iteration draws from, in (0, 1]."""
+
+    def sample(self, num_tasks: int, rng: np.random.Generator, iteration: int = 0) -> list[Task]:
+        """Draw `num_tasks` tasks."""
+
+
+class JointManager:
+    """Draws tasks of several managers, as many of each, but for the remainder; which ones get more is drawn.
+
+    Args:
+        managers: of the stages of a run, say.
+    """
+
+    def __init__(self, managers: Sequence[Manager]) -> None:
+        self._managers = list(managers)
+
+    def fraction(self, iteration: int) -> float:
+        """Return which part of the tasks an iteration draws from, in (0, 1]: the mean over managers."""
+        return sum(manager.fraction(iteration) for manager in self._managers) / len(self._managers)
+
+    def sample(self, num_tasks: int, rng: np.random.Generator, iteration: int = 0) -> list[Task]:
+        """Draw `num_tasks` tasks; see `EnvManager.sample`."""
+        counts = np.full(len(self._managers), num_tasks // len(self._managers))
+        counts[rng.permutation(len(counts))[: num_tasks % len(counts)]] += 1
+        parts = zip(self._managers, counts.tolist(), strict=True)
+        return [task for manager, count in parts if count for task in manager.sample(count, rng, iteration)]
 
 
 class EnvManager:

@@ -13,16 +13,16 @@ import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import gymnasium
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from metarl.errors import STRICT, unknown_name
-from metarl.types import FloatArray, Task
+from metarl.types import FloatArray, Scalar, Task
 
 Name = Literal[
     "HalfCheetahDir", "HalfCheetahVel", "AntDir", "AntGoal", "HumanoidDir", "HopperRandParams", "Walker2DRandParams"
@@ -34,7 +34,17 @@ NAMES: tuple[str, ...] = get_args(Name)
 SHARED_SPLITS = frozenset({"HalfCheetahDir"})
 """Distributions that have so few tasks that training and test tasks are the same ones."""
 
-SCALED_PARAMETERS = {"body_mass": 1.5, "body_inertia": 1.5, "dof_damping": 1.3, "geom_friction": 1.5}
+VELOCITY = (0.0, 2.0)
+"""Range in m/s that the targets of HalfCheetahVel are drawn from, if the config gives none."""
+
+Scaled = Literal["body_mass", "body_inertia", "dof_damping", "geom_friction"]
+
+SCALED_PARAMETERS: dict[Scaled, float] = {
+    "body_mass": 1.5,
+    "body_inertia": 1.5,
+    "dof_damping": 1.3,
+    "geom_friction": 1.5,
+}
 """Arrays of the model that a RandParams task scales, each with the base b of its multipliers b^U(−3, 3)."""
 
 Parameters: TypeAlias = dict[str, Any]
@@ -45,6 +55,11 @@ _SPLITS = ("train", "test")
 _DIRECTIONS = {"HalfCheetahDir-forward": 1.0, "HalfCheetahDir-backward": -1.0}
 
 
+def _words(value: object) -> object:
+    """Let a string stand for a list of its words: how a task's option holds one."""
+    return tuple(value.split()) if isinstance(value, str) else value
+
+
 class MujocoConfig(BaseModel):
     """MuJoCo locomotion tasks: bodies, observations, noise at reset and time steps of gymnasium's v5 environments.
 
@@ -53,8 +68,8 @@ class MujocoConfig(BaseModel):
 
     - `HalfCheetahDir`: reward = ±v − 0.05 |a|². Two tasks in all, forward and backward, a class each. Finn et al. 2017,
       5.3 (maml_rl, ProMP; v of the root joint as in ProMP). Never terminates.
-    - `HalfCheetahVel`: reward = −|v − target| − 0.05 |a|², target in U(0, 2) as in maml_rl; ProMP's and PEARL's code
-      draw from U(0, 3). Never terminates.
+    - `HalfCheetahVel`: reward = −|v − target| − 0.05 |a|², target in U(0, 2) as in maml_rl, or uniform in
+      `velocity`; ProMP's and PEARL's code draw from U(0, 3). Never terminates.
     - `AntDir`: reward = v · direction + 1 − 0.5 |a|² − 5e-4 · contact, the angle in U(0, 2π) (ProMP, PEARL; maml_rl has
       only forward and backward). Terminates when the height leaves [0.2, 1.0] (PEARL; ProMP [0, 1]).
     - `AntGoal`: reward = −‖torso − goal‖₁ − 0.1 |a|² − 5e-4 · contact, goals uniform in the disc of radius 3, never
@@ -63,8 +78,9 @@ class MujocoConfig(BaseModel):
     - `HumanoidDir`: reward = 1.25 v · direction + 5 − 0.1 |a|² − contact, the angle in U(0, 2π) (ProMP, PEARL; their
       0.25 / timestep is the same 1.25). Terminates when the height leaves (1, 2).
     - `HopperRandParams`, `Walker2DRandParams`: reward = v + 1 − 0.001 |a|². Body masses, inertias and contact frictions
-      are multiplied by 1.5^U(−3, 3), joint dampings by 1.3^U(−3, 3), each element on its own (rand_param_envs).
-      Terminate by height and angle. Deviation: a control step of the walker is 4 physics steps as in gymnasium, not 5.
+      are multiplied by 1.5^U(−3, 3), joint dampings by 1.3^U(−3, 3), each element on its own (rand_param_envs);
+      with `scaled` these of the arrays alone. Terminate by height and angle. Deviation: a control step of the walker is
+      4 physics steps as in gymnasium, not 5.
 
     Costs of contact, bonuses for being alive and conditions of health are gymnasium's defaults; so AntDir at 0° is
     Ant-v5, HumanoidDir at 0° is Humanoid-v5, and both RandParams with all multipliers 1 are Hopper-v5 and Walker2d-v5.
@@ -78,6 +94,12 @@ class MujocoConfig(BaseModel):
     horizon: int = Field(200, ge=1, le=1000, description="control steps an episode, then it is truncated")
     num_train: int = Field(100, ge=1, description="training tasks; HalfCheetahDir always has its two")
     num_test: int = Field(40, ge=1, description="held-out tasks; HalfCheetahDir always has the same two as in training")
+    velocity: Annotated[tuple[float, float] | None, BeforeValidator(_words)] = Field(
+        None, description="range of the target velocities in m/s (HalfCheetahVel only); none: 0 to 2"
+    )
+    scaled: Annotated[tuple[Scaled, ...], BeforeValidator(_words)] = Field(
+        tuple(SCALED_PARAMETERS), min_length=1, description="which arrays of the body are scaled (RandParams only)"
+    )
     seed: int = Field(0, ge=0, description="seed of the tasks")
 
     @field_validator("name", mode="before")
@@ -86,6 +108,28 @@ class MujocoConfig(BaseModel):
         if isinstance(name, str) and name not in NAMES:
             raise unknown_name("MuJoCo family", name, NAMES, "metarl list envs")
         return name
+
+    @field_validator("velocity")
+    @classmethod
+    def _increasing(cls, velocity: tuple[float, float] | None) -> tuple[float, float] | None:
+        if velocity is not None and velocity[0] >= velocity[1]:
+            raise ValueError(f"velocity is {velocity}; expected the lower bound, then the upper one")
+        return velocity
+
+    @field_validator("scaled")
+    @classmethod
+    def _once(cls, scaled: tuple[Scaled, ...]) -> tuple[Scaled, ...]:
+        if len(set(scaled)) < len(scaled):
+            raise ValueError(f"scaled {scaled} names an array twice; each counts once")
+        return tuple(field for field in SCALED_PARAMETERS if field in scaled)  # their order has no effect
+
+    @model_validator(mode="after")
+    def _have_a_use(self) -> MujocoConfig:
+        if self.velocity is not None and self.name != "HalfCheetahVel":
+            raise ValueError(f"velocity={self.velocity} with name={self.name!r}: only HalfCheetahVel has targets")
+        if self.scaled != tuple(SCALED_PARAMETERS) and _FAMILIES[self.name].draw is not _draw_multipliers:
+            raise ValueError(f"scaled={self.scaled} with name={self.name!r}: only RandParams families scale arrays")
+        return self
 
 
 class MujocoTasks:
@@ -115,9 +159,13 @@ class MujocoTasks:
     def _tasks(self, split: str, number: int) -> list[Task]:
         config = self.config
         indices = range(1 if config.name in SHARED_SPLITS else number)
-        options = (("horizon", config.horizon),)
+        options: dict[str, Scalar] = {"horizon": config.horizon}
+        if config.velocity not in (None, VELOCITY):
+            options["velocity"] = " ".join(map(repr, config.velocity))
+        if config.scaled != tuple(SCALED_PARAMETERS):
+            options["scaled"] = " ".join(config.scaled)
         return [
-            Task("mujoco", config.name, split, class_name, index, config.seed, options)
+            Task("mujoco", config.name, split, class_name, index, config.seed, tuple(options.items()))
             for class_name in _classes(config.name)
             for index in indices
         ]
@@ -134,15 +182,15 @@ def choices() -> dict[str, dict[str, str]]:
 
 
 def parameters(task: Task) -> Parameters:
-    """What `task` is about, by name: a pure function of (benchmark, name, seed, split, index).
+    """What `task` is about, by name: a pure function of (benchmark, name, seed, split, index) and the options.
 
     Returns:
         `direction`, ±1 for HalfCheetahDir, else a unit vector `[2]`; `velocity` in m/s; `goal` `[2]` in m; or for
-        RandParams the multipliers of each array of `SCALED_PARAMETERS`, in that array's shape.
+        RandParams the multipliers of each array of `SCALED_PARAMETERS`, in that array's shape; ones if not scaled.
     """
     config = _config(task)
     sequence = np.random.SeedSequence(task.seed, spawn_key=(_SPLITS.index(task.split), task.index))
-    return _FAMILIES[config.name].draw(np.random.default_rng(sequence), task)
+    return _FAMILIES[config.name].draw(np.random.default_rng(sequence), task, config)
 
 
 def difficulty(task: Task) -> float:
@@ -150,8 +198,9 @@ def difficulty(task: Task) -> float:
 
     Returns:
         The angle in rad between the direction and the one in which the body faces, +x: 0 for HalfCheetahDir-forward,
-        π for backward; the target velocity in m/s; the distance of the goal from the start in m; or for RandParams the
-        root mean square of the logarithms of all multipliers, but those of zeros, which have no effect.
+        π for backward; the target speed in m/s, to either side; the distance of the goal from the start in m; or for
+        RandParams the root mean square of the logarithms of the multipliers of the arrays that are scaled, but those of
+        zeros, which have no effect.
     """
     drawn = parameters(task)
     aim = next(iter(drawn.values()))
@@ -160,7 +209,8 @@ def difficulty(task: Task) -> float:
     if len(drawn) == 1:
         return float(np.linalg.norm(aim))
     nominal = _nominal(_FAMILIES[task.benchmark].xml)
-    logs = np.concatenate([np.log(value[getattr(nominal, field) != 0]) for field, value in drawn.items()])
+    scaled = _config(task).scaled
+    logs = np.concatenate([np.log(drawn[field][getattr(nominal, field) != 0]) for field in scaled])
     return float(np.sqrt(np.mean(np.square(logs))))
 
 
@@ -324,22 +374,24 @@ def _clipped_contacts(data: Any) -> FloatArray:
     return contacts
 
 
-def _draw_direction(rng: np.random.Generator, task: Task) -> Parameters:
+def _draw_direction(rng: np.random.Generator, task: Task, config: MujocoConfig) -> Parameters:
     angle = rng.uniform(0.0, 2.0 * np.pi)
     return {"direction": np.array([np.cos(angle), np.sin(angle)])}
 
 
-def _draw_goal(rng: np.random.Generator, task: Task) -> Parameters:
+def _draw_goal(rng: np.random.Generator, task: Task, config: MujocoConfig) -> Parameters:
     angle = rng.uniform(0.0, 2.0 * np.pi)
     radius = 3.0 * np.sqrt(rng.uniform())  # the root makes the density uniform in area
     return {"goal": radius * np.array([np.cos(angle), np.sin(angle)])}
 
 
-def _draw_multipliers(rng: np.random.Generator, task: Task) -> Parameters:
+def _draw_multipliers(rng: np.random.Generator, task: Task, config: MujocoConfig) -> Parameters:
     model = _nominal(_FAMILIES[task.benchmark].xml)
-    return {
+    # All are drawn, whichever count, so that an array has the same multipliers with or without the others.
+    drawn = {
         field: base ** rng.uniform(-3.0, 3.0, getattr(model, field).shape) for field, base in SCALED_PARAMETERS.items()
     }
+    return {field: value if field in config.scaled else np.ones_like(value) for field, value in drawn.items()}
 
 
 class _Family(NamedTuple):
@@ -348,7 +400,7 @@ class _Family(NamedTuple):
     xml: str
     frame_skip: int  # physics steps a control step
     control_weight: float
-    draw: Callable[[np.random.Generator, Task], Parameters]
+    draw: Callable[[np.random.Generator, Task, MujocoConfig], Parameters]
     progress: Callable[[Any, Any, Any], Any]  # of position, velocity, and the first of the drawn parameters
     observe: Callable[[Any], FloatArray]
     reset_noise: float = 0.1
@@ -366,7 +418,7 @@ _CHEETAH = _Family(
     xml="half_cheetah.xml",
     frame_skip=5,
     control_weight=0.05,
-    draw=lambda rng, task: {"direction": _DIRECTIONS[task.name]},
+    draw=lambda rng, task, config: {"direction": _DIRECTIONS[task.name]},
     progress=lambda position, velocity, sign: sign * velocity,
     observe=lambda data: np.concatenate((data.qpos[1:], data.qvel)),
 )
@@ -398,7 +450,7 @@ _HOPPER = _Family(
 _FAMILIES: dict[str, _Family] = {
     "HalfCheetahDir": _CHEETAH,
     "HalfCheetahVel": _CHEETAH._replace(
-        draw=lambda rng, task: {"velocity": rng.uniform(0.0, 2.0)},
+        draw=lambda rng, task, config: {"velocity": rng.uniform(*(config.velocity or VELOCITY))},
         progress=lambda position, velocity, target: -abs(velocity - target),
     ),
     "AntDir": _ANT,

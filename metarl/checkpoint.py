@@ -79,19 +79,29 @@ class Checkpoint:
     path: Path
     position: Position
     spaces: Spaces
-    state: dict[str, Tensor]
+    state: dict[str, Tensor]  # of the agent
+
+    def load(self, name: str) -> dict[str, Tensor]:
+        """Return another part of the state, e.g. `stability`; raises CorruptCheckpointError if there is none."""
+        path = self.path / f"{name}.safetensors"
+        try:
+            return safetensors.torch.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CorruptCheckpointError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 class CorruptCheckpointError(Exception):
     """A checkpoint that fails its checks; the message says which file and why."""
 
 
-def save(folder: Path, state: Mapping[str, Tensor], position: Position, spaces: Spaces, keep: int) -> Path:
+def save(
+    folder: Path, states: Mapping[str, Mapping[str, Tensor]], position: Position, spaces: Spaces, keep: int
+) -> Path:
     """Write `folder/<iteration>/` and remove all but the newest `keep` checkpoints.
 
     Args:
         folder: the run's `checkpoints` folder.
-        state: an agent's `state_dict`.
+        states: an agent's `state_dict`, under `agent`, and others; each goes into a file of its own, empty ones do not.
         position: where the run stands.
         spaces: what the agent was built for.
         keep: how many checkpoints stay, ≥ 1.
@@ -104,13 +114,18 @@ def save(folder: Path, state: Mapping[str, Tensor], position: Position, spaces: 
         shutil.rmtree(left_over, ignore_errors=True)
     temporary.mkdir()
     try:
-        data = safetensors.torch.save({name: value.clone() for name, value in state.items()})
-        _write(temporary / _STATE_FILE, data)
+        files = {}
+        for name, state in states.items():
+            if state:
+                path = temporary / f"{name}.safetensors"
+                safetensors.torch.save_file({key: value.clone() for key, value in state.items()}, path)
+                _sync(path)
+                files[path.name] = {"sha256": _hash(path), "bytes": path.stat().st_size}
         manifest = {
             "format": FORMAT,
             "position": asdict(position),
             "spaces": asdict(spaces),
-            "files": {_STATE_FILE: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}},
+            "files": files,
             "versions": {name: version(name) for name in _LIBRARIES},
         }
         manifest["sha256"] = _checksum(manifest)
@@ -159,15 +174,17 @@ def load(path: Path) -> Checkpoint:
             raise CorruptCheckpointError(f"{path}: format {manifest['format']}; this metarl reads format {FORMAT}")
         if manifest.pop("sha256") != _checksum(manifest):
             raise CorruptCheckpointError(f"{path / 'manifest.json'}: its hash is not its own; the file is damaged")
-        data = (path / _STATE_FILE).read_bytes()
-        if hashlib.sha256(data).hexdigest() != manifest["files"][_STATE_FILE]["sha256"]:
-            raise CorruptCheckpointError(f"{path / _STATE_FILE}: its hash is not the manifest's; the file is damaged")
+        for name, entry in manifest["files"].items():
+            if Path(name).name != name:
+                raise CorruptCheckpointError(f"{path}: the manifest names {name!r}, which is not a file of its own")
+            if _hash(path / name) != entry["sha256"]:
+                raise CorruptCheckpointError(f"{path / name}: its hash is not the manifest's; the file is damaged")
         spaces = manifest["spaces"]
         return Checkpoint(
             path,
             Position(**manifest["position"]),
             Spaces(spaces["observation_size"], tuple(spaces["action_low"]), tuple(spaces["action_high"])),
-            safetensors.torch.load(data),
+            safetensors.torch.load_file(path / _STATE_FILE),
         )
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise CorruptCheckpointError(f"{path}: {type(error).__name__}: {error}") from error
@@ -176,6 +193,11 @@ def load(path: Path) -> Checkpoint:
 def _checksum(manifest: Mapping[str, Any]) -> str:
     """Hash of a manifest's content, which damage to the file changes whatever it hits."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -191,8 +213,9 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Have a file or a folder written through."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from metarl.agents import AgentConfig, agent_configs
 from metarl.agents.maml import MamlPpoConfig
@@ -22,7 +32,23 @@ from metarl.agents.recurrent import BaselineConfig, MemoryConfig
 from metarl.envs.metaworld import MetaWorldConfig
 from metarl.envs.mujoco import MujocoConfig
 from metarl.envs.navigation import NavigationConfig
-from metarl.errors import STRICT, UserError
+from metarl.errors import STRICT, UserError, as_tuple
+from metarl.stability import StabilityConfig
+
+DEFAULT_NAME = "meta-training"
+"""The name of a stage, if it is the only one and the user gives none."""
+
+_CW10 = (
+    "hammer push-wall faucet-close push-back stick-pull handle-press-side push shelf-place window-close peg-unplug-side"
+)
+CW10 = tuple(f"{name}-v3" for name in _CW10.split())
+"""The sequence of Continual World (Wołczyk et al. 2021, 2105.10919), with the names of Meta-World 3."""
+
+SEQUENCES = {"CW10": CW10, "CW20": CW10 * 2}
+"""What `for_each` has a short name for."""
+
+StageCue = Literal["none", "input"]
+"""How a policy is told the stage: not at all, or as a one-hot at the end of its observations."""
 
 
 class CustomTasksConfig(BaseModel):
@@ -66,8 +92,14 @@ class StageConfig(BaseModel):
 
     model_config = STRICT
 
-    name: str = Field("meta-training", description="shown in logs")
+    name: str = Field(DEFAULT_NAME, description="shown in logs; unique in a run")
     tasks: TasksConfig = Field(default_factory=NavigationConfig)
+    for_each: str | None = Field(
+        None,
+        exclude=True,  # a run holds the stages that it stands for
+        description="makes a stage for each value of one field of tasks, e.g. {name: [reach-v3, push-v3]}; CW10 and "
+        "CW20: for each class of Continual World",
+    )
     iterations: int = Field(100, ge=1, description="meta-updates")
     init_from: str | None = Field(
         None,
@@ -76,6 +108,24 @@ class StageConfig(BaseModel):
         "have; none: go on with the agent as it is",
     )
     curriculum: CurriculumConfig = Field(default_factory=CurriculumConfig)
+    score_range: tuple[float, float] | None = Field(
+        None,
+        description="returns that count as 0 and 1 in the account of forgetting, e.g. those of an untrained agent and of "
+        "one trained on this stage alone; none: success where it is defined, else plain returns",
+    )
+
+    @field_validator("for_each", mode="before")
+    @classmethod
+    def _stands_for_others(cls, for_each: object) -> None:
+        if for_each is not None:
+            raise ValueError("stands for several stages; give them to RunConfig or metarl.train as a mapping")
+
+    @field_validator("score_range")
+    @classmethod
+    def _increases(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] < value[1]:
+            raise ValueError(f"score_range is {value}; expected the lower return first")
+        return value
 
 
 class EvaluationConfig(BaseModel):
@@ -90,6 +140,14 @@ class EvaluationConfig(BaseModel):
     rollouts_per_task: int | None = Field(
         None, ge=1, description="episodes a task before each adaptation step and after the last; none: as in training"
     )
+
+
+def _methods(value: object) -> object:
+    """Let the name of a stability method stand for it with its defaults."""
+    value = as_tuple(value)
+    if not isinstance(value, list | tuple):
+        return value
+    return [{"name": item} if isinstance(item, str) else item for item in value]
 
 
 class RunConfig(BaseModel):
@@ -116,13 +174,162 @@ class RunConfig(BaseModel):
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
     agent: AgentConfig = Field(default_factory=MamlPpoConfig)
     stages: tuple[StageConfig, ...] = Field((StageConfig(),), min_length=1)
+    stability: Annotated[tuple[StabilityConfig, ...], BeforeValidator(_methods)] = Field(
+        (), description="methods that guard earlier stages, by name or with settings; none: fine-tuning"
+    )
+    control: Literal["none", "joint", "scratch"] = Field(
+        "none",
+        description="joint: all stages train on the tasks of all (upper bound); scratch: each stage starts from a new "
+        "agent (reference for transfer)",
+    )
+    stage_cue: StageCue = Field("none", description="whether observations end in a one-hot of the stage: none; input")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _written_out(cls, data: Any, validate: ModelWrapValidatorHandler[RunConfig]) -> RunConfig:
+        """Make the stages of each `for_each` and name all; what is wrong with them is told of what the user wrote."""
+        given = data.get("stages") if isinstance(data, Mapping) else None
+        if not isinstance(given, list | tuple):
+            return validate(data)
+        stages = [stage for position, stage in enumerate(given) for stage in _stages(position, stage)]
+        try:
+            return validate({**data, "stages": _named([stage.settings for stage in stages])})
+        except ValidationError as error:
+            raise _as_written(error, stages) from None
+
+    @model_validator(mode="after")
+    def _methods_differ(self) -> RunConfig:
+        names = [method.name for method in self.stability]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"stability names {', '.join(twice)} twice; each method counts once")
+        return self
 
     @model_validator(mode="after")
     def _envs_hold_the_tasks(self) -> RunConfig:
         if self.num_envs is not None and self.num_envs < self.num_tasks:
             raise ValueError(f"num_envs is {self.num_envs}; expected at least num_tasks, {self.num_tasks}")
         return self
+
+
+class _Stage(NamedTuple):
+    """A stage before validation: its settings, its place among those given, and what `for_each` sets in it."""
+
+    settings: Any
+    position: int
+    chosen: tuple[str, int] | None = None  # the field, and which of its values
+
+
+def _stages(position: int, stage: Any) -> list[_Stage]:
+    """The stages that one of a config stands for: one for each value of `for_each`, if it has that."""
+    if not isinstance(stage, Mapping) or stage.get("for_each") is None:
+        return [_Stage(stage, position)]
+    template = {key: value for key, value in stage.items() if key != "for_each"}
+    tasks = template.get("tasks", {"family": "navigation"})
+    if isinstance(tasks, BaseModel):
+        tasks = {"family": getattr(tasks, "family", None), **tasks.model_dump(exclude_unset=True)}
+    if not isinstance(tasks, Mapping):
+        return [_Stage(template, position)]  # validation tells
+    try:
+        field, values = _field_and_values(stage["for_each"], tasks)
+    except ValueError as error:
+        problem = PydanticCustomError("for_each", "{problem}", {"problem": str(error)})
+        where = ("stages", position, "for_each")
+        details = InitErrorDetails(type=problem, loc=where, input=stage["for_each"])
+        raise ValidationError.from_exception_data(RunConfig.__name__, [details]) from None
+    stages = []
+    for number, value in enumerate(values):
+        settings = {**template, "tasks": {**tasks, field: value}}
+        if number:  # another run's agent begins the sequence; it does not replace what a stage has learned
+            settings.pop("init_from", None)
+        prefix = template.get("name", DEFAULT_NAME)
+        if isinstance(prefix, str):
+            label = _label(field, value)
+            settings["name"] = label if prefix == DEFAULT_NAME else f"{prefix} {label}"
+        stages.append(_Stage(settings, position, (field, number)))
+    return stages
+
+
+def _field_and_values(for_each: Any, tasks: Mapping[str, Any]) -> tuple[str, Sequence[Any]]:
+    """Read `for_each`; raises ValueError."""
+    family = str(tasks.get("family"))
+    if isinstance(for_each, str) and for_each in SEQUENCES:
+        if family != "metaworld":
+            raise ValueError(f"expected tasks of family metaworld, found {family}")
+        for_each = {"name": SEQUENCES[for_each]}
+    if not isinstance(for_each, Mapping):
+        raise ValueError(
+            f"expected {', '.join(SEQUENCES)} or one field of tasks with a list of values, e.g. "
+            "{name: [reach-v3, push-v3]}"
+        )
+    if len(for_each) != 1:
+        named = f" ({', '.join(map(str, for_each))})" if for_each else ""
+        raise ValueError(f"names {len(for_each)} fields of tasks{named}; expected exactly one, with a list of values")
+    [(field, value)] = for_each.items()
+    fields = _TASKS[family].model_fields if family in _TASKS else {field: None}
+    if field not in fields:
+        near = difflib.get_close_matches(str(field), fields, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{field!r} is no setting of {family} tasks{hint}")
+    if field in tasks:
+        raise ValueError(f"tasks.{field} is set, too; leave out one of them")
+    values = as_tuple(value)
+    if not isinstance(values, list | tuple) or not values:
+        raise ValueError(f"{field} has no values; expected at least one, each makes a stage")
+    return field, values
+
+
+def _label(field: str, value: Any) -> str:
+    """What a stage is about: `hammer-v3`, `velocity 0-1`, `wedge 2`."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple):
+        return f"{field.removesuffix('s')} {value}"
+    if all(isinstance(item, str) for item in value):
+        return "+".join(value)
+    return f"{field} {'-'.join(f'{item:g}' if isinstance(item, float) else str(item) for item in value)}"
+
+
+def _named(stages: Sequence[Any]) -> list[Any]:
+    """Give each stage of a sequence a name of its own: `stage 1`, `reach-v3`, `reach-v3 (2)`."""
+    given = [_name(stage) for stage in stages]
+    names = [f"stage {i + 1}" if name == DEFAULT_NAME and len(given) > 1 else name for i, name in enumerate(given)]
+    for i, name in enumerate(names):
+        if name is not None and name in names[:i]:
+            names[i] = next(new for k in itertools.count(2) if (new := f"{name} ({k})") not in names)
+    named = []
+    for stage, before, name in zip(stages, given, names, strict=True):
+        if name == before:
+            named.append(stage)
+        elif isinstance(stage, StageConfig):
+            named.append(stage.model_copy(update={"name": name}))
+        else:
+            named.append({**stage, "name": name})
+    return named
+
+
+def _name(stage: Any) -> str | None:
+    """The name of a stage before validation; None where it has none that is one."""
+    name = stage.get("name", DEFAULT_NAME) if isinstance(stage, Mapping) else getattr(stage, "name", None)
+    return name if isinstance(name, str) else None
+
+
+def _as_written(error: ValidationError, stages: Sequence[_Stage]) -> ValidationError:
+    """The same mistakes, each once, at the places in the user's settings from which the stages were made."""
+    if all(stage.chosen is None for stage in stages):
+        return error
+    found: dict[Any, InitErrorDetails] = {}
+    for item in error.errors(include_url=False):
+        where = item["loc"]
+        if where[:1] == ("stages",) and len(where) > 1:
+            stage, (_, _, *rest) = stages[int(where[1])], where
+            if stage.chosen and rest[:1] == ["tasks"] and rest[2:3] == [stage.chosen[0]]:
+                rest = ["for_each", *stage.chosen, *rest[3:]]
+            where = ("stages", stage.position, *rest)
+        details = InitErrorDetails(type=item["type"], loc=where, input=item["input"], ctx=item.get("ctx", {}))
+        found.setdefault((where, item["msg"]), details)
+    return ValidationError.from_exception_data(error.title, list(found.values()))
 
 
 def embedded_configs() -> dict[str, Path]:
@@ -170,7 +377,7 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
         )
     flags = parse_flags(overrides)
     _change_members(tree, flags)
-    for keys, value in flags.items():
+    for keys, value in sorted(flags.items(), key=lambda flag: len(flag[0])):  # a list before what changes its items
         _lay_over(tree, keys, value)
     try:
         return RunConfig.model_validate(tree)
@@ -258,6 +465,8 @@ def _lay_over(tree: Any, keys: tuple[str, ...], value: Any) -> None:
                 )
             tree = tree[int(key)]
         else:
+            if key == "stability":
+                tree[key] = _methods(tree.get(key, [{}]))
             tree = tree.setdefault(key, [{}] if key == "stages" else {})
         if not isinstance(tree, dict | list):
             raise UserError(f"{_flag(keys)}: {'.'.join(keys[: i + 1])} is a single value and has no settings")
@@ -294,6 +503,8 @@ def _problem(item: Any, keys: tuple[str | int, ...], given_by_flag: bool) -> str
         near = difflib.get_close_matches(str(keys[-1]), _fields_at(item["loc"][:-1]), n=1, cutoff=0.4)
         name = (lambda key: _flag((*keys[:-1], key))) if given_by_flag else repr
         return "unknown setting" + (f"; did you mean {name(near[0])}?" if near else "")
+    if item["type"] == "union_tag_not_found" and "stability" in keys:
+        return f"no name; expected one of {', '.join(sorted(_TAGS['stability']))}"
     if item["type"] == "union_tag_invalid":
         tag, tags = item["ctx"]["tag"], [name.strip("'") for name in item["ctx"]["expected_tags"].split(", ")]
         near = difflib.get_close_matches(tag, tags, n=1)
@@ -302,6 +513,12 @@ def _problem(item: Any, keys: tuple[str | int, ...], given_by_flag: bool) -> str
     value = item["input"]
     found = "" if isinstance(value, dict | list | BaseModel) else f"got {value!r}, "
     return f"{found}{message[0].lower()}{message[1:]}"
+
+
+_TASKS: dict[str, type[BaseModel]] = {
+    member.model_fields["family"].default: member for member in get_args(get_args(TasksConfig)[0])
+}
+"""The settings of each family."""
 
 
 def _tags(union: Any, key: str) -> set[str]:
@@ -315,23 +532,32 @@ _TAGS = {
     "outer": _tags(OuterConfig, "name"),
     "memory": _tags(MemoryConfig, "name"),
     "critic": _tags(BaselineConfig, "name"),
+    "stability": _tags(StabilityConfig, "name"),
 }
 """What pydantic puts into the path of an error below a union: the tag of its member."""
 
 
 def _path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
     """Drop the tags of unions."""
-    before = (None, *location)
-    return tuple(key for key, above in zip(location, before, strict=False) if key not in _TAGS.get(str(above), ()))
+    return tuple(key for key, above in zip(location, _above(location), strict=True) if key not in _TAGS.get(above, ()))
+
+
+def _above(location: tuple[str | int, ...]) -> list[str]:
+    """Return the name of the setting that each key of a location lies below, past the indices of lists."""
+    above, names = "", []
+    for key in location:
+        names.append(above)
+        above = key if isinstance(key, str) else above
+    return names
 
 
 def _fields_at(location: tuple[str | int, ...]) -> list[str]:
     """Names of the settings below a location; for a union those of the member whose tag the location holds."""
     models: list[type[BaseModel]] = [RunConfig]
-    for key, above in zip(location, (None, *location), strict=False):
+    for key, above in zip(location, _above(location), strict=True):
         if isinstance(key, int):
             continue
-        if key in _TAGS.get(str(above), ()):
+        if key in _TAGS.get(above, ()):
             models = [model for model in models if any(_has_tag(field, key) for field in model.model_fields.values())]
             continue
         found = [model.model_fields[key].annotation for model in models if key in model.model_fields]

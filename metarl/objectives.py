@@ -141,3 +141,9 @@ def approximate_kl(log_probs: Tensor, old_log_probs: Tensor, weights: Tensor) ->
     """
     log_ratio = _log_ratio(log_probs, old_log_probs, weights)
     return weighted_mean(log_ratio.exp() - 1.0 - log_ratio, weights)
+
+
+def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor, other_log_std: Tensor) -> Tensor:
+    """KL divergence of one diagonal Gaussian from another, KL(first‖other), summed over `[..., A]` → `[...]`."""
+    squares = (2.0 * (log_std - other_log_std)).exp() + ((mean - other_mean) * (-other_log_std).exp()).square()
+    return (other_log_std - log_std + 0.5 * (squares - 1.0)).sum(-1)

@@ -19,7 +19,7 @@ Params = dict[str, Tensor]
 Perturb = Callable[[int, Tensor, Tensor], Tensor]
 """Changes what a hidden layer puts into its nonlinearity: (layer, its inputs, its pre-activations) → the latter."""
 
-_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
 
 def init_mlp(sizes: tuple[int, ...], output_gain: float, generator: torch.Generator) -> Params:
@@ -60,7 +60,7 @@ def apply_mlp(params: Params, inputs: Tensor, activation: str, perturb: Perturb 
     Returns:
         `[S, out]` or `[M, S, out]`.
     """
-    nonlinearity = _ACTIVATIONS[activation]
+    nonlinearity = ACTIVATIONS[activation]
     layers = sum(name.startswith("weight_") for name in params)
     hidden = inputs
     for layer in range(layers):

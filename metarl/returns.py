@@ -1,4 +1,4 @@
-"""Discounted returns, GAE, the linear feature baseline, advantage normalisation: pure functions on tensors.
+"""Discounted returns, GAE, V-trace, the linear feature baseline, advantage normalisation: pure functions on tensors.
 
 All of them take `[..., T]` tensors of complete episodes laid end to end; an episode ends where it terminated or was
 truncated.
@@ -67,6 +67,45 @@ def gae(
     """
     deltas = rewards + gamma * next_values * (~terminated).to(rewards.dtype) - values
     return discounted_returns(deltas, terminated | truncated, gamma * gae_lambda)
+
+
+def vtrace(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    log_ratios: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+) -> tuple[Tensor, Tensor]:
+    """V-trace with both clips at 1 (Espeholt et al. 2018, Eq. 1): what data of an older policy says of the present one.
+
+    Where the policies agree, the targets are the returns of the data, bootstrapped where an episode was truncated.
+
+    Args:
+        rewards: `[..., T]`.
+        values: `[..., T]`, V(s_t).
+        next_values: `[..., T]`, V of the observation after step t.
+        log_ratios: `[..., T]`, log π − log π_old of the actions.
+        terminated: `[..., T]`, bool.
+        truncated: `[..., T]`, bool.
+        gamma: discount.
+
+    Returns:
+        Targets of the value function and advantages for the policy gradient ρ_t (r_t + γ v_{t+1} − V_t), `[..., T]`.
+    """
+    ratios = log_ratios.exp().clamp(max=1.0)
+    last = terminated | truncated
+    following = next_values * ~terminated
+    deltas = ratios * (rewards + gamma * following - values)
+    going_on = gamma * ratios * ~last
+    corrections, correction = torch.empty_like(deltas), torch.zeros_like(deltas[..., 0])
+    for t in range(deltas.shape[-1] - 1, -1, -1):
+        correction = deltas[..., t] + going_on[..., t] * correction
+        corrections[..., t] = correction
+    targets = values + corrections
+    later = torch.nn.functional.pad(targets[..., 1:], (0, 1))
+    return targets, ratios * (rewards + gamma * torch.where(last, following, later) - values)
 
 
 def linear_baseline(observations: Tensor, returns: Tensor, time: Tensor, valid: Tensor, ridge: float = 1e-5) -> Tensor:

@@ -23,6 +23,8 @@ class Purpose(IntEnum):
     BOOTSTRAP = 6
     META_DROPOUT = 7
     MINIBATCHES = 8
+    STABILITY = 9
+    CONSOLIDATION = 10
 
 
 def seeds(root: int, purpose: Purpose, *position: int) -> np.random.SeedSequence:

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -53,6 +55,10 @@ class Tracker:
         self._file.flush()
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, position.env_steps)
+
+    def write_image(self, position: Position, name: str, image: NDArray[np.uint8]) -> None:
+        """Show an image `[H, W, 3]` in TensorBoard."""
+        self._writer.add_image(name, image, position.env_steps, dataformats="HWC")
 
     def __enter__(self) -> Tracker:
         return self

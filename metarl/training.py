@@ -5,37 +5,43 @@ for stage in stages:                                   # meta-RL is one stage
     for iteration in range(stage.iterations):
         tasks    = manager.sample(M, iteration)                  # with a curriculum from the easiest to all
         rollouts = adapt_and_collect(envs, agent, tasks, N)      # K + 1 rollouts, adapting between them
-        metrics  = agent.update(rollouts)                        # the outer step
+        metrics  = agent.update(rollouts, guard)                 # the outer step, and what guards earlier stages
+        methods.observe(agent, rollouts)
         tracker.write(metrics); checkpoint.save(...)
-    evaluate on held-out tasks
+    methods.end_stage(agent, fresh rollouts)               # if others follow
+    evaluate on held-out tasks: of all stages, if there are several: a row of the matrix of scores
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from pydantic import ValidationError
 from torch import Tensor
 
-from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, Spaces, load_latest, save
+from metarl import stability
+from metarl.account import Account, plasticity
+from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, Spaces, save
 from metarl.config import RunConfig, StageConfig, dump_config, explain_validation, load_config
-from metarl.envs import FAMILIES
-from metarl.envs.manager import Curriculum, EnvManager
-from metarl.envs.vector import POOL, env_spaces, make_envs, usable_cores
+from metarl.envs import FAMILIES, CuedTasks
+from metarl.envs.manager import Curriculum, EnvManager, JointManager, Manager
+from metarl.envs.together import Together, make_stage_envs
+from metarl.envs.vector import POOL, env_spaces, usable_cores
 from metarl.errors import UserError
 from metarl.evaluation import Report, evaluate_agent, held_out_metrics, select_tasks
+from metarl.plotting import score_matrix_image
 from metarl.policy import Policy, build_agent, resolve_device, restore
+from metarl.run_directory import checkpoint_to_resume, flatten, open_run_dir
 from metarl.sampling import adapt_and_collect, by_phase
 from metarl.seeding import Purpose, children, seeds
-from metarl.tracking import Tracker
+from metarl.tracking import Tracker, read_metrics
 from metarl.transfer import stage_starts, start_from
-from metarl.types import BatchEnv, Rollout, TaskDistribution
+from metarl.types import Rollout, StabilityMethod, TaskDistribution
 
 Progress = Callable[[Position, Mapping[str, float]], None]
 """Told of every iteration and every evaluation, with the metrics that were tracked."""
@@ -68,8 +74,9 @@ def _silent(position: Position, metrics: Mapping[str, float]) -> None:
 
 def train(
     config: RunConfig | Mapping[str, Any] | str | Path,
-    distribution: TaskDistribution | None = None,
+    distribution: TaskDistribution | Sequence[TaskDistribution] | None = None,
     *,
+    methods: Sequence[StabilityMethod] | None = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -82,7 +89,8 @@ def train(
 
     Args:
         config: a config, its settings as a mapping, a YAML file, or the name of an embedded config.
-        distribution: tasks of one's own for all stages, instead of those that the config names.
+        distribution: tasks of one's own, for all stages or one for each, instead of those that the config names.
+        methods: stability methods of one's own, instead of those that the config names.
         run_dir: where results go; `runs/<name of the config>` if None.
         resume: go on with the run in `run_dir`.
         overwrite: throw away the run in `run_dir`.
@@ -100,7 +108,7 @@ def train(
     name = Path(config).stem if isinstance(config, str | Path) else "run"
     config = as_config(config)
     device = resolve_device(config.device)
-    distributions = [distribution or task_distribution(stage) for stage in config.stages]
+    distributions = stage_distributions(config, distribution)
     run_dir = Path(run_dir) if run_dir is not None else Path("runs") / name
     limits = Limits(
         max_iterations if max_iterations is not None else float("inf"),
@@ -112,21 +120,29 @@ def train(
         raise UserError(
             f"all stages need the same observation and action space; they have {', '.join(map(str, spaces))}"
         )
-    managers = [
+    managers: Sequence[Manager] = [
         task_manager(f"stages.{i}", *pair) for i, pair in enumerate(zip(config.stages, distributions, strict=True))
     ]
+    if config.control == "joint":
+        managers = [JointManager(list(managers))] * len(managers)
+    if methods is None:
+        methods = [stability.build(method, run_dir) for method in config.stability]
     checkpoint = checkpoint_to_resume(run_dir, config) if resume else None
     if checkpoint:
         if checkpoint.spaces != spaces[0]:
             raise UserError(f"{run_dir} was trained for {checkpoint.spaces}; its tasks now have {spaces[0]}")
         policy, position = restore(config, checkpoint, device), checkpoint.position
+        load_methods(methods, checkpoint)
         starts = stage_starts(policy, position, run_dir)
     else:
         agent = build_agent(config, spaces[0], device)
         policy, position = Policy(config, agent, spaces[0], 0, agent.initial_state(1)), Position()
         starts = stage_starts(policy, position, run_dir)  # before an old run is thrown away
         open_run_dir(run_dir, config, overwrite=overwrite)
-    return _Trainer(config, distributions, managers, starts, policy, position, run_dir, limits, progress).run()
+    if config.control == "scratch":
+        new = build_agent(config, spaces[0], device).state_dict()
+        starts = {stage: {name: value.clone() for name, value in new.items()} for stage in range(len(spaces))}
+    return _Trainer(config, distributions, managers, starts, policy, methods, position, run_dir, limits, progress).run()
 
 
 def _spaces(distribution: TaskDistribution) -> Spaces:
@@ -142,16 +158,17 @@ class _Trainer:
         self,
         config: RunConfig,
         distributions: Sequence[TaskDistribution],
-        managers: Sequence[EnvManager],
+        managers: Sequence[Manager],
         starts: Mapping[int, Mapping[str, Tensor]],
         policy: Policy,
+        methods: Sequence[StabilityMethod],
         position: Position,
         run_dir: Path,
         limits: Limits,
         progress: Progress,
     ) -> None:
         self.config, self.distributions, self.run_dir = config, distributions, run_dir
-        self.managers, self.starts = managers, starts
+        self.managers, self.starts, self.methods = managers, starts, methods
         self.agent, self.spaces, self.position = policy.agent, policy.spaces, position
         self.limits, self.progress = limits, progress
         self.report: Report | None = None
@@ -159,17 +176,23 @@ class _Trainer:
     def run(self) -> Run:
         config, stages = self.config, self.config.stages
         with Tracker(self.run_dir, dump_config(config), flatten(config.model_dump()), self.position) as self.tracker:
-            for stage in range(self.position.stage, len(stages)):
-                envs = make_envs(self.distributions[stage], max_envs(config, stage), num_workers(config))
-                try:
-                    if not self._run_stage(stage, envs):
+            self.account = Account(stages, read_metrics(self.run_dir)) if len(stages) > 1 else None
+            most = [max_envs(config, stage) for stage in range(len(stages))]
+            sources = [Together(self.distributions)] * len(most) if config.control == "joint" else self.distributions
+            self.envs = make_stage_envs(sources, most, num_workers(config))
+            try:
+                if self.account is not None and not self.position.iteration and not self.limits.reached(self.position):
+                    self._evaluate(0)
+                for stage in range(self.position.stage, len(stages)):
+                    if not self._run_stage(stage):
                         break
-                finally:
+            finally:
+                for envs in self.envs:
                     envs.close()
         policy = Policy(config, self.agent, self.spaces, self.position.env_steps, self.agent.initial_state(1))
         return Run(self.run_dir, policy, self.report, finished=self.position.stage == len(stages))
 
-    def _run_stage(self, stage: int, envs: BatchEnv) -> bool:
+    def _run_stage(self, stage: int) -> bool:
         """Train to the end of a stage; returns whether it was reached."""
         config, iterations = self.config, self.config.stages[stage].iterations
         every = config.evaluation.every_iterations
@@ -179,34 +202,27 @@ class _Trainer:
             if self.limits.reached(self.position):
                 self._save()
                 return False
-            self._iterate(stage, number, envs)
+            self._iterate(stage, number)
             if number + 1 == iterations:
                 break  # the end of the stage saves and evaluates in any case
             if every and (number + 1) % every == 0:
-                self._evaluate(stage, envs)
+                self._evaluate(stage)
             if (number + 1) % config.checkpoint_every_iterations == 0:
                 self._save()
         self._save()
-        self._evaluate(stage, envs)
+        in_use = self._consolidate(stage) if self.account is not None else {}
+        self._evaluate(stage, in_use, finished=True)
         self.position = replace(self.position, stage=stage + 1, stage_iteration=0)
         self._save()
         return True
 
-    def _iterate(self, stage: int, number: int, envs: BatchEnv) -> None:
+    def _iterate(self, stage: int, number: int) -> None:
         """One iteration: sample tasks, collect and adapt, update."""
         config, manager, began = self.config, self.managers[stage], time.perf_counter()
         rng = np.random.default_rng(seeds(config.seed, Purpose.TASKS, stage, number))
-        tasks = manager.sample(config.num_tasks, rng, number)
-        rollouts = adapt_and_collect(
-            envs,
-            self.agent,
-            tasks,
-            config.rollouts_per_task,
-            children(seeds(config.seed, Purpose.ROLLOUTS, stage, number), len(tasks)),
-            self.agent.training_adaptation_steps,
-        )
+        rollouts = self._collect(stage, number, rng, seeds(config.seed, Purpose.ROLLOUTS, stage, number))
         collected = time.perf_counter()
-        metrics = rollout_metrics(rollouts) | self.agent.update(rollouts)
+        metrics = rollout_metrics(rollouts) | self._update(stage, number, rollouts)
         if config.stages[stage].curriculum.iterations:
             metrics["train/task_fraction"] = manager.fraction(number)
         ended = time.perf_counter()
@@ -217,20 +233,91 @@ class _Trainer:
         self.position = Position(stage, number + 1, self.position.iteration + 1, self.position.env_steps + env_steps)
         self._track(metrics)
 
-    def _evaluate(self, stage: int, envs: BatchEnv) -> None:
-        """Evaluate on held-out tasks, in the training environments but from random streams of its own."""
-        config, began = self.config, time.perf_counter()
+    def _collect(
+        self, stage: int, number: int, rng: np.random.Generator, root: np.random.SeedSequence
+    ) -> list[Rollout]:
+        """Sample the tasks of an iteration; collect and adapt."""
+        tasks = self.managers[stage].sample(self.config.num_tasks, rng, number)
+        return adapt_and_collect(
+            self.envs[stage],
+            self.agent,
+            tasks,
+            self.config.rollouts_per_task,
+            children(root, len(tasks)),
+            self.agent.training_adaptation_steps,
+        )
+
+    def _update(self, stage: int, number: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """The outer step, under guard."""
+        if not self.methods:
+            return self.agent.update(rollouts)
+        before = {name: value.detach().clone() for name, value in self.agent.parameters().items()}
+        asked, observing = (
+            np.random.default_rng(seeds(self.config.seed, Purpose.STABILITY, stage, number, use)) for use in (0, 1)
+        )
+        guard = stability.Guarding(self.methods, self.agent, asked)
+        metrics = self.agent.update(rollouts, guard) | guard.metrics()
+        for method, rng in zip(self.methods, observing.spawn(len(self.methods)), strict=True):
+            method.observe(self.agent, rollouts, before, rng)
+        return metrics
+
+    def _consolidate(self, stage: int) -> dict[str, float]:
+        """Collect fresh rollouts at the end of a stage, for the methods and to see how much of the network is in use.
+
+        They count as environment steps, with or without methods.
+        """
+        tasks, rollouts_root, use = (seeds(self.config.seed, Purpose.CONSOLIDATION, stage, part) for part in range(3))
+        number = self.config.stages[stage].iterations
+        rollouts = self._collect(stage, number, np.random.default_rng(tasks), rollouts_root)
+        if stage + 1 < len(self.config.stages):
+            rngs = np.random.default_rng(use).spawn(len(self.methods))
+            for method, rng in zip(self.methods, rngs, strict=True):
+                method.end_stage(self.agent, rollouts, rng)
+        env_steps = self.position.env_steps + sum(rollout.env_steps for rollout in rollouts)
+        self.position = replace(self.position, env_steps=env_steps)
+        return plasticity(self.agent, rollouts)
+
+    def _evaluate(self, stage: int, metrics: Mapping[str, float] | None = None, finished: bool = False) -> None:
+        """Evaluate on held-out tasks: of this stage, or of all if there are several."""
+        began = time.perf_counter()
+        reports = self._reports() if self.account is not None else [self._report(stage)]
+        self.report = reports[stage if self.account is not None else 0]
+        found = {**(metrics or {}), **held_out_metrics(self.report)}
+        if self.account is not None:
+            place = {"iteration": self.position.iteration, "stage": stage, "env_steps": self.position.env_steps}
+            found |= self.account.add(place, reports, stage + finished)
+            if finished:
+                continual = self.account.write(self.run_dir / "evaluation" / "continual.json", stage + 1)
+                self.report = {**self.report, "continual": continual}
+                for phase, name in (("post", "continual/score_matrix"), ("pre", "continual/score_matrix_pre")):
+                    image = score_matrix_image(np.array(continual[f"scores_{phase}"]), self.account.names)
+                    self.tracker.write_image(self.position, name, image)
+        self._track(found | {"time/evaluation_seconds": time.perf_counter() - began})
+
+    def _reports(self) -> list[Report]:
+        """Evaluate all stages; those of the same tasks once."""
+        found: dict[Any, Report] = {}
+        reports = []
+        for stage, (settings, distribution) in enumerate(zip(self.config.stages, self.distributions, strict=True)):
+            key = (settings.tasks.model_dump_json(), id(distribution) if settings.tasks.family == "custom" else None)
+            if key not in found:
+                found[key] = self._report(stage)
+            reports.append(found[key])
+        return reports
+
+    def _report(self, stage: int) -> Report:
+        """Evaluate in the training environments, but from random streams of its own."""
+        config = self.config
         rng = np.random.default_rng(seeds(config.seed, Purpose.EVALUATION_TASKS, stage))
         tasks = select_tasks(self.distributions[stage].test_tasks, config.evaluation.num_tasks, rng)
-        self.report = evaluate_agent(
+        return evaluate_agent(
             self.agent,
-            envs,
+            self.envs[stage],
             tasks,
             config.evaluation.rollouts_per_task or config.rollouts_per_task,
             seed=config.seed,
             env_steps=self.position.env_steps,
         )
-        self._track(held_out_metrics(self.report) | {"time/evaluation_seconds": time.perf_counter() - began})
 
     def _track(self, metrics: Mapping[str, float]) -> None:
         self.tracker.write(self.position, metrics)
@@ -239,7 +326,7 @@ class _Trainer:
     def _save(self) -> None:
         save(
             self.run_dir / "checkpoints",
-            self.agent.state_dict(),
+            {"agent": self.agent.state_dict(), "stability": stability.state_dict(self.methods)},
             self.position,
             self.spaces,
             self.config.keep_checkpoints,
@@ -280,6 +367,32 @@ def as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
         return RunConfig.model_validate(dict(config))
     except ValidationError as error:
         raise UserError(explain_validation(error)) from error
+
+
+def stage_distributions(
+    config: RunConfig, given: TaskDistribution | Sequence[TaskDistribution] | None
+) -> list[TaskDistribution]:
+    """Return the tasks of each stage; raises UserError."""
+    count = len(config.stages)
+    if given is None:
+        own = [task_distribution(stage) for stage in config.stages]
+    elif isinstance(given, Sequence) and not hasattr(given, "train_tasks"):
+        if len(given) != count:
+            raise UserError(f"{len(given)} distributions for {count} stages; give one for each, or one for all")
+        own = list(given)
+    else:
+        own = [cast(TaskDistribution, given)] * count
+    if config.stage_cue == "none":
+        return own
+    return [CuedTasks(distribution, stage, count) for stage, distribution in enumerate(own)]
+
+
+def load_methods(methods: Sequence[StabilityMethod], checkpoint: Checkpoint) -> None:
+    """Give stability methods back what they knew; raises UserError."""
+    try:
+        stability.load_state_dict(methods, checkpoint.load("stability") if methods else {})
+    except (ValueError, CorruptCheckpointError) as error:
+        raise UserError(f"{checkpoint.path} does not fit the run's stability methods: {error}") from error
 
 
 def task_distribution(stage: StageConfig) -> TaskDistribution:
@@ -328,62 +441,3 @@ def max_envs(config: RunConfig, stage: int) -> int:
     if config.stages[stage].tasks.family == "metaworld":
         rollouts = min(rollouts, max(1, POOL // config.num_tasks))
     return config.num_tasks * rollouts
-
-
-def checkpoint_to_resume(run_dir: Path, config: RunConfig) -> Checkpoint:
-    """Return the checkpoint of a run to go on from.
-
-    Raises:
-        UserError: there is no run; its config differs; none of its checkpoints can be loaded.
-    """
-    config_file = run_dir / "config.yaml"
-    if not config_file.is_file():
-        raise UserError(f"{run_dir} holds no run to resume; leave out --resume to start one")
-    before, now = comparable(load_config(config_file)), comparable(config)
-    differing = [key for key in before | now if before.get(key) != now.get(key)]
-    if differing:
-        raise UserError(f"{run_dir} was trained with other settings of {', '.join(differing)}; resume with the same")
-    try:
-        return load_latest(run_dir / "checkpoints")
-    except CorruptCheckpointError as error:
-        raise UserError(f"cannot resume {run_dir}: {error}; start anew with --overwrite") from error
-
-
-def open_run_dir(run_dir: Path, config: RunConfig, *, overwrite: bool) -> None:
-    """Make the directory of a new run and write its config.
-
-    Raises:
-        UserError: there is a run already and overwrite was not asked for; the directory cannot be written.
-    """
-    config_file = run_dir / "config.yaml"
-    holds_run = config_file.exists()
-    if holds_run and not overwrite:
-        raise UserError(f"{run_dir} already holds a run; go on with it by --resume, or replace it by --overwrite")
-    try:
-        if holds_run:
-            for name in ("checkpoints", "tensorboard", "evaluation", "plots"):
-                shutil.rmtree(run_dir / name, ignore_errors=True)
-            (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        config_file.write_text(dump_config(config), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write to {run_dir}: {error.strerror}; choose another with --run-dir") from error
-
-
-def comparable(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that results depend on, flat: a run may go on elsewhere with other workers."""
-    return flatten(config.model_dump(exclude={"device", "num_workers", "keep_checkpoints"}))
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as `{"agent.inner_lr": 0.1, …}`."""
-    if isinstance(tree, Mapping):
-        items = [(str(key), value) for key, value in tree.items()]
-    elif isinstance(tree, list | tuple) and any(isinstance(item, Mapping) for item in tree):
-        items = [(str(index), value) for index, value in enumerate(tree)]
-    else:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat

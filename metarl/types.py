@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
@@ -215,6 +215,34 @@ class Percept(NamedTuple):
     """`[M, P]`, bool: elsewhere the episode has ended, actions have no effect, and a memory stays as it is."""
 
 
+class Prediction(NamedTuple):
+    """What an agent would do and expects now, at the steps of recorded rollouts; attached to its parameters."""
+
+    mean: torch.Tensor
+    """`[M, N, T, A]`, of its actions."""
+    log_std: torch.Tensor
+    """`[M, N, T, A]`."""
+    values: torch.Tensor | None
+    """`[M, N, T]`, in units of return; None if no value function is trained with the policy."""
+    advantages: torch.Tensor
+    """`[M, N, T]`, V-trace's for the policy gradient, in units of return; constants."""
+    scale: torch.Tensor
+    """The standard deviation of returns, by which losses of either are measured."""
+
+
+class Sensitivity(NamedTuple):
+    """How the policy's outputs at S states depend on each of its parameters."""
+
+    mean: torch.Tensor
+    """`[S, A]`, of the actions."""
+    log_std: torch.Tensor
+    """`[S, A]`."""
+    of_mean: dict[str, torch.Tensor]
+    """∂mean/∂parameter by name, `[S, A, ...]`; without the parameters that it does not depend on."""
+    of_log_std: dict[str, torch.Tensor]
+    """∂log_std/∂parameter by name, `[S, A, ...]`; likewise."""
+
+
 class BatchEnv(Protocol):
     """Up to `max_envs` environments stepped together. It holds no random stream: a reset is told its seeds.
 
@@ -295,8 +323,13 @@ class Actor(Protocol):
         """The state after one adaptation step on `rollout`, which `state` collected; nothing else changes."""
 
 
+Guard = Callable[[float], "torch.Tensor | None"]
+"""What `Agent.update` adds to its loss before each step of its optimiser, told which fraction of the iteration's data
+that step learns from; None: nothing."""
+
+
 class Agent(Actor, Protocol):
-    """What the loop asks of an agent."""
+    """What the loop, and whatever guards the agent's stability, ask of an agent."""
 
     training_adaptation_steps: int
     """K of the K + 1 rollouts that `update` learns from; differs where training does without adaptation."""
@@ -304,11 +337,83 @@ class Agent(Actor, Protocol):
     def log_prob(self, state: Any, rollout: Rollout) -> torch.Tensor:
         """Log-density `[M, N, T]` of a rollout's actions, by the agent that begins it in `state`; no gradient."""
 
-    def update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    def update(self, rollouts: Sequence[Rollout], guard: Guard | None = None) -> dict[str, float]:
         """The outer step: learn from the K + 1 rollouts of one iteration; returns metrics by name."""
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """What `update` trains, by name: the tensors themselves. Those of the policy begin with `policy.`."""
+
+    def retrace(self, rollouts: Sequence[Rollout]) -> Prediction:
+        """Adapt anew on the first K of K + 1 recorded rollouts; say what the agent would do in the last one now."""
+
+    def sensitivities(
+        self, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
+    ) -> Iterator[Sensitivity]:
+        """Differentiate the policy at about `states` steps, drawn from all of the K + 1 rollouts, part by part.
+
+        An agent that adapts by gradient steps is differentiated at the parameters that it had adapted then.
+        """
+
+    def hidden_units(self, rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
+        """Activations `[S, H]` of each hidden layer of the policy, by name, at the valid steps of the last rollout."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything that training changes, flat."""
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state_dict` returned; raises ValueError naming the entry that does not fit."""
+
+
+class StabilityMethod(Protocol):
+    """Guards what an agent learned in earlier stages. Any number of them go together; the loop asks them in turn.
+
+    A penalty or replay speaks through `loss`; a method that moves parameters does so in `observe`. What a method
+    remembers it gives away in `state_dict`, so that a run can be resumed.
+    """
+
+    name: str
+    """As in the config and in `stability/<name>/loss`."""
+
+    def loss(self, agent: Agent, rng: np.random.Generator, fraction: float) -> dict[str, torch.Tensor]:
+        """What is added to the agent's loss before a step of its optimiser; see `Guard`.
+
+        Args:
+            agent: about to make a step.
+            rng: of this iteration, the only source of randomness.
+            fraction: of the iteration's data that the step learns from.
+
+        Returns:
+            `{"loss": …}`, a scalar, or nothing where there is nothing to guard. Further entries are tracked only; all are
+            `stability/<method>/<entry>`.
+        """
+
+    def observe(
+        self,
+        agent: Agent,
+        rollouts: Sequence[Rollout],
+        before: Mapping[str, torch.Tensor],
+        rng: np.random.Generator,
+    ) -> None:
+        """Take note of an iteration after its update, or move the agent's parameters.
+
+        Args:
+            agent: after the update.
+            rollouts: the K + 1 that it has learned from.
+            before: what `Agent.parameters` held before the update.
+            rng: of this iteration, another one than that of `loss`.
+        """
+
+    def end_stage(self, agent: Agent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
+        """Consolidate at the end of a stage that others follow.
+
+        Args:
+            agent: at the end of the stage.
+            rollouts: K + 1 fresh ones of it, on tasks of the stage.
+            rng: of this stage's end.
+        """
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything that the method remembers, flat."""
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned; raises ValueError naming the entry that does not fit."""

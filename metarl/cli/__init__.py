@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from metarl.cli.baseline import baseline
 from metarl.cli.evaluate import evaluate
+from metarl.cli.plot import plot
 from metarl.cli.show import doctor, inspect, list_names
 from metarl.cli.train import train
 from metarl.errors import UserError
@@ -55,6 +56,7 @@ def _dispatch(arguments: list[str]) -> int:
         "inspect": (inspect, "show what a run directory holds"),
         "list": (list_names, "list envs, agents or configs"),
         "doctor": (doctor, "check this machine"),
+        "plot": (plot, "draw what runs have tracked"),
         "baseline": (baseline, "train a standard single-task agent from scratch on some of a config's tasks"),
     }
     if arguments and arguments[0] in verbs:

@@ -47,7 +47,7 @@ def list_names(arguments: list[str]) -> int:
 
         for name, path in embedded_configs().items():
             first = path.read_text(encoding="utf-8").partition("\n")[0]
-            print(f"{name:<30}{first.removeprefix('# ')}")
+            print(f"{name:<45}{first.removeprefix('# ')}")
     elif options.what == "agents":
         from metarl.agents import agent_configs
 

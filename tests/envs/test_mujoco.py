@@ -6,8 +6,9 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from pydantic import ValidationError
 
-from metarl.envs.mujoco import NAMES, MujocoConfig, MujocoTasks, make, parameters
+from metarl.envs.mujoco import NAMES, SCALED_PARAMETERS, MujocoConfig, MujocoTasks, difficulty, make, parameters
 from metarl.types import Task
 
 # Benchmark, gymnasium's environment, and what it needs to be told to have the same observation and costs.
@@ -299,3 +300,102 @@ def test_diverging_physics_is_an_error_and_leaves_no_log(name, tmp_path, monkeyp
         env.step(env.action_space.high)
     assert not list(tmp_path.iterdir())
     np.testing.assert_array_equal(env.reset(seed=0)[0], expected)
+
+
+# Stages of a sequence: bands of velocities, and some of the scaled arrays
+
+SUMS = {"body_mass": 7.854478802099231, "body_inertia": 18.582485342340174, "dof_damping": 5.50899356406293}
+SUMS |= {"geom_friction": 20.41433816808982}
+
+
+def test_default_tasks_are_what_they_have_always_been():
+    """Numbers of the first release with these families: runs of then can be repeated."""
+    velocities = MujocoTasks(MujocoConfig(name="HalfCheetahVel", seed=3, num_train=3)).train_tasks[2]
+    assert velocities == Task("mujoco", "HalfCheetahVel", "train", "HalfCheetahVel", 2, 3, {"horizon": 200})
+    assert parameters(velocities) == {"velocity": 0.43829900829161517}
+    hopper = MujocoTasks(MujocoConfig(name="HopperRandParams", seed=3, num_train=3)).train_tasks[2]
+    assert hopper == Task("mujoco", "HopperRandParams", "train", "HopperRandParams", 2, 3, {"horizon": 200})
+    assert {field: value.sum() for field, value in parameters(hopper).items()} == SUMS
+    assert difficulty(hopper) == 0.7222372592426403
+    same = MujocoConfig(name="HalfCheetahVel", seed=3, num_train=3, velocity=(0, 2), scaled=list(SCALED_PARAMETERS))
+    assert MujocoTasks(same).train_tasks[2] == velocities
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (1.0, 2.0), (2.0, 3.0), (-1.5, -0.1)])
+def test_velocities_are_drawn_from_their_band(low, high):
+    config = MujocoConfig(name="HalfCheetahVel", num_train=200, num_test=200, velocity=(low, high))
+    tasks = MujocoTasks(config)
+    for split in (tasks.train_tasks, tasks.test_tasks):
+        drawn = [parameters(task)["velocity"] for task in split]
+        assert low <= min(drawn) < low + 0.05 * (high - low)
+        assert high - 0.05 * (high - low) < max(drawn) <= high
+    task = tasks.test_tasks[-1]
+    rebuilt = Task.from_json(task.to_json())
+    assert rebuilt == task and parameters(rebuilt) == parameters(task)
+    assert tasks.difficulty(task) == abs(parameters(task)["velocity"])
+    # The same share of the band as of the default range: 0 + 2 u and low + (high - low) u.
+    default = parameters(MujocoTasks(MujocoConfig(name="HalfCheetahVel", num_test=200)).test_tasks[-1])["velocity"]
+    assert parameters(task)["velocity"] == pytest.approx(low + (high - low) * default / 2.0, rel=1e-12)
+
+
+def test_the_reward_is_of_the_band():
+    env = make(first_task("HalfCheetahVel", velocity=(7.0, 8.0)))
+    env.reset(seed=0)
+    before = env.data.qpos[0]
+    reward = env.step(np.zeros(6))[1]
+    velocity = (env.data.qpos[0] - before) / 0.05
+    assert 7.0 <= velocity - reward <= 8.0  # reward = velocity - target, for a target ahead
+
+
+@pytest.mark.parametrize("name", ["HopperRandParams", "Walker2DRandParams"])
+@pytest.mark.parametrize("scaled", [["body_mass"], ["dof_damping", "body_inertia"], ["geom_friction"]])
+def test_arrays_that_are_scaled_keep_their_numbers_and_the_others_are_nominal(name, scaled):
+    with_all, task = first_task(name, seed=5), first_task(name, seed=5, scaled=scaled)
+    nominal = gymnasium.make(REFERENCES[name][0]).unwrapped.model
+    rebuilt = Task.from_json(task.to_json())
+    assert rebuilt == task
+    env, full = make(rebuilt), make(with_all)
+    for field in SCALED_PARAMETERS:
+        found, expected = parameters(task)[field], parameters(with_all)[field]
+        if field in scaled:
+            np.testing.assert_array_equal(found, expected)
+        else:
+            np.testing.assert_array_equal(found, np.ones_like(expected))
+        np.testing.assert_array_equal(
+            getattr(env.model, field), getattr(full.model if field in scaled else nominal, field)
+        )
+    env.set_task(with_all)
+    env.set_task(task)  # leaves nothing of the other
+    for field in SCALED_PARAMETERS.keys() - set(scaled):
+        np.testing.assert_array_equal(getattr(env.model, field), getattr(nominal, field))
+    logs = [np.log(parameters(with_all)[field][getattr(nominal, field) != 0]) for field in scaled]
+    assert difficulty(task) == pytest.approx(np.sqrt(np.mean(np.square(np.concatenate(logs)))), rel=1e-12)
+    assert difficulty(task) != difficulty(with_all)
+
+
+def test_the_order_of_scaled_arrays_has_no_effect():
+    left, right = ["geom_friction", "body_mass"], ["body_mass", "geom_friction"]
+    first, second = (MujocoConfig(name="HopperRandParams", scaled=scaled) for scaled in (left, right))
+    assert first == second and MujocoTasks(first).train_tasks == MujocoTasks(second).train_tasks
+    assert MujocoConfig(name="HopperRandParams", scaled="body_mass").scaled == ("body_mass",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"name": "HalfCheetahVel", "velocity": (2, 1)}, "expected the lower bound, then the upper one"),
+        ({"name": "HalfCheetahVel", "velocity": (1, 1)}, "expected the lower bound"),
+        ({"name": "HalfCheetahVel", "velocity": (0, np.inf)}, "finite"),
+        ({"name": "HalfCheetahVel", "velocity": (np.nan, 1)}, "finite"),
+        ({"name": "HalfCheetahVel", "velocity": (1,)}, "velocity"),
+        ({"name": "HalfCheetahDir", "velocity": (0, 1)}, "only HalfCheetahVel has targets"),
+        ({"name": "HopperRandParams", "velocity": (0, 2)}, "only HalfCheetahVel has targets"),
+        ({"name": "AntDir", "scaled": ["body_mass"]}, "only RandParams families scale arrays"),
+        ({"name": "HopperRandParams", "scaled": []}, "at least 1 item"),
+        ({"name": "HopperRandParams", "scaled": ["body_mas"]}, "expected|should be"),
+        ({"name": "HopperRandParams", "scaled": ["body_mass", "body_mass"]}, "names an array twice"),
+    ],
+)
+def test_settings_without_a_use_or_sense_are_refused(settings, expected):
+    with pytest.raises(ValidationError, match=expected):
+        MujocoConfig(**settings)

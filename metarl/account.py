@@ -1,0 +1,99 @@
+"""The account of a sequence of stages: what is evaluated and when, the matrix of scores, and the state of the network.
+
+`metarl.continual` has the formulas.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metarl import continual
+from metarl.config import StageConfig
+from metarl.types import Agent, Rollout
+
+DORMANT = 0.025
+"""τ: a unit below this part of its layer's mean activation counts as dormant (Sokar et al. 2023)."""
+
+Report = dict[str, Any]
+
+
+class Account:
+    """What became of each stage, so far.
+
+    Args:
+        stages: of the run.
+        lines: of its metrics.jsonl, if it goes on.
+    """
+
+    def __init__(self, stages: Sequence[StageConfig], lines: Sequence[Mapping[str, Any]]) -> None:
+        self._stages, self.names = stages, [stage.name for stage in stages]
+        self._lines = [line for line in lines if _key(self.names[0]) in line]
+
+    def add(self, place: Mapping[str, int], reports: Sequence[Report], finished: int) -> dict[str, float]:
+        """Enter the evaluation of all stages.
+
+        Args:
+            place: `iteration`, `stage` and `env_steps`, as in metrics.jsonl.
+            reports: of each stage.
+            finished: stages that have been trained to their end.
+
+        Returns:
+            The scores of each stage and what follows from all of them, as they are tracked.
+        """
+        metrics: dict[str, float] = {}
+        for stage, report in zip(self._stages, reports, strict=True):
+            for phase, key in (("post", _key(stage.name)), ("pre", _key(stage.name, "pre"))):
+                metrics[key] = score(report, stage, phase)
+        self._lines.append({**place, **metrics})
+        return metrics | continual.account(self._evaluations(), len(self.names), finished)
+
+    def _evaluations(self) -> list[continual.Evaluation]:
+        return continual.evaluations(self._lines, self.names)
+
+    def report(self, finished: int) -> Report:
+        """Return the account as JSON: names, both matrices (first row: before training) and the figures."""
+        evaluations = self._evaluations()
+        matrices = {
+            f"scores_{phase}": continual.score_matrix(
+                evaluations, len(self.names), finished, pre=phase == "pre"
+            ).tolist()
+            for phase in ("pre", "post")
+        }
+        return {"stages": self.names, **matrices, **continual.account(evaluations, len(self.names), finished)}
+
+    def write(self, path: Path, finished: int) -> Report:
+        """Write the report to a file, and return it."""
+        report = self.report(finished)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        return report
+
+
+def _key(name: str, phase: str = "post") -> str:
+    return f"continual/score/{name}" if phase == "post" else f"continual/score_{phase}/{name}"
+
+
+def score(report: Report, stage: StageConfig, phase: str) -> float:
+    """Return the score of a stage, before (`pre`) or after adaptation (`post`).
+
+    It is the return on the scale of `score_range`; without one success where the tasks define it, else the return.
+    """
+    aggregate = report["aggregate"]
+    if stage.score_range is not None:
+        low, high = stage.score_range
+        return float((aggregate[f"return_{phase}"]["mean"] - low) / (high - low))
+    measure = "success" if f"success_{phase}" in aggregate else "return"
+    return float(aggregate[f"{measure}_{phase}"]["mean"])
+
+
+def plasticity(agent: Agent, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Return how much of the policy's hidden layers is in use: dormant units and effective rank, layer by layer."""
+    metrics = {}
+    for name, activations in agent.hidden_units(rollouts).items():
+        values = activations.detach().cpu().double().numpy()
+        metrics[f"plasticity/{name}/dormant_fraction"] = continual.dormant_fraction(values, DORMANT)
+        metrics[f"plasticity/{name}/effective_rank"] = continual.effective_rank(values)
+    return metrics

@@ -1,0 +1,99 @@
+"""Stability methods, one file each; any of them go together, for every agent.
+
+A new one is one file, one member of `StabilityConfig` and one entry in `METHODS`. Must not import agents, environments
+or training: it knows them by their Protocols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from metarl.stability.ewc import Ewc, EwcConfig
+from metarl.stability.l2 import L2, L2Config
+from metarl.stability.mas import Mas, MasConfig
+from metarl.stability.mer import Mer, MerConfig
+from metarl.stability.replay import Replay, ReplayConfig
+from metarl.types import Agent, StabilityMethod
+
+StabilityConfig = Annotated[EwcConfig | ReplayConfig | L2Config | MasConfig | MerConfig, Field(discriminator="name")]
+"""One member a method, told apart by `name`."""
+
+
+def stability_configs() -> dict[str, type[Any]]:
+    """Return the config class of each method by its name."""
+    return {config.model_fields["name"].default: config for config in get_args(get_args(StabilityConfig)[0])}
+
+
+def build(config: Any, folder: Path | None = None) -> StabilityMethod:
+    """Return a method that remembers nothing yet.
+
+    Args:
+        config: a member of `StabilityConfig`.
+        folder: where it may keep what does not fit into memory.
+    """
+    if isinstance(config, MerConfig):
+        return Mer(config, folder)
+    if isinstance(config, ReplayConfig):
+        return Replay(config, folder)
+    if isinstance(config, EwcConfig):
+        return Ewc(config)
+    return Mas(config) if isinstance(config, MasConfig) else L2(config)
+
+
+class Guarding:
+    """The guard of one update: the sum of the losses of all methods, and what they were.
+
+    Args:
+        methods: asked in turn.
+        agent: about to be updated.
+        rng: of the iteration.
+    """
+
+    def __init__(self, methods: Sequence[StabilityMethod], agent: Agent, rng: np.random.Generator) -> None:
+        self._methods, self._agent = methods, agent
+        self._rngs = rng.spawn(len(methods))
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def __call__(self, fraction: float) -> Tensor | None:
+        """See `metarl.types.Guard`."""
+        total: Tensor | None = None
+        for method, rng in zip(self._methods, self._rngs, strict=True):
+            for name, value in method.loss(self._agent, rng, fraction).items():
+                if name == "loss":
+                    total = value if total is None else total + value
+                key, seen = f"stability/{method.name}/{name}", value.detach()
+                self._sums[key] = self._sums[key] + seen if key in self._sums else seen
+                self._counts[key] = self._counts.get(key, 0) + 1
+        return total
+
+    def metrics(self) -> dict[str, float]:
+        """Return the mean of each loss, and of what was measured with it, over the steps of the update."""
+        return {name: float(value) / self._counts[name] for name, value in self._sums.items()}
+
+
+def state_dict(methods: Sequence[StabilityMethod]) -> dict[str, Tensor]:
+    """Return what all methods remember, flat."""
+    return {
+        f"{number}.{method.name}:{key}": value.detach().cpu().contiguous()
+        for number, method in enumerate(methods)
+        for key, value in method.state_dict().items()
+    }
+
+
+def load_state_dict(methods: Sequence[StabilityMethod], state: Mapping[str, Tensor]) -> None:
+    """Restore what `state_dict` returned; raises ValueError naming the method and the entry that does not fit."""
+    for number, method in enumerate(methods):
+        prefix = f"{number}.{method.name}:"
+        try:
+            method.load_state_dict(
+                {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            )
+        except ValueError as error:
+            raise ValueError(f"{method.name}: {error}") from error

@@ -1,0 +1,134 @@
+"""Elastic weight consolidation (Kirkpatrick et al. 2017): parameters that mattered for earlier stages are held.
+
+    loss = λ · ½ Σ_i Σ_k F_ik (θ_k − θ_ik)²        F_i, θ_i: Fisher information and parameters at the end of stage i
+
+F is the diagonal of the Fisher information of the Gaussian policy in closed form, each state by itself, then averaged:
+
+    F_k = E_s Σ_d [ (∂μ_d/∂θ_k)² / σ_d² + 2 (∂log σ_d/∂θ_k)² ]
+
+(Wolczyk et al. 2021, "Continual World", App. B.) A squared gradient of a batch's mean would underestimate it. States come
+from fresh trials; an agent that adapts by gradient steps is differentiated at its adapted parameters, one with a memory
+through all earlier steps of the trial. F is scaled to a mean of 1, so that λ carries over between networks; parameters
+that the mean does not depend on, such as a free log σ, whose Fisher information is the constant 2, are scaled by
+themselves. Value functions are free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor
+
+from metarl.errors import STRICT
+from metarl.stability.quadratic import Anchors, Weights, unit_mean
+from metarl.types import Agent, Rollout
+
+
+class EwcConfig(BaseModel):
+    """Elastic weight consolidation."""
+
+    model_config = STRICT
+
+    name: Literal["ewc"] = "ewc"
+    coef: float = Field(1.0, ge=0, description="λ; the importance of parameters has mean 1")
+    anchors: Literal["stages", "online"] = Field(
+        "stages", description="stages: a penalty around the end of each; online: one around the last, importance summed"
+    )
+    decay: float = Field(
+        1.0, ge=0, le=1, description="γ of online: what remains of earlier importance at a stage's end"
+    )
+    fisher_states: int = Field(2560, ge=1, description="states that the Fisher information is averaged over")
+
+    @model_validator(mode="after")
+    def _decay_has_a_use(self) -> EwcConfig:
+        if self.decay != 1.0 and self.anchors == "stages":
+            raise ValueError(f"decay={self.decay} with anchors='stages': only online anchors decay")
+        return self
+
+
+class Ewc:
+    """A `StabilityMethod` with a penalty.
+
+    Args:
+        config: its settings.
+    """
+
+    name = "ewc"
+
+    def __init__(self, config: EwcConfig) -> None:
+        self.config, self.anchors = config, Anchors()
+
+    def loss(self, agent: Agent, rng: np.random.Generator, fraction: float) -> dict[str, Tensor]:
+        """See `StabilityMethod.loss`."""
+        return self.anchors.loss(agent, self.config.coef)
+
+    def observe(
+        self, agent: Agent, rollouts: Sequence[Rollout], before: Mapping[str, Tensor], rng: np.random.Generator
+    ) -> None:
+        """Nothing to note within a stage."""
+
+    def end_stage(self, agent: Agent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
+        """Measure what matters now, and anchor it."""
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        importance = fisher(agent, rollouts, self.config.fisher_states, generator)
+        if self.config.anchors == "stages":
+            self.anchors.add(agent, importance)
+        else:
+            self.anchors.replace(agent, importance, self.config.decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `StabilityMethod.state_dict`."""
+        return self.anchors.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """See `StabilityMethod.load_state_dict`."""
+        self.anchors.load_state_dict(state)
+
+
+def fisher(agent: Agent, rollouts: Sequence[Rollout], states: int, generator: torch.Generator) -> Weights:
+    """Return the diagonal Fisher information of the agent's policy, scaled to mean 1; see the module.
+
+    Args:
+        agent: whose policy.
+        rollouts: K + 1, of the agent as it is.
+        states: how many to average over.
+        generator: draws them.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
+    through_mean, through_std = fisher_sums(agent, rollouts, states, generator)
+    groups = [
+        {name: value + through_std.get(name, torch.zeros_like(value)) for name, value in through_mean.items()},
+        {name: value for name, value in through_std.items() if name not in through_mean},
+    ]
+    found = {name: value for group in groups for name, value in unit_mean(group).items()}
+    if not all(bool(value.isfinite().all()) for value in found.values()):
+        raise FloatingPointError("EWC: the Fisher information is not finite; the policy has come apart, lower its step")
+    return found
+
+
+def fisher_sums(
+    agent: Agent, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
+) -> tuple[Weights, Weights]:
+    """Return the part of the Fisher information through the mean and through the deviation, averaged over states."""
+    through_mean: Weights = {}
+    through_std: Weights = {}
+    count = 0
+    for part in agent.sensitivities(rollouts, states, generator):
+        precision = (-2.0 * part.log_std).exp()
+        count += len(precision)
+        for name, slope in part.of_mean.items():
+            added = torch.einsum("sa,sa...->...", precision, slope.square())
+            through_mean[name] = through_mean[name] + added if name in through_mean else added
+        for name, slope in part.of_log_std.items():
+            added = 2.0 * slope.square().sum((0, 1))
+            through_std[name] = through_std[name] + added if name in through_std else added
+    return (
+        {name: value / count for name, value in through_mean.items()},
+        {name: value / count for name, value in through_std.items()},
+    )

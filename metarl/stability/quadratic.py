@@ -1,0 +1,93 @@
+"""A quadratic penalty around what the parameters were: shared by EWC, L2 and MAS, which differ in what weighs it.
+
+Must not import agents, environments or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from metarl.optimizers import check_entries
+from metarl.types import Agent
+
+Weights = dict[str, Tensor]
+"""How much each number of each parameter matters, by name, in the parameter's shape."""
+
+
+class Anchors:
+    """½ Σ_i Σ_k w_ik (θ_k − θ_ik)² over all anchors i, kept as ONE quadratic whatever their number.
+
+    A sum of quadratics in θ is a quadratic: with W = Σ w_i and C = Σ w_i θ_i / W it is ½ Σ W (θ − C)² + a constant,
+    which is kept, too, so that the value is that of the sum. Memory and time do not grow with the stages.
+
+    Attributes:
+        weights: W by name; empty before the first anchor.
+        centers: C by name.
+        constant: the value at C.
+    """
+
+    def __init__(self) -> None:
+        self.weights: Weights = {}
+        self.centers: Weights = {}
+        self.constant = torch.zeros(())
+
+    def loss(self, agent: Agent, coef: float) -> dict[str, Tensor]:
+        """Return `coef` times the penalty at the agent's parameters, as `StabilityMethod.loss` does."""
+        return {"loss": coef * self.penalty(agent)} if coef and self.weights else {}
+
+    def penalty(self, agent: Agent) -> Tensor:
+        """Return the penalty at the agent's parameters; there must be an anchor."""
+        params = agent.parameters()
+        theta = torch.cat([params[name].flatten() for name in self.weights])
+        weights, centers = (torch.cat([part[name].flatten() for name in self.weights]) for part in self._on(theta))
+        return 0.5 * (weights * (theta - centers).square()).sum() + self.constant.to(theta.device)
+
+    def _on(self, like: Tensor) -> tuple[Weights, Weights]:
+        move = {name: value.to(like.device) for name, value in self.weights.items()}
+        self.weights, self.centers = move, {name: value.to(like.device) for name, value in self.centers.items()}
+        return self.weights, self.centers
+
+    def add(self, agent: Agent, weights: Weights) -> None:
+        """Add an anchor where the agent's parameters are now."""
+        params = agent.parameters()
+        for name, new in weights.items():
+            here = params[name].detach().clone()
+            old = self.weights.get(name, torch.zeros_like(new))
+            center, total = self.centers.get(name, here), old + new
+            moved = torch.where(total > 0, (old * center + new * here) / total.clamp_min(1e-30), here)
+            parted = old * (center - moved).square() + new * (here - moved).square()
+            self.constant = self.constant.to(here.device) + 0.5 * parted.sum()
+            self.weights[name], self.centers[name] = total, moved
+
+    def replace(self, agent: Agent, weights: Weights, decay: float) -> None:
+        """Let `weights`, added to `decay` times the old ones, have their one anchor where the agent is now."""
+        params = agent.parameters()
+        for name, new in weights.items():
+            self.weights[name] = decay * self.weights[name] + new if name in self.weights else new
+            self.centers[name] = params[name].detach().clone()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything, flat."""
+        state = {f"weight.{name}": value for name, value in self.weights.items()}
+        state |= {f"center.{name}": value for name, value in self.centers.items()}
+        return state | {"constant": self.constant} if state else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned; raises ValueError naming the entry that is missing or does not fit."""
+        groups = {
+            prefix: {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            for prefix in ("weight.", "center.")
+        }
+        check_entries({**state}, {f"center.{name}": value for name, value in groups["weight."].items()})
+        self.weights, self.centers = groups["weight."], groups["center."]
+        self.constant = state.get("constant", torch.zeros(()))
+
+
+def unit_mean(weights: Mapping[str, Tensor]) -> Weights:
+    """Scale the weights of a group of parameters so that their mean is 1; all zeros stay so."""
+    total = sum(float(value.double().sum()) for value in weights.values())
+    mean = total / max(1, sum(value.numel() for value in weights.values()))
+    return {name: value / mean if mean > 0 else value for name, value in weights.items()}

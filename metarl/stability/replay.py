@@ -1,0 +1,175 @@
+"""Experience replay for on-policy agents: whole trials of earlier stages are lived through again (Rolnick et al. 2019).
+
+Of each stage a uniform sample of its trials is kept; all stages have equal shares of a fixed room. Whenever the agent
+learns from new trials, it is asked what it would do now in some stored ones, drawn evenly from the stages that have
+ended, and
+
+    loss = c_π KL(π_then ‖ π)  +  c_V ½ (V − V_then)² / σ_R²  −  c_PG E[ρ (r + γ v' − V) log π] / σ_R
+
+"Then" is the agent at the end of the trial's stage, not the one that collected it: what is cloned is the best of the
+stage (Rolnick et al. clone the outputs of the time of collecting). An agent that adapts by gradient steps adapts anew to
+the stored support data, then and now, and is compared on the query data; one with a memory reads the trial from its
+beginning. The last term is V-trace's policy gradient with the rewards of the trial; it is left out where the effective
+sample size of its importance weights is low. σ_R is the standard deviation of returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from metarl.errors import STRICT
+from metarl.objectives import gaussian_kl, weighted_mean
+from metarl.policies import gaussian_log_prob
+from metarl.stability.reservoir import Items, Reservoir, items_of, join, rollouts_of
+from metarl.types import Agent, Rollout
+
+_LABEL_BATCH = 32
+"""Trials that are labelled at once."""
+
+
+class ReplayConfig(BaseModel):
+    """Experience replay of whole trials, with cloning of what the agent did and expected at the end of their stage."""
+
+    model_config = STRICT
+
+    name: Literal["replay"] = "replay"
+    capacity: int = Field(
+        400, ge=1, description="trials that are kept in all, evenly of all stages (for MAML, of tasks)"
+    )
+    share: float = Field(0.33, gt=0, lt=1, description="replayed trials of all that a step learns from")
+    cloning_coef: float = Field(1.0, ge=0, description="weight of KL(then‖now) of the policy")
+    value_coef: float = Field(
+        0.5, ge=0, description="weight of the squared change of values, in deviations of the return (shared critics)"
+    )
+    policy_coef: float = Field(0.0, ge=0, description="weight of V-trace's policy gradient")
+    min_sample_size: float = Field(
+        0.3, ge=0, le=1, description="effective fraction of the samples below which that gradient is left out"
+    )
+    memory_gb: float = Field(1.0, ge=0, description="GiB of trials beyond which they lie on disk, in the run directory")
+
+
+class Replay:
+    """A `StabilityMethod` with a loss on stored trials.
+
+    Args:
+        config: its settings.
+        folder: for trials that do not fit into memory; None: the system's.
+    """
+
+    name = "replay"
+
+    def __init__(self, config: ReplayConfig, folder: Path | None = None) -> None:
+        self.config, self._folder = config, folder
+        self.ended: list[Reservoir] = []  # labelled, a stage each
+        self.current: Reservoir | None = None
+        self.new_trials = 0  # of an iteration
+
+    def loss(self, agent: Agent, rng: np.random.Generator, fraction: float) -> dict[str, Tensor]:
+        """See `StabilityMethod.loss`."""
+        config = self.config
+        if not self.ended:
+            return {}
+        count = max(1, round(config.share / (1.0 - config.share) * self.new_trials * fraction))
+        items = self.draw(count, rng)
+        rollouts = rollouts_of(items, agent.device)
+        now, last = agent.retrace(rollouts), rollouts[-1]
+        length, weights = last.valid.shape[-1], last.valid.flatten().to(now.mean.dtype)
+        mean, log_std, values = (items[name][:, :, :length].to(agent.device) for name in ("mean", "log_std", "values"))
+        change = weighted_mean(gaussian_kl(mean, log_std, now.mean, now.log_std).flatten(), weights)
+        losses = {"kl": change, "loss": config.cloning_coef * change}
+        if now.values is not None and config.value_coef:
+            error = ((now.values - values) / now.scale).square().flatten()
+            losses["loss"] = losses["loss"] + config.value_coef * 0.5 * weighted_mean(error, weights)
+        if config.policy_coef:
+            log_probs = gaussian_log_prob(now.mean, now.log_std, last.actions)
+            size = effective_sample_size(log_probs.detach() - last.log_probs, last.valid)
+            gained = weighted_mean((now.advantages / now.scale * log_probs).flatten(), weights)
+            losses["effective_sample_size"] = size
+            losses["loss"] = losses["loss"] - config.policy_coef * (size >= config.min_sample_size) * gained
+        return losses
+
+    def draw(self, count: int, rng: np.random.Generator) -> Items:
+        """Draw trials of the stages that have ended: as many of each, but for the remainder, with replacement."""
+        shares = np.full(len(self.ended), count // len(self.ended))
+        shares[rng.permutation(len(shares))[: count % len(shares)]] += 1
+        return join(
+            [
+                reservoir.take(rng.integers(0, len(reservoir), share))
+                for reservoir, share in zip(self.ended, shares.tolist(), strict=True)
+                if share
+            ]
+        )
+
+    def observe(
+        self, agent: Agent, rollouts: Sequence[Rollout], before: Mapping[str, Tensor], rng: np.random.Generator
+    ) -> None:
+        """Keep some of an iteration's trials; those that were dropped are passed over."""
+        items = items_of(rollouts)
+        self.new_trials = len(items["0.valid"])
+        whole = torch.stack([items[f"{k}.valid"].flatten(1).any(1) for k in range(len(rollouts))]).all(0)
+        if self.current is None:
+            capacity = max(1, self.config.capacity // (len(self.ended) + 1))
+            for reservoir in self.ended:
+                reservoir.shrink(capacity, rng)
+            self.current = self._reservoir(capacity)
+        self.current.add({name: value[whole] for name, value in items.items()}, rng)
+
+    def _reservoir(self, capacity: int) -> Reservoir:
+        fields = 40  # of a trial, about, some larger than others
+        return Reservoir(capacity, self.config.memory_gb * 2**30 / fields, self._folder)
+
+    def end_stage(self, agent: Agent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
+        """Note what the agent does and expects now in the trials of the stage."""
+        reservoir, self.current = self.current, None
+        if reservoir is None or not len(reservoir):
+            return
+        for places in np.array_split(np.arange(len(reservoir)), -(-len(reservoir) // _LABEL_BATCH)):
+            stored = reservoir.take(places)
+            now = agent.retrace(rollouts_of(stored, agent.device))
+            values = now.values if now.values is not None else torch.zeros_like(now.mean[..., 0])
+            labels = {"mean": now.mean, "log_std": now.log_std, "values": values}
+            reservoir.set(places, {name: value.detach().cpu() for name, value in labels.items()})
+        self.ended.append(reservoir)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `StabilityMethod.state_dict`."""
+        held = [*self.ended, *([self.current] if self.current is not None else [])]
+        state = {f"{i}/{name}": value for i, part in enumerate(held) for name, value in part.state_dict().items()}
+        return {**state, "ended": torch.tensor(len(self.ended)), "new_trials": torch.tensor(self.new_trials)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """See `StabilityMethod.load_state_dict`."""
+        for name in ("ended", "new_trials"):
+            if name not in state:
+                raise ValueError(f"cannot load {name!r}: found nothing")
+        groups: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if "/" in name:
+                number, _, field = name.partition("/")
+                groups.setdefault(int(number), {})[field] = value
+        reservoirs = []
+        for _, group in sorted(groups.items()):
+            reservoirs.append(self._reservoir(1))
+            reservoirs[-1].load_state_dict(group)
+        ended = int(state["ended"])
+        self.ended, self.new_trials = reservoirs[:ended], int(state["new_trials"])
+        self.current = reservoirs[ended] if len(reservoirs) > ended else None
+
+
+def effective_sample_size(log_ratios: Tensor, valid: Tensor) -> Tensor:
+    """Return (Σ w)² / (n Σ w²) of the importance weights of n steps (Kish 1965): 1 on policy, near 0 far from it.
+
+    Args:
+        log_ratios: log π − log π_old, any shape.
+        valid: bool, which of them count.
+    """
+    weights = log_ratios[valid].double()
+    weights = (weights - weights.max()).exp()
+    return weights.sum().square() / (len(weights) * weights.square().sum())

@@ -1,0 +1,142 @@
+"""A bounded, uniform sample of the trials of a stage, in memory or on disk.
+
+Must not import agents, environments or training.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metarl.types import Rollout
+
+Items = dict[str, Tensor]
+"""B trials by field, `[B, N, T, ...]`; the fields of rollout k of K + 1 are named `<k>.<field>`."""
+
+_FIELDS = tuple(field.name for field in fields(Rollout))
+
+
+def items_of(rollouts: Sequence[Rollout]) -> Items:
+    """Return the trials of an iteration, on the CPU: a task's K + 1 rollouts are one; without adaptation each rollout."""
+    if len(rollouts) == 1:
+        rollouts = [rollouts[0].map(lambda part: part.flatten(0, 1)[:, None])]
+    return {f"{k}.{name}": getattr(rollout, name).cpu() for k, rollout in enumerate(rollouts) for name in _FIELDS}
+
+
+def rollouts_of(items: Items, device: torch.device) -> list[Rollout]:
+    """Return trials as the K + 1 rollouts that an agent learns from, task by task, without steps that none has."""
+    count = len({name.split(".")[0] for name in items if "." in name})
+    rollouts = []
+    for k in range(count):
+        length = int(items[f"{k}.valid"].flatten(0, 1).any(0).sum())
+        rollouts.append(Rollout(**{name: items[f"{k}.{name}"][:, :, :length].to(device) for name in _FIELDS}))
+    return rollouts
+
+
+class Reservoir:
+    """Trials of one stage, each seen so far in it with the same probability (Vitter 1985, Algorithm R).
+
+    Args:
+        capacity: trials that it holds at most.
+        memory_bytes: a field that would be larger lies on disk.
+        folder: where on disk; the files vanish with the process, whatever ends it.
+    """
+
+    def __init__(self, capacity: int, memory_bytes: float, folder: Path | None) -> None:
+        self.capacity, self.seen = capacity, 0
+        self._memory_bytes, self._folder = memory_bytes, folder
+        self._arrays: dict[str, NDArray[Any]] = {}
+
+    def __len__(self) -> int:
+        return min(self.seen, self.capacity)
+
+    def add(self, items: Items, rng: np.random.Generator) -> None:
+        """Show it B trials; each is kept with the probability that all trials seen so far have."""
+        count = len(next(iter(items.values())))
+        order = self.seen + np.arange(count)
+        places = np.where(order < self.capacity, order, rng.integers(0, order + 1))
+        self.seen += count
+        kept = {int(place): i for i, place in enumerate(places) if place < self.capacity}  # the last one stays
+        if kept:
+            self._write(np.array(list(kept)), {name: value[list(kept.values())] for name, value in items.items()})
+
+    def set(self, places: NDArray[np.int64], items: Items) -> None:
+        """Write fields of trials that it holds."""
+        self._write(places, items)
+
+    def _write(self, places: NDArray[np.int64], items: Items) -> None:
+        for name, value in items.items():
+            array = self._room(name, value)
+            array[places] = 0
+            where: tuple[Any, ...] = (places, *(slice(size) for size in value.shape[1:]))
+            array[where] = value.numpy()
+
+    def _room(self, name: str, value: Tensor) -> NDArray[Any]:
+        """Return the array of a field, grown if trials have become longer."""
+        old = self._arrays.get(name)
+        shape = tuple(value.shape[1:]) if old is None else tuple(np.maximum(value.shape[1:], old.shape[1:]).tolist())
+        if old is None or old.shape[1:] != shape:
+            new = self._allocate((self.capacity, *shape), value.numpy().dtype)
+            if old is not None:
+                new[tuple(slice(size) for size in old.shape)] = old
+            self._arrays[name] = new
+        return self._arrays[name]
+
+    def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        if np.prod(shape, dtype=np.int64) * dtype.itemsize <= self._memory_bytes:
+            return np.zeros(shape, dtype)
+        return np.memmap(tempfile.TemporaryFile(dir=self._folder), dtype, shape=shape)
+
+    def shrink(self, capacity: int, rng: np.random.Generator) -> None:
+        """Keep a uniform choice of at most `capacity` trials."""
+        if capacity >= self.capacity:
+            return
+        kept = np.sort(rng.permutation(len(self))[:capacity])
+        items = self.take(kept)
+        self.capacity, self._arrays = capacity, {}
+        self._write(np.arange(len(kept)), items)
+
+    def take(self, places: NDArray[np.int64]) -> Items:
+        """Return some of the trials, copied."""
+        return {name: torch.from_numpy(np.array(array[places])) for name, array in self._arrays.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything, flat."""
+        held = {name: torch.from_numpy(np.asarray(array[: len(self)])) for name, array in self._arrays.items()}
+        return {**held, "seen": torch.tensor(self.seen), "capacity": torch.tensor(self.capacity)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned; raises ValueError naming the entry that is missing or does not fit."""
+        for name in ("seen", "capacity"):
+            if name not in state or state[name].numel() != 1:
+                raise ValueError(f"cannot load {name!r}: expected one number")
+        self.seen, self.capacity, self._arrays = int(state["seen"]), int(state["capacity"]), {}
+        held = {name: value for name, value in state.items() if name not in ("seen", "capacity")}
+        for name, value in held.items():
+            if len(value) != len(self):
+                raise ValueError(f"cannot load {name!r}: expected {len(self)} trials, found {len(value)}")
+        if held:
+            self._write(np.arange(len(self)), held)
+
+
+def join(parts: Sequence[Items]) -> Items:
+    """Put trials of several reservoirs one below the other; shorter ones are padded with zeros."""
+    joined: Items = {}
+    for name in parts[0]:
+        shape = [max(part[name].shape[axis] for part in parts) for axis in range(1, parts[0][name].ndim)]
+        whole = parts[0][name].new_zeros(sum(len(part[name]) for part in parts), *shape)
+        begin = 0
+        for part in parts:
+            value = part[name]
+            whole[(slice(begin, begin + len(value)), *(slice(size) for size in value.shape[1:]))] = value
+            begin += len(value)
+        joined[name] = whole
+    return joined
