@@ -21,7 +21,8 @@ from metarl.agents.meta_dropout import MetaDropout, MetaDropoutConfig
 from metarl.agents.meta_sgd import MetaSgd, MetaSgdConfig
 from metarl.agents.multi_task import MultiTask, MultiTaskConfig
 from metarl.agents.reptile import Reptile, ReptileConfig
-from metarl.agents.rl2 import Rl2, Rl2Config
+from metarl.agents.rl2 import Rl2
+from metarl.agents.rl2_config import Rl2Config
 from metarl.errors import named_by_default
 from metarl.types import Agent
 
@@ -64,7 +65,15 @@ def agent_configs() -> dict[str, type[Any]]:
     return {config.model_fields["name"].default: config for config in get_args(get_args(AgentConfig)[0])}
 
 
-def build(config: Any, observation_size: int, action_size: int, device: torch.device, seed: int) -> Agent:
+def build(
+    config: Any,
+    observation_size: int,
+    action_size: int,
+    device: torch.device,
+    seed: int,
+    cues: int = 0,
+    heads: bool = False,
+) -> Agent:
     """Return a freshly initialised agent.
 
     Args:
@@ -73,8 +82,10 @@ def build(config: Any, observation_size: int, action_size: int, device: torch.de
         action_size: A.
         device: where updates are computed.
         seed: of the initial parameters.
+        cues: how many entries at the end of an observation tell the stage, one-hot; they are not normalised.
+        heads: whether the policy has an output layer for each stage, which the cue chooses.
     """
+    sizes = observation_size, action_size, device, seed, cues, heads
     if isinstance(config, Rl2Config):
-        return Rl2(config, observation_size, action_size, device, seed)
-    method = METHODS[config.name](config, config.adapted)
-    return GradientAgent(method, config, observation_size, action_size, device, seed)
+        return Rl2(config, *sizes)
+    return GradientAgent(METHODS[config.name](config, config.adapted), config, *sizes)

@@ -26,7 +26,7 @@ from metarl.normalizer import Normalizer
 from metarl.objectives import ESTIMATORS
 from metarl.optimizers import check_entries
 from metarl.policies import ACTIVATIONS, GaussianMlp, Params, gaussian_log_prob
-from metarl.returns import discounted_returns, gae, normalize_advantages, vtrace
+from metarl.returns import gae, normalize_advantages, return_scale, vtrace
 from metarl.types import Guard, Percept, Prediction, Rollout, Sensitivity
 
 
@@ -60,7 +60,12 @@ class GradientAgentConfig(BaseModel):
     )
     value_lr: float = Field(1e-3, gt=0, description="Adam's learning rate of the value network (baseline: learned)")
     value_epochs: int = Field(5, ge=1, description="passes of the value network over the data (baseline: learned)")
-    normalize_observations: bool = Field(True, description="scale observations by their running mean and deviation")
+    normalizer_iterations: int | None = Field(
+        None,
+        ge=0,
+        description="iterations in which the running mean and deviation that scale observations learn; none: all; 0: "
+        "observations stay raw",
+    )
     normalizer_floor: float = Field(0.01, gt=0, description="smallest scale of the normaliser, in observation units")
     outer: OuterConfig = Field(default_factory=PpoConfig)
 
@@ -90,6 +95,8 @@ class GradientAgent:
         action_size: A.
         device: where updates are computed. Acting happens on the CPU, beside the environments, with small copies.
         seed: of the initial parameters, and of what adapting draws.
+        cues: see `metarl.agents.build`.
+        heads: see there.
     """
 
     def __init__(
@@ -100,6 +107,8 @@ class GradientAgent:
         action_size: int,
         device: torch.device,
         seed: int,
+        cues: int = 0,
+        heads: bool = False,
     ) -> None:
         self.method, self.config, self.device = method, config, device
         self.trial_episodes, self.adaptation_steps = 1, config.adaptation_steps
@@ -112,6 +121,7 @@ class GradientAgent:
             config.init_std,
             config.min_std,
             config.max_std,
+            cues if heads else 1,
         )
         self._loss = PolicyLoss(self.policy.log_prob, ESTIMATORS[config.estimator])
         generator = torch.Generator().manual_seed(seed)
@@ -122,7 +132,8 @@ class GradientAgent:
         if config.baseline == "learned":
             value_args = (observation_size, config.hidden_sizes, config.value_lr, config.value_epochs)
             self.value = LearnedValue(*value_args, generator, device)
-        self._use_normalizer(Normalizer.identity(observation_size, config.normalizer_floor))
+        told = observation_size - cues, observation_size
+        self._use_normalizer(Normalizer.identity(observation_size, config.normalizer_floor, told))
         self._outer = build_outer(config.outer, self.meta.named())
 
     def _use_normalizer(self, normalizer: Normalizer) -> None:
@@ -190,7 +201,7 @@ class GradientAgent:
         self.meta = self.meta._replace(iteration=self.meta.iteration + 1)
         std = self.meta.theta["log_std"].detach().exp().clamp(config.min_std, config.max_std).mean()
         metrics |= {"std": float(std)} | self._fit_value(rollouts)
-        if config.normalize_observations:
+        if config.normalizer_iterations is None or self.meta.iteration <= config.normalizer_iterations:
             normalizer = self.normalizer
             for rollout in rollouts:
                 normalizer = normalizer.update(rollout.observations, rollout.valid)
@@ -217,7 +228,7 @@ class GradientAgent:
         """What the outer step trains, by name."""
         return {name: value for name, value in self.meta.named().items() if value.requires_grad}
 
-    def retrace(self, rollouts: Sequence[Rollout]) -> Prediction:
+    def retrace(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
         """Adapt anew from θ to recorded support data; see `Agent.retrace`.
 
         The data is taken as if θ had collected it, as `adapt` takes recordings: the likelihood ratio to a policy of
@@ -234,13 +245,15 @@ class GradientAgent:
         observations = self.normalizer(query.observations)
         mean, log_std = self.policy.distribution(params, observations.flatten(1, 2))
         mean, log_std = mean.view(*shape, -1), log_std.expand_as(mean).view(*shape, -1)
-        with torch.no_grad():
-            values, following = self._values(query, observations)
-            log_ratios = gaussian_log_prob(mean, log_std, query.actions) - query.log_probs
-            ends = (query.terminated, query.truncated)
-            advantages = vtrace(query.rewards, values, following, log_ratios, *ends, self.config.gamma)[1]
-            returns = discounted_returns(query.rewards, query.terminated | query.truncated, self.config.gamma)
-        return Prediction(mean, log_std, None, advantages, returns[query.valid].std().clamp_min(1e-6))
+        estimated, scale = None, torch.ones(())
+        if advantages:
+            scale = return_scale(query, self.config.gamma)
+            with torch.no_grad():
+                values, following = self._values(query, observations)
+                log_ratios = gaussian_log_prob(mean, log_std, query.actions) - query.log_probs
+                ends = (query.terminated, query.truncated)
+                estimated = vtrace(query.rewards, values, following, log_ratios, *ends, self.config.gamma)[1]
+        return Prediction(mean, log_std, None, estimated, scale)
 
     def sensitivities(
         self, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
@@ -297,6 +310,6 @@ class GradientAgent:
                 value.copy_(state[name])
         self.meta = self.meta._replace(iteration=int(state["iteration"]), seed=int(state["seed"]))
         statistics = {name: state[f"normalizer.{name}"] for name in self.normalizer.state_dict()}
-        self._use_normalizer(Normalizer(**statistics, floor=self.config.normalizer_floor))
+        self._use_normalizer(self.normalizer.with_statistics(statistics, self.device))
         if self.value is not None:
             self.value.load_state_dict({name.removeprefix("value."): value for name, value in state.items()})

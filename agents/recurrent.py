@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metarl.errors import STRICT, as_tuple, named_by_default
 from metarl.memory import Episodic, Gru, Lstm, Memory, State, Transformer
+from metarl.policies import choose_head
 
 Sizes = Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)]
 
@@ -187,6 +188,7 @@ class GaussianHead(nn.Module):
         std: (initial, least, greatest) standard deviation.
         state_dependent: whether the deviation depends on the features.
         generator: draws the initial weights; the mean starts near 0.
+        cue: which features choose, one-hot, one of as many output layers; None: there is one.
     """
 
     def __init__(
@@ -196,9 +198,12 @@ class GaussianHead(nn.Module):
         std: tuple[float, float, float],
         state_dependent: bool,
         generator: torch.Generator,
+        cue: slice | None = None,
     ) -> None:
         super().__init__()
-        self.mean = mlp((feature_size, action_size), 0.01, generator)
+        self._cue = cue
+        heads = 1 if cue is None else cue.stop - cue.start
+        self.mean = mlp((feature_size, action_size * heads), 0.01, generator)
         self.log_std = nn.Parameter(torch.full((action_size,), math.log(std[0])))
         self.deviation = mlp((feature_size, action_size), 0.01, generator) if state_dependent else None
         self._bounds = (math.log(std[1]), math.log(std[2]))
@@ -207,6 +212,8 @@ class GaussianHead(nn.Module):
         """Return mean and log standard deviation `[..., A]`; the gradient at a bound is 0."""
         log_std = self.log_std if self.deviation is None else self.log_std + self.deviation(features)
         mean: Tensor = self.mean(features)
+        if self._cue is not None:
+            mean = choose_head(mean, features[..., self._cue])
         return mean, log_std.clamp(*self._bounds).expand_as(mean)
 
     def keep_within_bounds(self) -> None:

@@ -16,33 +16,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, model_validator
 from torch import Tensor
 
-from metarl.agents.recurrent import (
-    BaselineConfig,
-    Critic,
-    CriticConfig,
-    GaussianHead,
-    GruConfig,
-    MemoryConfig,
-    Policy,
-    Sizes,
-    Trunk,
-)
+from metarl.agents.recurrent import Critic, CriticConfig, GaussianHead, Policy, Trunk
+from metarl.agents.rl2_config import Rl2Config
 from metarl.agents.sensitivity import choose_steps, jacobian
 from metarl.agents.trials import Before, Inputs, TrialBatch, Trials, chunks, read_memory, read_trials
 from metarl.agents.value import linear_values
-from metarl.errors import STRICT, UserError, as_tuple
+from metarl.errors import UserError
 from metarl.memory import State, rows
 from metarl.normalizer import Normalizer
 from metarl.objectives import approximate_kl, ppo_clip_loss, weighted_mean
 from metarl.optimizers import check_entries, load_optimizer_state, optimizer_state
 from metarl.policies import gaussian_log_prob
-from metarl.returns import gae, normalize_advantages, vtrace
+from metarl.returns import gae, normalize_advantages, return_scale, vtrace
 from metarl.seeding import Purpose, integer_seed
 from metarl.types import Guard, Percept, Prediction, Rollout, Sensitivity
 
@@ -54,71 +44,6 @@ INPUT_BOUND = 10.0
 
 _UNIT_ENTROPY = 0.5 * math.log(2.0 * math.pi * math.e)
 """Of a Gaussian in one dimension with standard deviation 1."""
-
-
-class Rl2Config(BaseModel):
-    """RL²: a memory that lives through the episodes of a trial, trained by PPO over whole trials."""
-
-    model_config = STRICT
-
-    name: Literal["rl2"] = "rl2"
-    trial_episodes: int = Field(2, ge=1, description="episodes of a trial, through which the memory lives")
-    memory: MemoryConfig = Field(default_factory=GruConfig)
-    encoder_sizes: Sizes | tuple[()] = Field((128,), description="widths of the tanh layers before the memory")
-    init_std: float = Field(1.0, gt=0, description="initial action standard deviation; actions span ±1")
-    min_std: float = Field(0.1, gt=0, description="lower bound of the standard deviation")
-    max_std: float = Field(1.5, gt=0, description="upper bound of the standard deviation")
-    state_dependent_std: bool = Field(False, description="whether the deviation depends on what the policy sees")
-    observation_entries: Annotated[tuple[NonNegativeInt, ...] | None, BeforeValidator(as_tuple)] = Field(
-        None, min_length=1, description="which entries of the observation the agent sees; none: all"
-    )
-    input_differences: bool = Field(
-        True, description="whether the agent is told how observation and reward have changed since the last step"
-    )
-    input_time: bool = Field(False, description="whether the agent is told the step of the episode")
-    normalizer_floor: float = Field(1e-3, gt=0, description="smallest scale of an input, in its units")
-    critic: BaselineConfig = Field(default_factory=CriticConfig)
-    gamma: float = Field(0.99, ge=0, le=1, description="discount a step")
-    gae_lambda: float = Field(0.95, ge=0, le=1, description="GAE's trade-off: 0 one-step, 1 Monte Carlo")
-    success_bonus: float = Field(
-        0.0, ge=0, description="added to the training reward of a solved step; not to what the agent is told"
-    )
-    free_episodes: int = Field(
-        0, ge=0, description="first episodes of a trial whose rewards do not count in training (E-RL²)"
-    )
-    lr: float = Field(1e-3, gt=0, description="Adam's learning rate")
-    lr_decay_iterations: int = Field(
-        0, ge=0, description="iterations in which the rate falls, linearly, to a tenth; 0: it stays"
-    )
-    epochs: int = Field(5, ge=1, description="passes over the trials of an iteration")
-    minibatches: int = Field(4, ge=1, description="parts of the trials, each a step of Adam")
-    bptt_steps: int | None = Field(
-        None, ge=1, description="steps of a chunk that gradients flow through; none: the whole trial"
-    )
-    clip_eps: float = Field(0.2, gt=0, description="PPO clip range")
-    max_kl: float = Field(0.05, gt=0, description="an iteration's steps end when KL(old‖new) of a minibatch exceeds it")
-    entropy_coef: float = Field(0.0, ge=0, description="weight of the policy's entropy, a bonus")
-    max_grad_norm: float = Field(0.5, gt=0, description="the gradient is scaled down to this norm")
-    saturation_coef: float = Field(
-        0.0, ge=0, description="weight of max(0, |mean| − 1)²: a mean far beyond the bounds can hardly be unlearned"
-    )
-    normalizer_iterations: int | None = Field(
-        None, ge=0, description="iterations in which the normaliser of inputs learns; none: all; 0: inputs stay raw"
-    )
-
-    @model_validator(mode="after")
-    def _bounds(self) -> Rl2Config:
-        if not self.min_std <= self.init_std <= self.max_std:
-            raise ValueError(
-                f"init_std is {self.init_std}; expected between min_std {self.min_std} and max_std {self.max_std}"
-            )
-        if self.observation_entries and len(set(self.observation_entries)) < len(self.observation_entries):
-            raise ValueError(f"observation_entries {self.observation_entries} name one twice; each counts once")
-        if self.free_episodes >= self.trial_episodes:
-            raise ValueError(
-                f"free_episodes is {self.free_episodes} of trial_episodes {self.trial_episodes}; one must count"
-            )
-        return self
 
 
 class Recall(NamedTuple):
@@ -139,6 +64,8 @@ class Rl2:
         action_size: A.
         device: where it acts and learns.
         seed: of the initial parameters and of the order of minibatches.
+        cues: see `metarl.agents.build`; the agent always sees them.
+        heads: see there.
 
     Raises:
         UserError: `observation_entries` names one that the observation does not have.
@@ -147,9 +74,18 @@ class Rl2:
     adaptation_steps = training_adaptation_steps = 0
 
     def __init__(
-        self, config: Rl2Config, observation_size: int, action_size: int, device: torch.device, seed: int
+        self,
+        config: Rl2Config,
+        observation_size: int,
+        action_size: int,
+        device: torch.device,
+        seed: int,
+        cues: int = 0,
+        heads: bool = False,
     ) -> None:
+        told = range(observation_size - cues, observation_size)
         entries = tuple(range(observation_size)) if config.observation_entries is None else config.observation_entries
+        entries = (*(entry for entry in entries if entry not in told), *told)
         if max(entries) >= observation_size:
             raise UserError(
                 f"agent.observation_entries holds {max(entries)}; observations have entries 0 to {observation_size - 1}"
@@ -161,7 +97,10 @@ class Rl2:
         generator = torch.Generator().manual_seed(seed)
         trunk = Trunk(self.inputs.size, config.encoder_sizes, config.memory, generator)
         std = (config.init_std, config.min_std, config.max_std)
-        head = GaussianHead(trunk.output_size, action_size, std, config.state_dependent_std, generator)
+        told_inputs = len(entries) - cues, len(entries)
+        begin = trunk.output_size - self.inputs.size  # of the inputs among the features
+        cue = slice(*(begin + place for place in told_inputs)) if heads else None
+        head = GaussianHead(trunk.output_size, action_size, std, config.state_dependent_std, generator, cue)
         self.policy = Policy(trunk, head).to(device)
         self.critic: Critic | None = None
         if isinstance(config.critic, CriticConfig):
@@ -171,7 +110,7 @@ class Rl2:
             self._value_coef = config.critic.loss_coef
             self.critic = Critic(trunk.output_size, config.critic.sizes, own, generator).to(device)
         self._optimizer = torch.optim.Adam(self.parameters().values(), lr=config.lr)
-        self._use_normalizer(Normalizer.identity(self.inputs.size, config.normalizer_floor).to(device))
+        self._use_normalizer(Normalizer.identity(self.inputs.size, config.normalizer_floor, told_inputs).to(device))
 
     def parameters(self) -> dict[str, Tensor]:
         """What is trained, by name; what policy and critic share is the policy's."""
@@ -394,10 +333,10 @@ class Rl2:
 
     # --- what guards earlier stages asks ---------------------------------------------------------------------------
 
-    def retrace(self, rollouts: Sequence[Rollout]) -> Prediction:
+    def retrace(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
         """Read recorded trials from their beginning; see `Agent.retrace`."""
         (rollout,) = rollouts
-        tasks, shape, trials = len(rollout.valid), rollout.valid.shape, self._read(rollout)
+        shape, trials = rollout.valid.shape, self._read(rollout)
         inputs = self.normalize(trials.inputs)
         features, _ = self.policy.trunk.scan(inputs, self.policy.trunk.initial(len(inputs)))
         mean, log_std = self.policy.head(features[:, :-1])
@@ -406,13 +345,19 @@ class Rl2:
             if self.critic.trunk is not None:
                 features, _ = self.critic.trunk.scan(inputs, self.critic.trunk.initial(len(inputs)))
             expected = self.critic.values(features[:, :-1]).view(shape)
-        with torch.no_grad():
-            values, following = self._values(trials, inputs, features, tasks)
-            log_ratios = gaussian_log_prob(mean, log_std, trials.actions) - trials.log_probs
-            ends = (trials.terminated, trials.last & ~trials.terminated)
-            advantages = vtrace(trials.rewards, values, following, log_ratios, *ends, self.config.gamma)[1]
-            scale = self.critic.scale[1] if self.critic is not None else values[trials.valid].std().clamp_min(1e-6)
-        return Prediction(mean.view(*shape, -1), log_std.view(*shape, -1), expected, advantages.view(shape), scale)
+        estimated, scale = None, torch.ones(())
+        if self.critic is not None:
+            scale = self.critic.scale[1]
+        elif advantages:
+            scale = return_scale(rollout, self.config.gamma)
+        if advantages:
+            with torch.no_grad():
+                values, following = self._values(trials, inputs, features, len(rollout.valid))
+                log_ratios = gaussian_log_prob(mean, log_std, trials.actions) - trials.log_probs
+                ends = (trials.terminated, trials.last & ~trials.terminated)
+                estimated = vtrace(trials.rewards, values, following, log_ratios, *ends, self.config.gamma)[1]
+        mean, log_std = mean.view(*shape, -1), log_std.view(*shape, -1)
+        return Prediction(mean, log_std, expected, None if estimated is None else estimated.view(shape), scale)
 
     def sensitivities(
         self, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
@@ -466,5 +411,5 @@ class Rl2:
         if self.critic is not None:
             self.critic.scale = state["value.scale"].to(self.device)
         self.iteration, self.seed = int(state["iteration"]), int(state["seed"])
-        statistics = {name: state[f"normalizer.{name}"].to(self.device) for name in self.normalizer.state_dict()}
-        self._use_normalizer(Normalizer(**statistics, floor=self.config.normalizer_floor))
+        statistics = {name: state[f"normalizer.{name}"] for name in self.normalizer.state_dict()}
+        self._use_normalizer(self.normalizer.with_statistics(statistics, self.device))

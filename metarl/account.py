@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from metarl import continual
 from metarl.config import StageConfig
-from metarl.types import Agent, Rollout
+from metarl.types import Agent, FloatArray, Rollout
 
 DORMANT = 0.025
 """τ: a unit below this part of its layer's mean activation counts as dormant (Sokar et al. 2023)."""
@@ -30,7 +32,7 @@ class Account:
 
     def __init__(self, stages: Sequence[StageConfig], lines: Sequence[Mapping[str, Any]]) -> None:
         self._stages, self.names = stages, [stage.name for stage in stages]
-        self._lines = [line for line in lines if _key(self.names[0]) in line]
+        self._lines = [line for line in lines if any(_key(name) in line for name in self.names)]
 
     def add(self, place: Mapping[str, int], reports: Sequence[Report], finished: int) -> dict[str, float]:
         """Enter the evaluation of all stages.
@@ -54,15 +56,21 @@ class Account:
         return continual.evaluations(self._lines, self.names)
 
     def report(self, finished: int) -> Report:
-        """Return the account as JSON: names, both matrices (first row: before training) and the figures."""
-        evaluations = self._evaluations()
-        matrices = {
-            f"scores_{phase}": continual.score_matrix(
-                evaluations, len(self.names), finished, pre=phase == "pre"
-            ).tolist()
-            for phase in ("pre", "post")
+        """Return the account as JSON: names, both matrices (first row: before training) and the figures.
+
+        A score that is not there is null.
+        """
+        figures = continual.account(self._evaluations(), len(self.names), finished)
+        matrices = {f"scores_{phase}": self.matrix(finished, phase) for phase in ("pre", "post")}
+        rows = {
+            name: [[None if np.isnan(score) else score for score in row] for row in matrix.tolist()]
+            for name, matrix in matrices.items()
         }
-        return {"stages": self.names, **matrices, **continual.account(evaluations, len(self.names), finished)}
+        return {"stages": self.names, **rows, **figures}
+
+    def matrix(self, finished: int, phase: str) -> FloatArray:
+        """Return the matrix of scores before (`pre`) or after adaptation (`post`); see `continual.score_matrix`."""
+        return continual.score_matrix(self._evaluations(), len(self.names), finished, pre=phase == "pre")
 
     def write(self, path: Path, finished: int) -> Report:
         """Write the report to a file, and return it."""

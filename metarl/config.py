@@ -47,8 +47,8 @@ CW10 = tuple(f"{name}-v3" for name in _CW10.split())
 SEQUENCES = {"CW10": CW10, "CW20": CW10 * 2}
 """What `for_each` has a short name for."""
 
-StageCue = Literal["none", "input"]
-"""How a policy is told the stage: not at all, or as a one-hot at the end of its observations."""
+StageCue = Literal["none", "input", "head"]
+"""How a policy is told the stage: not at all, by a one-hot at the end of its observations, or that and a head each."""
 
 
 class CustomTasksConfig(BaseModel):
@@ -110,8 +110,8 @@ class StageConfig(BaseModel):
     curriculum: CurriculumConfig = Field(default_factory=CurriculumConfig)
     score_range: tuple[float, float] | None = Field(
         None,
-        description="returns that count as 0 and 1 in the account of forgetting, e.g. those of an untrained agent and of "
-        "one trained on this stage alone; none: success where it is defined, else plain returns",
+        description="returns that count as 0 and 1 in the account of forgetting, e.g. those of an untrained agent and "
+        "of one trained on this stage alone; none: success where it is defined, else plain returns",
     )
 
     @field_validator("for_each", mode="before")
@@ -182,7 +182,11 @@ class RunConfig(BaseModel):
         description="joint: all stages train on the tasks of all (upper bound); scratch: each stage starts from a new "
         "agent (reference for transfer)",
     )
-    stage_cue: StageCue = Field("none", description="whether observations end in a one-hot of the stage: none; input")
+    stage_cue: StageCue = Field(
+        "none",
+        description="what tells the policy its stage: none; input: observations end in a one-hot of it; head: that, "
+        "and each stage has an output layer of its own",
+    )
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
     @model_validator(mode="wrap")

@@ -14,7 +14,7 @@ import torch
 from metarl import statistics
 from metarl.ablation import Ablation, ablated
 from metarl.config import RunConfig
-from metarl.envs import FAMILIES, distribution
+from metarl.envs import FAMILIES, CuedTasks, distribution
 from metarl.envs import make as make_env
 from metarl.envs.manager import EnvManager
 from metarl.envs.vector import make_envs
@@ -274,24 +274,36 @@ def family_names() -> dict[str, str]:
     return {name: family for family, entry in FAMILIES.items() for name in entry.names()}
 
 
-def distribution_of(config: RunConfig, name: str | None = None) -> TaskDistribution:
-    """Return the tasks of a run's last stage, or others with that stage's options.
+def distribution_of(config: RunConfig, name: str | None = None, stage: str | None = None) -> TaskDistribution:
+    """Return the tasks of one of a run's stages, or others with that stage's options.
 
     Args:
         config: of the run.
         name: a key of `family_names`, e.g. `ML10`, `push-v3` or `HalfCheetahVel`; None for the run's own tasks.
+        stage: name of the stage; the last one if None. An agent that is told its stage is told this one.
 
     Raises:
-        UserError: the run was trained on custom tasks and no name is given, or the name is unknown.
+        UserError: the run was trained on custom tasks and no name is given, or a name is unknown.
     """
-    tasks = config.stages[-1].tasks
-    if name is None:
-        if tasks.family not in FAMILIES:
-            raise UserError("the run has custom tasks: evaluate it from Python with metarl.evaluate(…, make=…)")
-        return FAMILIES[tasks.family].tasks(tasks)
+    stages = [each.name for each in config.stages]
+    if stage is not None and stage not in stages:
+        raise UserError(f"the run has no stage {stage!r}; it has {', '.join(stages)}")
+    number = len(stages) - 1 if stage is None else stages.index(stage)
+    tasks = config.stages[number].tasks
+    if name is not None:
+        found = _named(name, tasks)
+    elif tasks.family in FAMILIES:
+        found = FAMILIES[tasks.family].tasks(tasks)
+    else:
+        raise UserError("the run has custom tasks: evaluate it from Python with metarl.evaluate(…, make=…)")
+    return found if config.stage_cue == "none" else CuedTasks(found, number, len(stages))
+
+
+def _named(name: str, like: Any) -> TaskDistribution:
+    """Return the tasks of a name with the options of others."""
     families = family_names()
     if name not in families:
         raise UserError(str(unknown_name("task or benchmark", name, families, "metarl list envs")))
     family = families[name]
-    options = tasks.model_dump(include={"seed", "horizon", "reward_version"}) if tasks.family == family else {}
+    options = like.model_dump(include={"seed", "horizon", "reward_version"}) if like.family == family else {}
     return distribution(family, **options, **FAMILIES[family].names()[name])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,19 +22,21 @@ class Normalizer:
         variance: `[O]`, float64.
         count: scalar, float64, how many observations it has seen.
         floor: smallest scale, in the units of the observation; a constant entry is not blown up.
+        raw: the first entry that stays as it is, and the one behind the last.
     """
 
     mean: Tensor
     variance: Tensor
     count: Tensor
     floor: float
+    raw: tuple[int, int] = (0, 0)
 
     @classmethod
-    def identity(cls, observation_size: int, floor: float) -> Normalizer:
+    def identity(cls, observation_size: int, floor: float, raw: tuple[int, int] = (0, 0)) -> Normalizer:
         """Return the normaliser that has seen nothing, and changes nothing."""
         size = (observation_size,)
         mean, variance = torch.zeros(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64)
-        return cls(mean, variance, torch.zeros((), dtype=torch.float64), floor)
+        return cls(mean, variance, torch.zeros((), dtype=torch.float64), floor, raw)
 
     def __call__(self, observations: Tensor) -> Tensor:
         """Shift and scale `[..., O]`."""
@@ -56,11 +59,17 @@ class Normalizer:
         squares = self.variance * self.count + batch.var(0, correction=0) * count
         variance = (squares + delta.square() * self.count * count / total) / total
         mean = self.mean + delta * count / total
-        return Normalizer(mean, variance, total, self.floor)
+        mean[slice(*self.raw)], variance[slice(*self.raw)] = 0.0, 1.0
+        return replace(self, mean=mean, variance=variance, count=total)
 
     def to(self, device: torch.device | str) -> Normalizer:
         """Return the normaliser on `device`."""
-        return Normalizer(self.mean.to(device), self.variance.to(device), self.count.to(device), self.floor)
+        return self.with_statistics(self.state_dict(), device)
+
+    def with_statistics(self, state: Mapping[str, Tensor], device: torch.device | str) -> Normalizer:
+        """Return the normaliser with the statistics that `state_dict` returned, on `device`."""
+        mean, variance, count = (state[name].to(device) for name in ("mean", "variance", "count"))
+        return replace(self, mean=mean, variance=variance, count=count)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the statistics by name."""

@@ -89,6 +89,7 @@ class GaussianMlp:
         init_std: standard deviation at the start; 1 covers the action space, which is ±1.
         min_std: lower bound; the gradient at a bound is 0.
         max_std: upper bound.
+        heads: output layers; if there are several, the last entries of an observation choose one, one-hot.
     """
 
     observation_size: int
@@ -98,10 +99,11 @@ class GaussianMlp:
     init_std: float = 1.0
     min_std: float = 0.05
     max_std: float = 2.0
+    heads: int = 1
 
     def init(self, generator: torch.Generator) -> Params:
         """Draw parameters; the mean starts near 0."""
-        sizes = (self.observation_size, *self.hidden_sizes, self.action_size)
+        sizes = (self.observation_size, *self.hidden_sizes, self.action_size * self.heads)
         log_std = torch.full((self.action_size,), math.log(self.init_std))
         return {**init_mlp(sizes, 0.01, generator), "log_std": log_std}
 
@@ -115,7 +117,10 @@ class GaussianMlp:
     ) -> tuple[Tensor, Tensor]:
         """Return mean `[..., S, A]` and log standard deviation `[..., 1, A]` for observations `[..., S, O]`."""
         log_std = params["log_std"].clamp(math.log(self.min_std), math.log(self.max_std))
-        return apply_mlp(params, observations, self.activation, perturb), log_std.unsqueeze(-2)
+        mean = apply_mlp(params, observations, self.activation, perturb)
+        if self.heads > 1:
+            mean = choose_head(mean, observations[..., -self.heads :])
+        return mean, log_std.unsqueeze(-2)
 
     def log_prob(self, params: Params, observations: Tensor, actions: Tensor, perturb: Perturb | None = None) -> Tensor:
         """Joint log-density of actions: the SUM over action dimensions.
@@ -131,6 +136,12 @@ class GaussianMlp:
         """
         mean, log_std = self.distribution(params, observations, perturb)
         return gaussian_log_prob(mean, log_std, actions)
+
+
+def choose_head(outputs: Tensor, cues: Tensor) -> Tensor:
+    """Return what one head says, `[..., A]`, of the outputs of all of them `[..., heads · A]`; cues `[..., heads]`."""
+    by_head = outputs.reshape(*outputs.shape[:-1], cues.shape[-1], -1)
+    return (by_head * cues.unsqueeze(-1)).sum(-2)
 
 
 def gaussian_log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ from metarl.types import Agent, FloatArray, Percept, Rollout, Trajectory
 def build_agent(config: RunConfig, spaces: Spaces, device: torch.device, purpose: Purpose = Purpose.AGENT) -> Agent:
     """Return a freshly initialised agent for observations and actions of the given sizes."""
     seed = integer_seed(config.seed, purpose)
-    return agents.build(config.agent, spaces.observation_size, spaces.action_size, device, seed)
+    cues = len(config.stages) if config.stage_cue != "none" else 0
+    sizes = spaces.observation_size, spaces.action_size
+    return agents.build(config.agent, *sizes, device, seed, cues, config.stage_cue == "head")
 
 
 @dataclass(frozen=True)

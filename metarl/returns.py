@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metarl.types import Rollout
+
 
 def discounted_returns(rewards: Tensor, last: Tensor, gamma: float) -> Tensor:
     """Sum of discounted rewards to the end of the episode, nothing after it.
@@ -27,6 +29,12 @@ def discounted_returns(rewards: Tensor, last: Tensor, gamma: float) -> Tensor:
         following = rewards[..., t] + going_on[..., t] * following
         returns[..., t] = following
     return returns
+
+
+def return_scale(rollout: Rollout, gamma: float) -> Tensor:
+    """Return the standard deviation of the discounted returns of all steps of a rollout, a scalar, at least 1e-6."""
+    returns = discounted_returns(rollout.rewards, rollout.terminated | rollout.truncated, gamma)
+    return returns[rollout.valid].std(correction=0).clamp_min(1e-6)
 
 
 def time_in_episode(episode_start: Tensor) -> Tensor:

@@ -290,7 +290,7 @@ class _Trainer:
                 continual = self.account.write(self.run_dir / "evaluation" / "continual.json", stage + 1)
                 self.report = {**self.report, "continual": continual}
                 for phase, name in (("post", "continual/score_matrix"), ("pre", "continual/score_matrix_pre")):
-                    image = score_matrix_image(np.array(continual[f"scores_{phase}"]), self.account.names)
+                    image = score_matrix_image(self.account.matrix(stage + 1, phase), self.account.names)
                     self.tracker.write_image(self.position, name, image)
         self._track(found | {"time/evaluation_seconds": time.perf_counter() - began})
 

@@ -224,10 +224,10 @@ class Prediction(NamedTuple):
     """`[M, N, T, A]`."""
     values: torch.Tensor | None
     """`[M, N, T]`, in units of return; None if no value function is trained with the policy."""
-    advantages: torch.Tensor
-    """`[M, N, T]`, V-trace's for the policy gradient, in units of return; constants."""
+    advantages: torch.Tensor | None
+    """`[M, N, T]`, V-trace's for the policy gradient, in units of return, constants; None if not asked for."""
     scale: torch.Tensor
-    """The standard deviation of returns, by which losses of either are measured."""
+    """The standard deviation of returns, by which losses of values and advantages are measured; 1 without either."""
 
 
 class Sensitivity(NamedTuple):
@@ -343,8 +343,13 @@ class Agent(Actor, Protocol):
     def parameters(self) -> dict[str, torch.Tensor]:
         """What `update` trains, by name: the tensors themselves. Those of the policy begin with `policy.`."""
 
-    def retrace(self, rollouts: Sequence[Rollout]) -> Prediction:
-        """Adapt anew on the first K of K + 1 recorded rollouts; say what the agent would do in the last one now."""
+    def retrace(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
+        """Adapt anew on the first K of K + 1 recorded rollouts; say what the agent would do in the last one now.
+
+        Args:
+            rollouts: of earlier policies.
+            advantages: whether to estimate them, too.
+        """
 
     def sensitivities(
         self, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
@@ -383,8 +388,8 @@ class StabilityMethod(Protocol):
             fraction: of the iteration's data that the step learns from.
 
         Returns:
-            `{"loss": …}`, a scalar, or nothing where there is nothing to guard. Further entries are tracked only; all are
-            `stability/<method>/<entry>`.
+            `{"loss": …}`, a scalar, or nothing where there is nothing to guard. Further entries are tracked only; all
+            are `stability/<method>/<entry>`.
         """
 
     def observe(

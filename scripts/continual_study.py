@@ -1,12 +1,14 @@
-"""Forgetting shown and cured: a sequence of stages with and without stability methods, over several seeds.
+"""Forgetting shown and cured: sequences of stages with and without stability methods, over several seeds.
 
-    scripts/continual_study.py cued_rl2                      all arms, seeds 0 1 2, about 10 minutes on 2 cores
-    scripts/continual_study.py cued_rl2 --sweep              EWC's coefficient: stability against plasticity
-    scripts/continual_study.py rotated_rl2 --arms fine_tuning replay --seeds 5
+    scripts/continual_study.py cued_rl2                  every arm, seeds 0 1 2; some minutes on 2 cores
+    scripts/continual_study.py cued_rl2 --sweep          EWC's coefficient: stability against plasticity
+    scripts/continual_study.py rotated_rl2 --arms fine_tuning replay --seeds 5 6
+    scripts/continual_study.py cued_rl2 --set="--stages.0.iterations 10"      flags for all arms
 
-Every arm is `metarl train` with a config that comes with metarl and some flags, which are printed; a run that has
-finished is not repeated. Writes a table and plots beside the runs. Intervals are 95 % bootstrap intervals of the mean over
-seeds.
+An arm is `metarl train CONFIG` with some flags; each run is printed as the command that repeats it, and one that has
+finished is not repeated. Beside the runs it writes study.json, study.md and study.png (or sweep.…). Scores are
+those of the account of a run: 0 an untrained agent, 1 one that was just trained on the first stage. Intervals are 95 %
+bootstrap intervals of the mean over seeds.
 """
 
 from __future__ import annotations
@@ -21,25 +23,161 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from metarl.config import load_config
-from metarl.plotting import stability_plasticity
+from metarl.continual import Curve, evaluations, forward_transfer, relearning, training_curve
+from metarl.plotting import Point, stability_plasticity
 from metarl.statistics import stratified_bootstrap_ci
+from metarl.tracking import read_metrics
 
-STUDIES: dict[str, tuple[str, dict[str, str]]] = {
-    "cued_rl2": (
+CONTROLS = {"joint": "--control joint", "scratch": "--control scratch"}
+
+
+class Study(NamedTuple):
+    """A config that comes with metarl, the flags of each arm beside the controls, and EWC's coefficient to sweep."""
+
+    config: str
+    arms: dict[str, str]
+    sweep: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0, 10000.0)
+
+
+STUDIES = {
+    "cued_rl2": Study(
         "continual_cued_wedges_rl2",
         {
             "fine_tuning": "",
             "ewc": "--stability ewc",
             "replay": "--stability replay",
             "ewc_replay": "--stability ewc replay",
-            "joint": "--control joint",
-            "scratch": "--control scratch",
         },
     ),
 }
-"""By name: the config, and the flags of each arm."""
+
+
+class Result(NamedTuple):
+    """What one run led to."""
+
+    average: float
+    forgetting: float
+    last: float
+    minutes: float
+    curves: list[Curve]  # of each stage, while it was trained
+    again: list[tuple[int, int | None, int | None]]  # stage, iterations to relearn it at first and when it came again
+
+
+def run(command: Sequence[str], folder: Path) -> None:
+    """Train one arm with one seed, unless that has been done."""
+    marker = folder / "minutes.json"
+    if marker.exists():
+        return
+    print(shlex.join(command), flush=True)
+    began = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from metarl.cli import main; main()", *command[1:]],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr}")
+    marker.write_text(json.dumps((time.perf_counter() - began) / 60.0), encoding="utf-8")
+
+
+def read(folder: Path) -> Result:
+    """Return what a run led to."""
+    report = json.loads((folder / "evaluation" / "continual.json").read_text(encoding="utf-8"))
+    stages = load_config(folder / "config.yaml").stages
+    found = evaluations(read_metrics(folder), report["stages"])
+    tasks = [stage.tasks for stage in stages]
+    again = [(i, *relearning(found, tasks.index(task), i)) for i, task in enumerate(tasks) if tasks.index(task) < i]
+    return Result(
+        report["continual/average_performance"],
+        report["continual/forgetting"],
+        report["continual/plasticity"],
+        json.loads((folder / "minutes.json").read_text(encoding="utf-8")),
+        [training_curve(found, stage) for stage in range(len(stages))],
+        again,
+    )
+
+
+def interval(values: Sequence[float]) -> str:
+    """Return mean and interval over seeds as text."""
+    mean = f"{np.mean(values):.2f}"
+    if len(values) < 2:
+        return mean
+    low, high = stratified_bootstrap_ci([np.array(values)], np.mean, rng=0)
+    return f"{mean} [{low:.2f}, {high:.2f}]"
+
+
+def table(results: dict[str, list[Result]]) -> str:
+    """Return a markdown table, an arm a row."""
+    rows = ["| arm | average performance | forgetting | last stage | forward transfer | CPU minutes |"]
+    rows.append("|" + "---|" * 6)
+    scratch = results.get("scratch")
+    for arm, runs in results.items():
+        transfer = ""
+        if scratch and arm != "scratch" and len(scratch) == len(runs):
+            each = [np.mean(forward_transfer(a.curves, b.curves)) for a, b in zip(runs, scratch, strict=True)]
+            transfer = interval([float(value) for value in each])
+        figures = [interval([getattr(each, name) for each in runs]) for name in ("average", "forgetting", "last")]
+        rows.append(f"| {arm} | {' | '.join(figures)} | {transfer} | {np.mean([each.minutes for each in runs]):.1f} |")
+    for arm, runs in results.items():
+        for place in range(len(runs[0].again)):
+            steps = [each.again[place] for each in runs]
+            rows.append(
+                f"\n{arm}: stage {steps[0][0] + 1} comes again; iterations to 90 % of its score, at first and again:"
+            )
+            rows[-1] += " " + ", ".join(f"{first} and {second}" for _, first, second in steps)
+    return "\n".join(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run a study; returns the figures of each arm, by name, a list over seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--arms", nargs="+", help="some of the arms (all)")
+    parser.add_argument("--sweep", action="store_true", help="EWC's coefficient instead of the arms")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--set", default="", help="flags of metarl train for all runs")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
+    parser.add_argument("--out", type=Path, default=Path("runs/continual"))
+    options = parser.parse_args(arguments)
+    study = STUDIES[options.study]
+    arms = {**study.arms, **CONTROLS}
+    if options.sweep:
+        arms = {f"ewc_{coef:g}": f"--stability ewc --stability.0.coef {coef:g}" for coef in study.sweep}
+        arms = {"fine_tuning": "", **arms}
+    for arm in options.arms or ():
+        if arm not in arms:
+            parser.error(f"no arm {arm!r}; there are {', '.join(arms)}")
+    arms = {arm: flags for arm, flags in arms.items() if arm in (options.arms or arms)}
+    folder: Path = options.out / options.study
+    began = time.perf_counter()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        jobs = []
+        for arm, flags in arms.items():
+            for seed in options.seeds:
+                where = folder / arm / str(seed)
+                own = ["--run-dir", str(where), "--seed", str(seed), "--num-workers", "0", "--overwrite"]
+                command = ["metarl", "train", study.config, *own, *shlex.split(options.set), *shlex.split(flags)]
+                jobs.append(pool.submit(run, command, where))
+        for job in jobs:
+            job.result()
+    results = {arm: [read(folder / arm / str(seed)) for seed in options.seeds] for arm in arms}
+    text = table(results)
+    print(f"\n{text}\n\n{(time.perf_counter() - began) / 60.0:.1f} minutes with {options.jobs} job(s)")
+    name = "sweep" if options.sweep else "study"
+    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    points = [Point(arm, each.last, 1.0 - each.forgetting) for arm, runs in results.items() for each in runs]
+    stability_plasticity(points).savefig(folder / f"{name}.png", dpi=150)
+    figures = {arm: [each._asdict() | {"curves": None} for each in runs] for arm, runs in results.items()}
+    (folder / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
+
+
+if __name__ == "__main__":
+    main()

@@ -54,7 +54,7 @@ def _dispatch(arguments: list[str]) -> int:
         "train": (train, "train an agent from a YAML config"),
         "evaluate": (evaluate, "evaluate a run on held-out tasks"),
         "inspect": (inspect, "show what a run directory holds"),
-        "list": (list_names, "list envs, agents or configs"),
+        "list": (list_names, "list envs, agents, methods or configs"),
         "doctor": (doctor, "check this machine"),
         "plot": (plot, "draw what runs have tracked"),
         "baseline": (baseline, "train a standard single-task agent from scratch on some of a config's tasks"),

@@ -17,6 +17,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("run_dir", help="what `metarl train` wrote")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="tasks to evaluate on (test)")
     parser.add_argument("--tasks", metavar="NAME", help="another benchmark or task than the run was trained on")
+    parser.add_argument("--stage", metavar="NAME", help="the tasks of another stage of the run, by its name (the last)")
     parser.add_argument("--num-tasks", type=positive, help="how many tasks, balanced over classes (all)")
     parser.add_argument("--rollouts-per-task", type=positive, help="episodes a task and phase (as in training)")
     parser.add_argument("--adaptation-steps", type=positive, help="K (as in training)")
@@ -57,11 +58,12 @@ def _evaluate_run(options: argparse.Namespace) -> int:
     from metarl.training import num_workers
 
     policy = load(options.run_dir, device=options.device)
-    distribution = distribution_of(policy.config, options.tasks)
+    distribution = distribution_of(policy.config, options.tasks, options.stage)
     tasks = distribution.test_tasks if options.split == "test" else distribution.train_tasks
     if options.num_tasks:
         tasks = select_tasks(tasks, options.num_tasks, np.random.default_rng(seeds(0, Purpose.EVALUATION_TASKS)))
-    name = "_".join(filter(None, (options.tasks, options.split, options.ablate and f"without_{options.ablate}")))
+    parts = options.stage, options.tasks, options.split, options.ablate and f"without_{options.ablate}"
+    name = "_".join(filter(None, parts)).replace("/", "-").replace(" ", "-")
     path = _report_path(options, name)
     console = Console()
     with console.status(f"evaluating on {len(tasks)} tasks"):
@@ -90,10 +92,10 @@ def _evaluate_officially(options: argparse.Namespace) -> int:
     from metarl.policy import load
 
     policy = load(options.run_dir, device=options.device)
-    tasks: Any = getattr(distribution_of(policy.config, options.tasks), "config", None)
+    tasks: Any = getattr(distribution_of(policy.config, options.tasks, options.stage), "config", None)
     if getattr(tasks, "family", None) != "metaworld":
         raise UserError("--official is for tasks of Meta-World; name some with --tasks, e.g. --tasks reach-v3")
-    path = _report_path(options, "_".join(filter(None, ("official", options.tasks, options.split))))
+    path = _report_path(options, "_".join(filter(None, ("official", options.stage, options.tasks, options.split))))
     given = {name: getattr(options, name) for name in ("num_evals", "adaptation_episodes", "seed")}
     console = Console()
     with console.status("evaluating in Meta-World's own environments, which takes a while"):

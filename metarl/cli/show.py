@@ -23,6 +23,8 @@ def inspect(arguments: list[str]) -> int:
     adapts = f"K = {steps}" if steps else f"trials of {episodes} episodes"
     print(f"agent        {config.agent.name}, {adapts}, {policy.num_parameters:,} parameters")
     print(f"observations {policy.spaces.observation_size}, actions {policy.spaces.action_size}")
+    if config.stability:
+        print(f"stability    {', '.join(method.name for method in config.stability)}")
     for stage in config.stages:
         tasks = ", ".join(f"{key} {value}" for key, value in stage.tasks.model_dump(exclude_none=True).items() if value)
         print(f"stage        {stage.name}: {stage.iterations} iterations of {tasks}")
@@ -32,15 +34,20 @@ def inspect(arguments: list[str]) -> int:
         if last:
             figures = ", ".join(f"{key} {value:.2f}" for key, value in last.items() if key.startswith(f"{prefix}/"))
             print(f"{prefix:<12} iteration {last['iteration']}: {figures.replace(f'{prefix}/', '')}")
+    last = next((line for line in reversed(lines) if "continual/average_performance" in line), None)
+    if last:
+        account = {key.removeprefix("continual/"): value for key, value in last.items() if key.startswith("continual/")}
+        figures = ", ".join(f"{name} {value:.2f}" for name, value in account.items() if "/" not in name)
+        print(f"continual    iteration {last['iteration']}: {figures}")
     for path in sorted((run_dir / "evaluation").glob("*.json")):
         print(f"report       {path}")
     return 0
 
 
 def list_names(arguments: list[str]) -> int:
-    """List envs, agents or configs."""
+    """List envs, agents, methods or configs."""
     parser = Parser("metarl list", description="List what there is.")
-    parser.add_argument("what", choices=("envs", "agents", "configs"))
+    parser.add_argument("what", choices=("envs", "agents", "methods", "configs"))
     options = parser.parse_args(arguments)
     if options.what == "configs":
         from metarl.config import embedded_configs
@@ -53,6 +60,11 @@ def list_names(arguments: list[str]) -> int:
 
         for name, agent in agent_configs().items():
             print(f"{name:<30}{agent.__doc__}")
+    elif options.what == "methods":
+        from metarl.stability import stability_configs
+
+        for name, method in stability_configs().items():
+            print(f"{name:<30}{method.__doc__}")
     else:
         from metarl.evaluation import family_names
 

@@ -6,11 +6,11 @@ F is the diagonal of the Fisher information of the Gaussian policy in closed for
 
     F_k = E_s Σ_d [ (∂μ_d/∂θ_k)² / σ_d² + 2 (∂log σ_d/∂θ_k)² ]
 
-(Wolczyk et al. 2021, "Continual World", App. B.) A squared gradient of a batch's mean would underestimate it. States come
-from fresh trials; an agent that adapts by gradient steps is differentiated at its adapted parameters, one with a memory
-through all earlier steps of the trial. F is scaled to a mean of 1, so that λ carries over between networks; parameters
-that the mean does not depend on, such as a free log σ, whose Fisher information is the constant 2, are scaled by
-themselves. Value functions are free.
+(Wolczyk et al. 2021, "Continual World", App. B.) A squared gradient of a batch's mean would underestimate it. States
+come from fresh trials; an agent that adapts by gradient steps is differentiated at its adapted parameters, one with a
+memory through all earlier steps of the trial. F is scaled to a mean of 1, so that λ carries over between networks;
+parameters that the mean does not depend on, such as a free log σ, whose Fisher information is the constant 2, are
+scaled by themselves. Value functions are free.
 """
 
 from __future__ import annotations

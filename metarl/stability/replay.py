@@ -7,8 +7,8 @@ ended, and
     loss = c_π KL(π_then ‖ π)  +  c_V ½ (V − V_then)² / σ_R²  −  c_PG E[ρ (r + γ v' − V) log π] / σ_R
 
 "Then" is the agent at the end of the trial's stage, not the one that collected it: what is cloned is the best of the
-stage (Rolnick et al. clone the outputs of the time of collecting). An agent that adapts by gradient steps adapts anew to
-the stored support data, then and now, and is compared on the query data; one with a memory reads the trial from its
+stage (Rolnick et al. clone the outputs of the time of collecting). An agent that adapts by gradient steps adapts anew
+to the stored support data, then and now, and is compared on the query data; one with a memory reads the trial from its
 beginning. The last term is V-trace's policy gradient with the rewards of the trial; it is left out where the effective
 sample size of its importance weights is low. σ_R is the standard deviation of returns.
 """
@@ -79,7 +79,7 @@ class Replay:
         count = max(1, round(config.share / (1.0 - config.share) * self.new_trials * fraction))
         items = self.draw(count, rng)
         rollouts = rollouts_of(items, agent.device)
-        now, last = agent.retrace(rollouts), rollouts[-1]
+        now, last = agent.retrace(rollouts, advantages=config.policy_coef > 0), rollouts[-1]
         length, weights = last.valid.shape[-1], last.valid.flatten().to(now.mean.dtype)
         mean, log_std, values = (items[name][:, :, :length].to(agent.device) for name in ("mean", "log_std", "values"))
         change = weighted_mean(gaussian_kl(mean, log_std, now.mean, now.log_std).flatten(), weights)
@@ -87,7 +87,7 @@ class Replay:
         if now.values is not None and config.value_coef:
             error = ((now.values - values) / now.scale).square().flatten()
             losses["loss"] = losses["loss"] + config.value_coef * 0.5 * weighted_mean(error, weights)
-        if config.policy_coef:
+        if now.advantages is not None:
             log_probs = gaussian_log_prob(now.mean, now.log_std, last.actions)
             size = effective_sample_size(log_probs.detach() - last.log_probs, last.valid)
             gained = weighted_mean((now.advantages / now.scale * log_probs).flatten(), weights)

@@ -25,7 +25,7 @@ _FIELDS = tuple(field.name for field in fields(Rollout))
 
 
 def items_of(rollouts: Sequence[Rollout]) -> Items:
-    """Return the trials of an iteration, on the CPU: a task's K + 1 rollouts are one; without adaptation each rollout."""
+    """Return an iteration's trials, on the CPU: a task's K + 1 rollouts are one; without adaptation each rollout is."""
     if len(rollouts) == 1:
         rollouts = [rollouts[0].map(lambda part: part.flatten(0, 1)[:, None])]
     return {f"{k}.{name}": getattr(rollout, name).cpu() for k, rollout in enumerate(rollouts) for name in _FIELDS}

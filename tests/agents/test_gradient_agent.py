@@ -227,7 +227,7 @@ def test_inner_rates_are_learned_only_when_asked():
 
 
 def test_the_normaliser_learns_valid_observations_after_the_update():
-    agent, off = make_agent(), make_agent(normalize_observations=False)
+    agent, off = make_agent(), make_agent(normalizer_iterations=0)
     rollouts = iteration(agent)
     agent.update(rollouts)
     off.update(rollouts)

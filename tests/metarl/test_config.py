@@ -97,8 +97,8 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest(write):
         ("agent: 5", "agent", "got 5, expected"),
         ("agent:", "agent", "got None, expected"),
         (
-            "agent: {normalize_observations: perhaps}",
-            "agent.normalize_observations",
+            "agent: {name: rl2, input_time: perhaps}",
+            "agent.input_time",
             "got 'perhaps', expected a valid boolean",
         ),
         ("agent: {activation: gelu}", "agent.activation", "got 'gelu', expected 'tanh' or 'relu'"),
@@ -189,7 +189,7 @@ def test_flags_are_laid_over_nested_and_listed_settings():
     )
     config, before = load_config("navigation_maml_ppo", flags.split()), load_config("navigation_maml_ppo")
     assert (config.seed, config.agent.inner_lr, config.agent.outer.lr) == (7, 0.25, 1e-4)
-    assert config.agent.hidden_sizes == (32, 16) and config.agent.normalize_observations is True
+    assert config.agent.hidden_sizes == (32, 16) and config.agent.normalizer_iterations is None
     assert (config.stages[0].tasks.horizon, config.stages[0].iterations) == (9, 3)
     assert config.evaluation.rollouts_per_task is None and config.device == "cpu"
     assert config.agent.outer.max_kl == before.agent.outer.max_kl == 0.2  # of the file, not the default 0.05
@@ -203,9 +203,9 @@ def test_a_flag_may_choose_another_agent_or_outer_step_than_the_file():
         return load_config("navigation_maml_ppo", flags.split()).agent
 
     agent = load("--agent.name fomaml")
-    assert (agent.name, agent.outer.max_kl, agent.normalize_observations) == ("fomaml", 0.2, False)
+    assert (agent.name, agent.outer.max_kl, agent.normalizer_iterations) == ("fomaml", 0.2, 0)
     agent = load("--agent.name maml_trpo")
-    assert (agent.outer.name, agent.outer.max_kl, agent.normalize_observations) == ("trpo", 0.01, False)  # not PPO's .2
+    assert (agent.outer.name, agent.outer.max_kl, agent.normalizer_iterations) == ("trpo", 0.01, 0)  # not PPO's .2
     agent = load("--agent.name anil --agent.outer.name trpo --agent.outer.cg-iterations 7")
     assert (agent.outer.name, agent.outer.max_kl, agent.outer.cg_iterations) == ("trpo", 0.01, 7)
     agent = load("--agent.name reptile --agent.outer.name gradient --agent.outer.lr 0.5")
