@@ -23,7 +23,7 @@ from metarl.agents.sensitivity import choose_steps, of_mlp
 from metarl.agents.value import LearnedValue, linear_values
 from metarl.errors import STRICT, as_tuple
 from metarl.normalizer import Normalizer
-from metarl.objectives import ESTIMATORS
+from metarl.objectives import ESTIMATORS, saturation
 from metarl.optimizers import check_entries
 from metarl.policies import ACTIVATIONS, GaussianMlp, Params, gaussian_log_prob
 from metarl.returns import gae, normalize_advantages, return_scale, vtrace
@@ -60,6 +60,11 @@ class GradientAgentConfig(BaseModel):
     )
     value_lr: float = Field(1e-3, gt=0, description="Adam's learning rate of the value network (baseline: learned)")
     value_epochs: int = Field(5, ge=1, description="passes of the value network over the data (baseline: learned)")
+    saturation_coef: float = Field(
+        0.0,
+        ge=0,
+        description="weight of max(0, |mean| − 1)² after adaptation: a mean far beyond the bounds is hard to unlearn",
+    )
     normalizer_iterations: int | None = Field(
         None,
         ge=0,
@@ -211,7 +216,12 @@ class GradientAgent:
     def objective(self, batches: Sequence[Batch], guard: Guard | None = None) -> MetaObjective:
         """Return the outer objective on the K support batches and the query batch, each `[M, S, ...]`."""
         width = max(self.config.hidden_sizes, default=self.policy.observation_size)
-        return MetaObjective(self.method, self._loss, self.policy.log_prob, self.meta, batches, width, guard)
+        penalty = self._saturation if self.config.saturation_coef else None
+        return MetaObjective(self.method, self._loss, self.policy.log_prob, self.meta, batches, width, guard, penalty)
+
+    def _saturation(self, params: Params, batch: Batch) -> Tensor:
+        mean, _ = self.policy.distribution(params, batch.observations)
+        return self.config.saturation_coef * saturation(mean, batch.weights)
 
     def _fit_value(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         if self.value is None:
@@ -229,19 +239,12 @@ class GradientAgent:
         return {name: value for name, value in self.meta.named().items() if value.requires_grad}
 
     def retrace(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
-        """Adapt anew from θ to recorded support data; see `Agent.retrace`.
-
-        The data is taken as if θ had collected it, as `adapt` takes recordings: the likelihood ratio to a policy of
-        long ago would leave next to nothing of it.
-        """
+        """Adapt anew from θ to recorded support data, exactly to second order; see `Agent.retrace`."""
         *supports, query = rollouts
         tasks, shape = len(query.valid), query.valid.shape
         theta = {name: value.expand(tasks, *value.shape) for name, value in self.meta.theta.items()}
-        params, meta = theta, self.meta._replace(theta=theta)
-        for batch in map(self._prepare, supports):
-            with torch.no_grad():
-                log_probs = self.policy.log_prob(params, batch.observations, batch.actions)
-            params = self.method.step(self._loss, meta, params, batch._replace(log_probs=log_probs), create_graph=True)
+        batches = [self._prepare(support) for support in supports]
+        params = follow(self.method, self._loss, self.meta._replace(theta=theta), batches)[-1]
         observations = self.normalizer(query.observations)
         mean, log_std = self.policy.distribution(params, observations.flatten(1, 2))
         mean, log_std = mean.view(*shape, -1), log_std.expand_as(mean).view(*shape, -1)

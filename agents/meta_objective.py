@@ -54,6 +54,7 @@ class MetaObjective:
         batches: K support batches and the query batch, all `[M, S, ...]`.
         width: numbers of the widest layer a sample, which sets how many tasks a chunk holds.
         guard: adds to the objective what keeps earlier stages.
+        penalty: adds to a task's outer loss, (adapted parameters, data) → scalar or `[M]`.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class MetaObjective:
         batches: Sequence[Batch],
         width: int,
         guard: Guard | None = None,
+        penalty: Callable[[Params, Batch], Tensor] | None = None,
     ) -> None:
         self._method, self._loss, self._log_prob, self._meta, self._batches = method, loss, log_prob, meta, batches
-        self._guard = guard
+        self._guard, self._penalty = guard, penalty
         self.num_tasks, samples = batches[-1].weights.shape
         self._chunk = max(1, chunk_bytes(batches[-1].weights.device) // (4 * samples * width))
         self._outer_phases = range(0 if method.outer_phases == "all" else len(batches) - 1, len(batches))
@@ -107,7 +109,7 @@ class MetaObjective:
                     loss = loss + inner_kl_coef * kl
                 if k in self._outer_phases:
                     outer, clip_fraction = surrogate(log_probs, batch)
-                    loss = loss + outer
+                    loss = loss + outer + self._penalised(params, batch)
                     self._add(totals, kl=kl, clip_fraction=clip_fraction)
             (loss.sum() / self.num_tasks).backward()  # type: ignore[no-untyped-call]
             self._add(totals, loss=loss * len(self._outer_phases))
@@ -118,19 +120,23 @@ class MetaObjective:
         return {name: float(value) for name, value in totals.items()}
 
     def measure(self, surrogate: Surrogate) -> dict[str, float]:
-        """Return `loss` without η, `kl` and `clip_fraction` as `backward` does, and leave all gradients alone."""
+        """Return `loss` without η, `kl` and `clip_fraction` as `backward` did, and leave all gradients alone."""
         totals: dict[str, Tensor] = {}
         for path, batches in self._chunks(create_graph=False):
             with torch.no_grad():
                 for k in self._outer_phases:
                     log_probs = self._log_prob(path[k], batches[k].observations, batches[k].actions)
                     loss, clip_fraction = surrogate(log_probs, batches[k])
+                    loss = loss + self._penalised(path[k], batches[k])
                     kl = approximate_kl(log_probs, batches[k].log_probs, batches[k].weights)
                     self._add(totals, loss=loss * len(self._outer_phases), kl=kl, clip_fraction=clip_fraction)
-        kept = self._guard(1.0) if self._guard is not None else None
+        kept = self._guard(1.0, again=True) if self._guard is not None else None
         if kept is not None:
             totals["loss"] = totals["loss"] + kept.detach()
         return {name: float(value) for name, value in totals.items()}
+
+    def _penalised(self, params: Params, batch: Batch) -> Tensor | float:
+        return 0.0 if self._penalty is None else self._penalty(params, batch)
 
     def _add(self, totals: dict[str, Tensor], **values: Tensor) -> None:
         """Add a chunk's part of means over tasks and phases."""

@@ -140,12 +140,13 @@ def mlp(sizes: tuple[int, ...], output_gain: float, generator: torch.Generator) 
 
 
 class Trunk(nn.Module):
-    """Encoder and memory. What comes out holds the inputs as well: a reactive policy need not pass the memory.
+    """Encoder and memory. What comes out may hold the inputs as well: a reactive policy need not pass the memory.
 
     Args:
         input_size: I.
         encoder_sizes: widths of the tanh layers before the memory; none: it reads the inputs.
         memory: its settings.
+        skip: whether the features hold the inputs, behind the rest.
         generator: draws the initial weights.
     """
 
@@ -154,15 +155,17 @@ class Trunk(nn.Module):
         input_size: int,
         encoder_sizes: tuple[int, ...],
         memory: GruConfig | LstmConfig | TransformerConfig | EpisodicConfig,
+        skip: bool,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
+        self._skip = skip
         sizes = (input_size, *encoder_sizes)
         self.encoder = (
             nn.Sequential(mlp(sizes, math.sqrt(2.0), generator), nn.Tanh()) if encoder_sizes else nn.Identity()
         )
         self.memory = build_memory(memory, sizes[-1], generator)
-        self.output_size = self.memory.output_size + input_size
+        self.output_size = self.memory.output_size + skip * input_size
 
     def initial(self, batch: int) -> State:
         """The state of the memory of `batch` trials that have not begun."""
@@ -171,12 +174,12 @@ class Trunk(nn.Module):
     def step(self, inputs: Tensor, state: State, active: Tensor | None = None) -> tuple[Tensor, State]:
         """Read one step: inputs `[B, I]` → features `[B, F]` and the next state."""
         outputs, state = self.memory.step(self.encoder(inputs), state, active)
-        return torch.cat([outputs, inputs], -1), state
+        return torch.cat([outputs, inputs], -1) if self._skip else outputs, state
 
     def scan(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
         """Read T steps: inputs `[B, T, I]` → features `[B, T, F]` and the state after them."""
         outputs, state = self.memory.scan(self.encoder(inputs), state)
-        return torch.cat([outputs, inputs], -1), state
+        return torch.cat([outputs, inputs], -1) if self._skip else outputs, state
 
 
 class GaussianHead(nn.Module):

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from metarl.agents.recurrent import Critic, CriticConfig, GaussianHead, Policy, Trunk
 from metarl.agents.rl2_config import Rl2Config
-from metarl.agents.sensitivity import choose_steps, jacobian
+from metarl.agents.sensitivity import choose_steps, jacobian, plain_kernels
 from metarl.agents.trials import Before, Inputs, TrialBatch, Trials, chunks, read_memory, read_trials
 from metarl.agents.value import linear_values
 from metarl.errors import UserError
 from metarl.memory import State, rows
 from metarl.normalizer import Normalizer
-from metarl.objectives import approximate_kl, ppo_clip_loss, weighted_mean
+from metarl.objectives import approximate_kl, ppo_clip_loss, saturation, weighted_mean
 from metarl.optimizers import check_entries, load_optimizer_state, optimizer_state
 from metarl.policies import gaussian_log_prob
 from metarl.returns import gae, normalize_advantages, return_scale, vtrace
@@ -68,7 +68,7 @@ class Rl2:
         heads: see there.
 
     Raises:
-        UserError: `observation_entries` names one that the observation does not have.
+        UserError: `observation_entries` names one that the observation does not have, or heads have no cue.
     """
 
     adaptation_steps = training_adaptation_steps = 0
@@ -95,8 +95,11 @@ class Rl2:
         self.inputs = Inputs(entries, action_size, config.input_differences, config.input_time)
         self._entries = torch.tensor(entries, device=device)
         generator = torch.Generator().manual_seed(seed)
-        trunk = Trunk(self.inputs.size, config.encoder_sizes, config.memory, generator)
+        trunk_settings = self.inputs.size, config.encoder_sizes, config.memory, config.skip_inputs, generator
+        trunk = Trunk(*trunk_settings)
         std = (config.init_std, config.min_std, config.max_std)
+        if heads and not config.skip_inputs:
+            raise UserError("stage_cue head: the head is chosen by the inputs; agent.skip_inputs must be true")
         told_inputs = len(entries) - cues, len(entries)
         begin = trunk.output_size - self.inputs.size  # of the inputs among the features
         cue = slice(*(begin + place for place in told_inputs)) if heads else None
@@ -106,7 +109,7 @@ class Rl2:
         if isinstance(config.critic, CriticConfig):
             own = None
             if config.critic.name == "separate":
-                own = Trunk(self.inputs.size, config.encoder_sizes, config.memory, generator)
+                own = Trunk(*trunk_settings)
             self._value_coef = config.critic.loss_coef
             self.critic = Critic(trunk.output_size, config.critic.sizes, own, generator).to(device)
         self._optimizer = torch.optim.Adam(self.parameters().values(), lr=config.lr)
@@ -321,8 +324,7 @@ class Rl2:
         }
         loss = loss - config.entropy_coef * entropy
         if config.saturation_coef:
-            beyond = (mean.abs() - 1.0).relu().square().sum(-1).flatten()
-            loss = loss + config.saturation_coef * weighted_mean(beyond, weights)
+            loss = loss + config.saturation_coef * saturation(mean.flatten(0, 1), weights)
         if self.critic is not None:
             if self.critic.trunk is not None:
                 features, _ = self.critic.trunk.scan(batch.inputs, batch.states[1])
@@ -368,14 +370,14 @@ class Rl2:
         inputs = self.normalize(trials.inputs[:, :-1])
         params = {f"policy.{name}": value for name, value in self.policy.named_parameters()}
         used = choose_steps(trials.valid.any(-1), states, generator)
-        with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
-            for i in used.tolist():
-                chosen = choose_steps(trials.valid[i], max(1, states // len(used)), generator)
-                read = inputs[None, i, : int(chosen[-1]) + 1]
+        for i in used.tolist():
+            chosen = choose_steps(trials.valid[i], max(1, states // len(used)), generator)
+            read = inputs[None, i, : int(chosen[-1]) + 1]
+            with plain_kernels():
                 features, _ = self.policy.trunk.scan(read, self.policy.trunk.initial(1))
                 mean, log_std = self.policy.head(features[0, chosen])
                 sensitivity = jacobian(mean, params), jacobian(log_std, params)
-                yield Sensitivity(mean.detach(), log_std.detach(), *sensitivity)
+            yield Sensitivity(mean.detach(), log_std.detach(), *sensitivity)
 
     @torch.no_grad()
     def hidden_units(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:

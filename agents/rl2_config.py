@@ -19,6 +19,9 @@ class Rl2Config(BaseModel):
     trial_episodes: int = Field(2, ge=1, description="episodes of a trial, through which the memory lives")
     memory: MemoryConfig = Field(default_factory=GruConfig)
     encoder_sizes: Sizes | tuple[()] = Field((128,), description="widths of the tanh layers before the memory")
+    skip_inputs: bool = Field(
+        True, description="whether policy and value see the inputs beside the memory; the original does without"
+    )
     init_std: float = Field(1.0, gt=0, description="initial action standard deviation; actions span ±1")
     min_std: float = Field(0.1, gt=0, description="lower bound of the standard deviation")
     max_std: float = Field(1.5, gt=0, description="upper bound of the standard deviation")

@@ -5,7 +5,9 @@ Pure functions. Must not import environments, training or tracking.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -49,6 +51,15 @@ def of_mlp(policy: GaussianMlp, params: Params, observations: Tensor, prefix: st
         {prefix + name: value for name, value in of_mean.items()},
         {prefix + "log_std": of_log_std},
     )
+
+
+@contextlib.contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Compute recurrent networks by operations whose gradients can be batched, not by fused kernels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one on TF32, which these flags leave as it is
+        with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 def jacobian(outputs: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,15 +7,30 @@ from typing import Any
 
 import gymnasium
 
+from metarl.envs import FAMILIES
 from metarl.envs.vector import make_envs
+from metarl.errors import UserError
 from metarl.types import BatchEnv, Task, TaskDistribution
+
+
+def check_apart(distributions: Sequence[TaskDistribution]) -> None:
+    """Check that equal tasks of different distributions are the same, as those of built-in families are.
+
+    Raises:
+        UserError: two distributions of one's own have an equal task; its environment is that of either.
+    """
+    owner: dict[Task, TaskDistribution] = {}
+    for distribution in distributions:
+        for task in (*distribution.train_tasks, *distribution.test_tasks):
+            if task.family not in FAMILIES and owner.setdefault(task, distribution) is not distribution:
+                raise UserError(f"two stages have distributions called {task.family!r}; give each a name of its own")
 
 
 class Together:
     """Several distributions as one, so that their environments share worker processes and a pool.
 
     Args:
-        distributions: with equal spaces.
+        distributions: with equal spaces; see `check_apart`.
     """
 
     def __init__(self, distributions: Sequence[TaskDistribution]) -> None:
@@ -57,6 +72,7 @@ def make_stage_envs(
         max_envs: how many are stepped together, for each.
         num_workers: processes, for all together.
     """
+    check_apart(distributions)
     made: dict[int, BatchEnv] = {}
     shared = [i for i, each in enumerate(distributions) if getattr(each, "make_batch", None) is None]
     different = list({id(distributions[i]): distributions[i] for i in shared}.values())

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -80,9 +81,12 @@ class Checkpoint:
     position: Position
     spaces: Spaces
     state: dict[str, Tensor]  # of the agent
+    parts: frozenset[str]  # names of all states that it holds
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """Return another part of the state, e.g. `stability`; raises CorruptCheckpointError if there is none."""
+        """Return another state, e.g. `stability`, empty if there was none; raises CorruptCheckpointError."""
+        if name not in self.parts:
+            return {}
         path = self.path / f"{name}.safetensors"
         try:
             return safetensors.torch.load_file(path)
@@ -118,7 +122,7 @@ def save(
         for name, state in states.items():
             if state:
                 path = temporary / f"{name}.safetensors"
-                safetensors.torch.save_file({key: value.clone() for key, value in state.items()}, path)
+                safetensors.torch.save_file(_apart(state), path)
                 _sync(path)
                 files[path.name] = {"sha256": _hash(path), "bytes": path.stat().st_size}
         manifest = {
@@ -180,11 +184,14 @@ def load(path: Path) -> Checkpoint:
             if _hash(path / name) != entry["sha256"]:
                 raise CorruptCheckpointError(f"{path / name}: its hash is not the manifest's; the file is damaged")
         spaces = manifest["spaces"]
+        if _STATE_FILE not in manifest["files"]:
+            raise CorruptCheckpointError(f"{path}: the manifest does not name {_STATE_FILE}")
         return Checkpoint(
             path,
             Position(**manifest["position"]),
             Spaces(spaces["observation_size"], tuple(spaces["action_low"]), tuple(spaces["action_high"])),
             safetensors.torch.load_file(path / _STATE_FILE),
+            frozenset(name.removesuffix(".safetensors") for name in manifest["files"]),
         )
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise CorruptCheckpointError(f"{path}: {type(error).__name__}: {error}") from error
@@ -193,6 +200,15 @@ def load(path: Path) -> Checkpoint:
 def _checksum(manifest: Mapping[str, Any]) -> str:
     """Hash of a manifest's content, which damage to the file changes whatever it hits."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory with others, which safetensors refuses; large ones of their own stay."""
+    shared = Counter(value.untyped_storage().data_ptr() for value in state.values())
+    return {
+        name: value.clone() if shared[value.untyped_storage().data_ptr()] > 1 else value.contiguous()
+        for name, value in state.items()
+    }
 
 
 def _hash(path: Path) -> str:

@@ -31,7 +31,7 @@ class Tracker:
 
     def __init__(self, run_dir: Path, config: str, hyperparameters: Mapping[str, Any], position: Position) -> None:
         self._path = run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(run_dir) if line["iteration"] <= position.iteration]
+        kept = [line for line in read_metrics(run_dir) if line["iteration"] <= position.iteration > 0]
         self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
         purge = position.env_steps + 1 if position.iteration else None

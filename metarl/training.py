@@ -30,7 +30,7 @@ from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, Spac
 from metarl.config import RunConfig, StageConfig, dump_config, explain_validation, load_config
 from metarl.envs import FAMILIES, CuedTasks
 from metarl.envs.manager import Curriculum, EnvManager, JointManager, Manager
-from metarl.envs.together import Together, make_stage_envs
+from metarl.envs.together import Together, check_apart, make_stage_envs
 from metarl.envs.vector import POOL, env_spaces, usable_cores
 from metarl.errors import UserError
 from metarl.evaluation import Report, evaluate_agent, held_out_metrics, select_tasks
@@ -141,7 +141,10 @@ def train(
         open_run_dir(run_dir, config, overwrite=overwrite)
     if config.control == "scratch":
         new = build_agent(config, spaces[0], device).state_dict()
-        starts = {stage: {name: value.clone() for name, value in new.items()} for stage in range(len(spaces))}
+        begun = [(position.stage, position.stage_iteration) > (stage, 0) for stage in range(len(spaces))]
+        starts = {
+            stage: {name: v.clone() for name, v in new.items()} for stage in range(len(spaces)) if not begun[stage]
+        }
     return _Trainer(config, distributions, managers, starts, policy, methods, position, run_dir, limits, progress).run()
 
 
@@ -296,13 +299,12 @@ class _Trainer:
 
     def _reports(self) -> list[Report]:
         """Evaluate all stages; those of the same tasks once."""
-        found: dict[Any, Report] = {}
+        found: dict[int, Report] = {}
         reports = []
-        for stage, (settings, distribution) in enumerate(zip(self.config.stages, self.distributions, strict=True)):
-            key = (settings.tasks.model_dump_json(), id(distribution) if settings.tasks.family == "custom" else None)
-            if key not in found:
-                found[key] = self._report(stage)
-            reports.append(found[key])
+        for stage, distribution in enumerate(self.distributions):
+            if id(distribution) not in found:
+                found[id(distribution)] = self._report(stage)
+            reports.append(found[id(distribution)])
         return reports
 
     def _report(self, stage: int) -> Report:
@@ -372,13 +374,15 @@ def as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
 def stage_distributions(
     config: RunConfig, given: TaskDistribution | Sequence[TaskDistribution] | None
 ) -> list[TaskDistribution]:
-    """Return the tasks of each stage; raises UserError."""
+    """Return the tasks of each stage, one object for equal ones; raises UserError."""
     count = len(config.stages)
     if given is None:
-        own = [task_distribution(stage) for stage in config.stages]
+        different = {stage.tasks: task_distribution(stage) for stage in config.stages}
+        own = [different[stage.tasks] for stage in config.stages]
     elif isinstance(given, Sequence) and not hasattr(given, "train_tasks"):
         if len(given) != count:
             raise UserError(f"{len(given)} distributions for {count} stages; give one for each, or one for all")
+        check_apart(given)
         own = list(given)
     else:
         own = [cast(TaskDistribution, given)] * count
@@ -389,8 +393,10 @@ def stage_distributions(
 
 def load_methods(methods: Sequence[StabilityMethod], checkpoint: Checkpoint) -> None:
     """Give stability methods back what they knew; raises UserError."""
+    if "stability" in checkpoint.parts and not methods:
+        raise UserError(f"{checkpoint.path} was trained with stability methods of your own; give the same ones again")
     try:
-        stability.load_state_dict(methods, checkpoint.load("stability") if methods else {})
+        stability.load_state_dict(methods, checkpoint.load("stability"))
     except (ValueError, CorruptCheckpointError) as error:
         raise UserError(f"{checkpoint.path} does not fit the run's stability methods: {error}") from error
 

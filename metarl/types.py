@@ -323,9 +323,16 @@ class Actor(Protocol):
         """The state after one adaptation step on `rollout`, which `state` collected; nothing else changes."""
 
 
-Guard = Callable[[float], "torch.Tensor | None"]
-"""What `Agent.update` adds to its loss before each step of its optimiser, told which fraction of the iteration's data
-that step learns from; None: nothing."""
+class Guard(Protocol):
+    """What `Agent.update` adds to its loss before each step of its optimiser."""
+
+    def __call__(self, fraction: float, again: bool = False) -> torch.Tensor | None:
+        """Return a scalar, or None for nothing.
+
+        Args:
+            fraction: of the iteration's data that the step learns from.
+            again: on the same draw as the last time, to be compared with it.
+        """
 
 
 class Agent(Actor, Protocol):
@@ -347,7 +354,8 @@ class Agent(Actor, Protocol):
         """Adapt anew on the first K of K + 1 recorded rollouts; say what the agent would do in the last one now.
 
         Args:
-            rollouts: of earlier policies.
+            rollouts: of earlier policies. The log-probabilities of the first K are those of the policy that the data
+                stands for: it need not be the one that collected it.
             advantages: whether to estimate them, too.
         """
 

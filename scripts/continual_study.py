@@ -44,6 +44,8 @@ class Study(NamedTuple):
     sweep: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0, 10000.0)
 
 
+CLONE_LESS = "--stability.{}.cloning-coef 0.1"
+
 STUDIES = {
     "cued_rl2": Study(
         "continual_cued_wedges_rl2",
@@ -51,7 +53,50 @@ STUDIES = {
             "fine_tuning": "",
             "ewc": "--stability ewc",
             "replay": "--stability replay",
-            "ewc_replay": "--stability ewc replay",
+            "ewc_replay": "--stability ewc replay --stability.0.coef 0.1",
+        },
+    ),
+    "rotated_rl2": Study(
+        "continual_rotated_wedges_rl2",
+        {
+            "fine_tuning": "",
+            "ewc": "--stability ewc",
+            "replay": "--stability replay",
+            "ewc_replay": "--stability ewc replay --stability.0.coef 0.1",
+        },
+    ),
+    "rotated_cued_maml": Study(
+        "continual_rotated_cued_wedges_maml_ppo",
+        {
+            "fine_tuning": "",
+            "ewc": "--stability ewc --stability.0.coef 3",
+            "replay": f"--stability replay {CLONE_LESS.format(0)}",
+            "ewc_replay": f"--stability ewc replay --stability.0.coef 0.1 {CLONE_LESS.format(1)}",
+        },
+    ),
+    "returning": Study(  # A → B → A
+        "continual_rotated_wedges_rl2",
+        {
+            "fine_tuning": "--stages.0.for-each.wedges [0] [2] [0]",
+            "replay": "--stages.0.for-each.wedges [0] [2] [0] --stability replay",
+        },
+    ),
+    "negative": Study(  # nothing tells the stages apart: no cue, no adaptation, one head, contradictory dynamics
+        "continual_rotated_cued_wedges_maml_ppo",
+        {
+            arm: f"--agent.name multi_task --stages.0.tasks.name rotated_wedges {flags}"
+            for arm, flags in (("fine_tuning", ""), ("ewc", "--stability ewc --stability.0.coef 3"))
+        },
+    ),
+    "drawer_rl2": Study(
+        "continual_drawer_rl2",
+        {"fine_tuning": "", "ewc": "--stability ewc", "replay": "--stability replay"},
+    ),
+    "quick": Study(  # two opposite families, about a minute: what CI runs
+        "continual_cued_wedges_rl2",
+        {
+            arm: f"--stages.0.for-each.wedges 0 2 --stages.0.iterations 40 {flags}"
+            for arm, flags in (("fine_tuning", ""), ("ewc", "--stability ewc"), ("replay", "--stability replay"))
         },
     ),
 }

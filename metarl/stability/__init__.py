@@ -58,12 +58,17 @@ class Guarding:
     def __init__(self, methods: Sequence[StabilityMethod], agent: Agent, rng: np.random.Generator) -> None:
         self._methods, self._agent = methods, agent
         self._rngs = rng.spawn(len(methods))
+        self._drawn = [own.bit_generator.state for own in self._rngs]
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
-    def __call__(self, fraction: float) -> Tensor | None:
+    def __call__(self, fraction: float, again: bool = False) -> Tensor | None:
         """See `metarl.types.Guard`."""
         total: Tensor | None = None
+        if again:
+            for own, state in zip(self._rngs, self._drawn, strict=True):
+                own.bit_generator.state = state
+        self._drawn = [own.bit_generator.state for own in self._rngs]
         for method, rng in zip(self._methods, self._rngs, strict=True):
             for name, value in method.loss(self._agent, rng, fraction).items():
                 if name == "loss":

@@ -77,6 +77,8 @@ class Mer:
         """See `StabilityMethod.load_state_dict`."""
         if "iterations" not in state:
             raise ValueError("cannot load 'iterations': found nothing")
+        if int(state["iterations"]) and not any(name.startswith("start.") for name in state):
+            raise ValueError("cannot load 'start.…': found nothing")
         start = {name.removeprefix("start."): value for name, value in state.items() if name.startswith("start.")}
         self._replay.load_state_dict(state)
         self._start, self._iterations = start, int(state["iterations"])

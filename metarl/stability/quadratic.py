@@ -41,8 +41,9 @@ class Anchors:
     def penalty(self, agent: Agent) -> Tensor:
         """Return the penalty at the agent's parameters; there must be an anchor."""
         params = agent.parameters()
-        theta = torch.cat([params[name].flatten() for name in self.weights])
-        weights, centers = (torch.cat([part[name].flatten() for name in self.weights]) for part in self._on(theta))
+        names = sorted(self.weights)  # as they come back from disk, so that a resumed run adds up in the same order
+        theta = torch.cat([params[name].flatten() for name in names])
+        weights, centers = (torch.cat([part[name].flatten() for name in names]) for part in self._on(theta))
         return 0.5 * (weights * (theta - centers).square()).sum() + self.constant.to(theta.device)
 
     def _on(self, like: Tensor) -> tuple[Weights, Weights]:
@@ -81,13 +82,24 @@ class Anchors:
             prefix: {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             for prefix in ("weight.", "center.")
         }
-        check_entries({**state}, {f"center.{name}": value for name, value in groups["weight."].items()})
+        for prefix, other in (("center.", "weight."), ("weight.", "center.")):
+            check_entries(state, {prefix + name: value for name, value in groups[other].items()})
+        if state:
+            check_entries(state, {"constant": torch.zeros(())})
         self.weights, self.centers = groups["weight."], groups["center."]
         self.constant = state.get("constant", torch.zeros(()))
 
 
 def unit_mean(weights: Mapping[str, Tensor]) -> Weights:
-    """Scale the weights of a group of parameters so that their mean is 1; all zeros stay so."""
+    """Scale the weights of a group of parameters so that their mean is 1; all zeros stay so.
+
+    Raises:
+        FloatingPointError: they are not finite.
+    """
+    if not all(bool(value.isfinite().all()) for value in weights.values()):
+        raise FloatingPointError(
+            "the importance of parameters is not finite; the policy has come apart, lower the agent's step size"
+        )
     total = sum(float(value.double().sum()) for value in weights.values())
     mean = total / max(1, sum(value.numel() for value in weights.values()))
     return {name: value / mean if mean > 0 else value for name, value in weights.items()}

@@ -8,14 +8,16 @@ ended, and
 
 "Then" is the agent at the end of the trial's stage, not the one that collected it: what is cloned is the best of the
 stage (Rolnick et al. clone the outputs of the time of collecting). An agent that adapts by gradient steps adapts anew
-to the stored support data, then and now, and is compared on the query data; one with a memory reads the trial from its
-beginning. The last term is V-trace's policy gradient with the rewards of the trial; it is left out where the effective
-sample size of its importance weights is low. σ_R is the standard deviation of returns.
+to the stored support data, then and now, as if it had been collected then, and is compared on the query data; one with
+a memory reads the trial from its beginning. The last term is V-trace's policy gradient with the rewards of the trial;
+it is left out where the effective sample size of its importance weights is low. σ_R is the standard deviation of
+returns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +31,9 @@ from metarl.objectives import gaussian_kl, weighted_mean
 from metarl.policies import gaussian_log_prob
 from metarl.stability.reservoir import Items, Reservoir, items_of, join, rollouts_of
 from metarl.types import Agent, Rollout
+
+_LABELS = ("mean", "log_std", "values")
+"""What is noted of a trial when its stage has ended."""
 
 _LABEL_BATCH = 32
 """Trials that are labelled at once."""
@@ -122,8 +127,8 @@ class Replay:
         self.current.add({name: value[whole] for name, value in items.items()}, rng)
 
     def _reservoir(self, capacity: int) -> Reservoir:
-        fields = 40  # of a trial, about, some larger than others
-        return Reservoir(capacity, self.config.memory_gb * 2**30 / fields, self._folder)
+        share = capacity / self.config.capacity
+        return Reservoir(capacity, share * self.config.memory_gb * 2**30, self._folder)
 
     def end_stage(self, agent: Agent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
         """Note what the agent does and expects now in the trials of the stage."""
@@ -131,12 +136,22 @@ class Replay:
         if reservoir is None or not len(reservoir):
             return
         for places in np.array_split(np.arange(len(reservoir)), -(-len(reservoir) // _LABEL_BATCH)):
-            stored = reservoir.take(places)
-            now = agent.retrace(rollouts_of(stored, agent.device))
-            values = now.values if now.values is not None else torch.zeros_like(now.mean[..., 0])
-            labels = {"mean": now.mean, "log_std": now.log_std, "values": values}
+            labels = self._labels(agent, rollouts_of(reservoir.take(places), agent.device))
             reservoir.set(places, {name: value.detach().cpu() for name, value in labels.items()})
         self.ended.append(reservoir)
+
+    @staticmethod
+    def _labels(agent: Agent, rollouts: list[Rollout]) -> Items:
+        """Return what the agent does in stored trials, as if it had collected the data that it adapts to."""
+        state, labels = agent.initial_state(len(rollouts[-1].valid)), {}
+        for k, support in enumerate(rollouts[:-1]):
+            log_probs = agent.log_prob(state, support).to(support.valid.device) * support.valid
+            labels[f"{k}.log_probs"] = log_probs
+            rollouts[k] = replace(support, log_probs=log_probs)
+            state = agent.adapt(state, rollouts[k])
+        then = agent.retrace(rollouts)
+        values = then.values if then.values is not None else torch.zeros_like(then.mean[..., 0])
+        return {**labels, **dict(zip(_LABELS, (then.mean, then.log_std, values), strict=True))}
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `StabilityMethod.state_dict`."""
@@ -154,11 +169,16 @@ class Replay:
             if "/" in name:
                 number, _, field = name.partition("/")
                 groups.setdefault(int(number), {})[field] = value
+        ended = int(state["ended"])
+        expected = {key for group in groups.values() for key in group}
+        for place in range(max([ended, *(place + 1 for place in groups)])):
+            absent = expected - groups.get(place, {}).keys() - (set() if place < ended else set(_LABELS))
+            if place not in groups or absent:
+                raise ValueError(f"cannot load '{place}/{min(absent, default='')}': found nothing")
         reservoirs = []
         for _, group in sorted(groups.items()):
-            reservoirs.append(self._reservoir(1))
+            reservoirs.append(self._reservoir(int(group.get("capacity", torch.ones(())))))
             reservoirs[-1].load_state_dict(group)
-        ended = int(state["ended"])
         self.ended, self.new_trials = reservoirs[:ended], int(state["new_trials"])
         self.current = reservoirs[ended] if len(reservoirs) > ended else None
 

@@ -46,7 +46,7 @@ class Reservoir:
 
     Args:
         capacity: trials that it holds at most.
-        memory_bytes: a field that would be larger lies on disk.
+        memory_bytes: if its trials would take more, they lie on disk.
         folder: where on disk; the files vanish with the process, whatever ends it.
     """
 
@@ -54,6 +54,7 @@ class Reservoir:
         self.capacity, self.seen = capacity, 0
         self._memory_bytes, self._folder = memory_bytes, folder
         self._arrays: dict[str, NDArray[Any]] = {}
+        self._trial_bytes = 0
 
     def __len__(self) -> int:
         return min(self.seen, self.capacity)
@@ -73,6 +74,8 @@ class Reservoir:
         self._write(places, items)
 
     def _write(self, places: NDArray[np.int64], items: Items) -> None:
+        if not self._arrays:
+            self._trial_bytes = sum(value[:1].nbytes for value in items.values())
         for name, value in items.items():
             array = self._room(name, value)
             array[places] = 0
@@ -91,9 +94,10 @@ class Reservoir:
         return self._arrays[name]
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        if np.prod(shape, dtype=np.int64) * dtype.itemsize <= self._memory_bytes:
+        if self.capacity * self._trial_bytes <= self._memory_bytes:
             return np.zeros(shape, dtype)
-        return np.memmap(tempfile.TemporaryFile(dir=self._folder), dtype, shape=shape)
+        with tempfile.TemporaryFile(dir=self._folder) as file:  # without a name; the map keeps it
+            return np.memmap(file, dtype, shape=shape)
 
     def shrink(self, capacity: int, rng: np.random.Generator) -> None:
         """Keep a uniform choice of at most `capacity` trials."""

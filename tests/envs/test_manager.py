@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metarl.envs.manager import Curriculum, EnvManager
+from metarl.envs.manager import Curriculum, EnvManager, JointManager
 from metarl.types import Task
 
 
@@ -180,3 +180,50 @@ def test_a_difficulty_that_is_no_number_is_named(wrong):
 def test_tasks_without_an_order_are_refused(difficulties):
     with pytest.raises(ValueError, match=rf"the {len(difficulties)} training task\(s\) of Toy are all equally hard"):
         graded(difficulties)
+
+
+# Tasks of several managers
+
+
+def stages_of(count, goals=5):
+    """Managers of tasks of one class each."""
+    return [EnvManager([Task("toy", "Toy", "train", f"class-{i}", j, 0) for j in range(goals)]) for i in range(count)]
+
+
+@pytest.mark.parametrize(("managers", "num_tasks"), [(3, 12), (3, 10), (3, 2), (1, 4), (4, 1)])
+def test_several_managers_give_as_many_tasks_each(managers, num_tasks):
+    drawn = JointManager(stages_of(managers)).sample(num_tasks, np.random.default_rng(0))
+    counts = Counter(task.name for task in drawn)
+    assert len(drawn) == num_tasks
+    assert sorted(counts.values(), reverse=True) == sorted(
+        (count for i in range(managers) if (count := num_tasks // managers + (i < num_tasks % managers))), reverse=True
+    )
+
+
+def test_which_managers_give_one_more_is_drawn():
+    manager = JointManager(stages_of(3))
+    more = [
+        Counter(task.name for task in manager.sample(4, np.random.default_rng(seed))).most_common(1)[0][0]
+        for seed in range(300)
+    ]
+    for count in Counter(more).values():  # 100 each; ± 5 standard deviations of √(300 · ⅓ · ⅔) = 8.2
+        assert 59 < count < 141
+    assert len(set(more)) == 3
+    equal = [manager.sample(4, np.random.default_rng(7)) for _ in range(2)]
+    assert equal[0] == equal[1]
+
+
+def test_one_manager_gives_its_tasks_and_each_has_its_curriculum():
+    """Half of 10 tasks at first and all from iteration 4 on; the other has no curriculum: ½ (0.5 + 1) = 0.75."""
+    tasks = [Task("toy", "Toy", "train", "graded", j, 0) for j in range(10)]
+    graded_manager = EnvManager(tasks, Curriculum(lambda task: float(task.index), 0.5, 4))
+    joint = JointManager([graded_manager, *stages_of(1)])
+    assert joint.fraction(0) == pytest.approx(0.75) and joint.fraction(4) == 1.0
+    for iteration, most in ((0, 5), (4, 10)):
+        seen = {
+            task.index
+            for seed in range(60)
+            for task in joint.sample(4, np.random.default_rng(seed), iteration)
+            if task.name == "graded"
+        }
+        assert seen == set(range(most))

@@ -25,14 +25,19 @@ def state(seed):
     }
 
 
+def both(seed):
+    """The states of an agent and of what guards it."""
+    return {"agent": state(seed), "stability": {"0.ewc:weight": torch.full((5,), float(seed))}}
+
+
 def saved(folder, *iterations, keep=5):
-    return [save(folder, state(i), Position(0, i, i, 100 * i), SPACES, keep) for i in iterations]
+    return [save(folder, both(i), Position(0, i, i, 100 * i), SPACES, keep) for i in iterations]
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     position = Position(stage=1, stage_iteration=2, iteration=7, env_steps=10**12)
-    path = save(folder, state(3), position, SPACES, keep=1)
+    path = save(folder, {"agent": state(3)}, position, SPACES, keep=1)
     found = load_latest(folder)
     assert (found.path, found.position, found.spaces) == (path, position, SPACES)
     assert path.name == "000007"
@@ -41,9 +46,29 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
         assert found.state[name].dtype == value.dtype and torch.equal(found.state[name], value)
 
 
+def test_each_part_of_the_state_is_a_file_of_its_own_with_its_hash(tmp_path):
+    """An empty part is none."""
+    path = save(tmp_path, {**both(2), "empty": {}}, Position(iteration=2), SPACES, 1)
+    assert sorted(file.name for file in path.iterdir()) == [
+        "agent.safetensors",
+        "manifest.json",
+        "stability.safetensors",
+    ]
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    assert files.keys() == {"agent.safetensors", "stability.safetensors"}
+    for name, entry in files.items():
+        data = (path / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    found = load(path)
+    assert found.state.keys() == state(2).keys()
+    assert torch.equal(found.load("stability")["0.ewc:weight"], torch.full((5,), 2.0))
+    assert found.parts == {"agent", "stability"} and found.load("other") == {}
+
+
 def test_tensors_that_share_memory_are_saved(tmp_path):
     shared = torch.arange(6.0)
-    save(tmp_path, {"all": shared, "part": shared[2:4], "again": shared}, Position(iteration=1), SPACES, 1)
+    agent = {"all": shared, "part": shared[2:4], "again": shared}
+    save(tmp_path, {"agent": agent}, Position(iteration=1), SPACES, 1)
     found = load_latest(tmp_path).state
     assert torch.equal(found["part"], torch.tensor([2.0, 3.0])) and torch.equal(found["again"], shared)
 
@@ -73,6 +98,8 @@ DAMAGES = {
     "truncated": (lambda path: os.truncate(path / "agent.safetensors", 40), "hash"),
     "emptied": (lambda path: os.truncate(path / "agent.safetensors", 0), "hash"),
     "without its data": (lambda path: (path / "agent.safetensors").unlink(), "agent.safetensors"),
+    "a byte of another part flipped": (lambda path: flip(path / "stability.safetensors", -1), "stability.safetensors"),
+    "without another part": (lambda path: (path / "stability.safetensors").unlink(), "stability.safetensors"),
     "without a manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json"),
     "with half a manifest": (lambda path: os.truncate(path / "manifest.json", 30), "000002"),
     "with a manifest of another kind": (lambda path: (path / "manifest.json").write_text("[1]"), "000002"),
@@ -126,10 +153,10 @@ def fail_at(monkeypatch, target, name, call):
     monkeypatch.setattr(target, name, failing)
 
 
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("call", [1, 2, 3])
 def test_a_failure_while_writing_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch, call):
     saved(tmp_path, 1)
-    fail_at(monkeypatch, os, "fsync", call)  # of the data, of the manifest
+    fail_at(monkeypatch, os, "fsync", call)  # of the agent, of the other part, of the manifest
     with pytest.raises(OSError, match="No space left"):
         saved(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["000001"]
@@ -141,13 +168,13 @@ def test_a_failure_while_saving_an_iteration_again_leaves_it_loadable(tmp_path, 
     saved(tmp_path, 1)
     fail_at(monkeypatch, type(tmp_path), "rename", 1)
     with pytest.raises(OSError, match="No space left"):
-        save(tmp_path, state(5), Position(1, 0, 1, 100), SPACES, 5)
+        save(tmp_path, both(5), Position(1, 0, 1, 100), SPACES, 5)
     assert load_latest(tmp_path).position.iteration == 1
 
 
 def test_saving_an_iteration_again_replaces_it(tmp_path):
     saved(tmp_path, 1)
-    save(tmp_path, state(5), Position(1, 0, 1, 100), SPACES, 5)
+    save(tmp_path, both(5), Position(1, 0, 1, 100), SPACES, 5)
     found = load_latest(tmp_path)
     assert found.position.stage == 1 and torch.equal(found.state["weight"], state(5)["weight"])
 
@@ -182,14 +209,30 @@ def test_a_renamed_pickle_is_rejected_and_not_executed(tmp_path):
     assert marker.exists()  # it would have done its work
 
 
-def test_a_manifest_points_nowhere_else(tmp_path):
-    """Only the one file beside the manifest is read, whatever names the manifest lists."""
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_manifest_points_nowhere_else(tmp_path, absolute):
+    """A file that is not beside the manifest is not even read, though its hash is right and the agent is there."""
     (path,) = saved(tmp_path / "checkpoints", 1)
     secret = tmp_path / "secret"
     secret.write_bytes(b"x")
-    digest = hashlib.sha256(b"x").hexdigest()
-    rewrite(path, files={"../../secret": {"sha256": digest, "bytes": 1}, str(secret): {"sha256": digest, "bytes": 1}})
-    with pytest.raises(CorruptCheckpointError, match=r"agent\.safetensors"):
+    name = str(secret) if absolute else "../../secret"
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    rewrite(path, files=files | {name: {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1}})
+    with pytest.raises(CorruptCheckpointError, match="which is not a file of its own"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["agent.safetensors", "stability.safetensors"])
+def test_a_part_that_the_manifest_does_not_vouch_for_is_not_loaded(tmp_path, name):
+    """A file beside those of the manifest is none of the checkpoint's; the agent's must be."""
+    (path,) = saved(tmp_path, 1)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    del files[name]
+    rewrite(path, files=files)
+    if name.startswith("stability"):
+        assert load(path).load("stability") == {}
+        return
+    with pytest.raises(CorruptCheckpointError, match=name):
         load(path)
 
 

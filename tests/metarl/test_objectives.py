@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from metarl.objectives import approximate_kl, likelihood_ratio_loss, ppo_clip_loss, weighted_mean
+from metarl.objectives import approximate_kl, gaussian_kl, likelihood_ratio_loss, ppo_clip_loss, weighted_mean
 
 
 def bernoulli(theta, actions):
@@ -112,3 +112,24 @@ def test_approximate_kl_is_that_of_gaussians():
     assert abs(reverse - exact) > 0.01
     assert (approximate_kl(new[:, None], old[:, None], torch.ones(len(draws), 1)) >= 0).all()
     assert approximate_kl(old, old, torch.ones_like(draws)) == 0
+
+
+def test_gaussian_kl_by_hand():
+    """KL(N(0, 1) ‖ N(0.3, 1.2²)) = 0.06079… as above, plus KL(N(1, 2²) ‖ N(1, 1)) = −log 2 + (4 − 1)/2 = 0.80685…"""
+    mean, log_std = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]).log()
+    other_mean, other_log_std = torch.tensor([0.3, 1.0]), torch.tensor([1.2, 1.0]).log()
+    first = math.log(1.2) + (1 + 0.09) / (2 * 1.44) - 0.5
+    found = gaussian_kl(mean, log_std, other_mean, other_log_std)
+    torch.testing.assert_close(found, torch.tensor(first - math.log(2.0) + 1.5))
+    assert gaussian_kl(other_mean, other_log_std, mean, log_std).item() != pytest.approx(found.item(), abs=0.01)
+    assert gaussian_kl(mean, log_std, mean, log_std).item() == 0.0
+
+
+def test_gaussian_kl_is_that_of_torch_s_distributions():
+    generator = torch.Generator().manual_seed(0)
+    mean, log_std, other_mean, other_log_std = (torch.randn(3, 4, 2, generator=generator) for _ in range(4))
+    normals = (torch.distributions.Normal(m, s.exp()) for m, s in ((mean, log_std), (other_mean, other_log_std)))
+    expected = torch.distributions.kl_divergence(*normals).sum(-1)
+    found = gaussian_kl(mean, log_std, other_mean, other_log_std)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert found.shape == (3, 4) and (found > 0).all()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from metarl.returns import discounted_returns, gae, linear_baseline, normalize_advantages
+from metarl.returns import discounted_returns, gae, linear_baseline, normalize_advantages, vtrace
 
 
 def bools(*values):
@@ -86,6 +86,59 @@ def test_lambda_1_gives_monte_carlo_returns(episodes):
     bootstrapped[7] += 0.9 * next_values[7]
     expected = discounted_returns(bootstrapped, terminated | truncated, 0.9) - values
     torch.testing.assert_close(gae(*episodes, 0.9, 1.0), expected)
+
+
+# V-trace
+
+
+def test_vtrace_by_hand():
+    """γ = ½, both clips at 1: ratios ½, 2 → 1, ¼, 4 → 1 and ½; step 1 terminates, step 4 is truncated at a value of 8.
+
+    δ = ρ (r + γ V' − V), V' = 0 behind a termination:
+        δ₀ = ½ (1 + ½ · 2 − 4) = −1      δ₁ = 1 (3 + 0 − 2) = 1
+        δ₂ = ¼ (2 + ½ · 6 − 1) = 1       δ₃ = 1 (1 + ½ · 2 − 6) = −4      δ₄ = ½ (4 + ½ · 8 − 2) = 3
+    v − V = δ + γ ρ (v' − V'), nothing beyond an end:
+        4: 3    3: −4 + ½ · 3 = −2.5    2: 1 + ½ · ¼ · (−2.5) = 0.6875    1: 1    0: −1 + ½ · ½ · 1 = −0.75
+    A = ρ (r + γ v' − V):
+        0: ½ (1 + ½ · 3 − 4) = −0.75             1: 1 (3 − 2) = 1
+        2: ¼ (2 + ½ · 3.5 − 1) = 0.6875          3: 1 (1 + ½ · 5 − 6) = −2.5     4: ½ (4 + ½ · 8 − 2) = 3
+    """
+    rewards = torch.tensor([1.0, 3.0, 2.0, 1.0, 4.0])
+    values = torch.tensor([4.0, 2.0, 1.0, 6.0, 2.0])
+    next_values = torch.tensor([2.0, 99.0, 6.0, 2.0, 8.0])
+    log_ratios = torch.tensor([0.5, 2.0, 0.25, 4.0, 0.5]).log()
+    ends = bools(0, 1, 0, 0, 0), bools(0, 0, 0, 0, 1)
+    targets, advantages = vtrace(rewards, values, next_values, log_ratios, *ends, 0.5)
+    torch.testing.assert_close(targets, values + torch.tensor([-0.75, 1.0, 0.6875, -2.5, 3.0]))
+    torch.testing.assert_close(advantages, torch.tensor([-0.75, 1.0, 0.6875, -2.5, 3.0]))
+    both = [torch.stack([part, part]) for part in (rewards, values, next_values, log_ratios, *ends)]
+    torch.testing.assert_close(vtrace(*both, 0.5)[0], torch.stack([targets, targets]))
+
+
+def test_vtrace_on_policy_gives_bootstrapped_returns():
+    """ρ = 1: v_t = r_t + γ v_{t+1}, 0 behind a termination and V' behind a truncation; A = v − V.
+
+    γ = ½: step 2 is truncated at 4: 1 + ½ · 4 = 3; 2 + ½ · 3 = 3.5; 0 + ½ · 3.5 = 1.75. Then 6 + ½ · 2 = 7; 2.
+    """
+    rewards = torch.tensor([0.0, 2.0, 1.0, 6.0, 2.0])
+    values = torch.tensor([5.0, -1.0, 2.0, 3.0, 7.0])
+    next_values = torch.tensor([-1.0, 2.0, 4.0, 7.0, 50.0])
+    ends = bools(0, 0, 0, 0, 1), bools(0, 0, 1, 0, 0)
+    targets, advantages = vtrace(rewards, values, next_values, torch.zeros(5), *ends, 0.5)
+    torch.testing.assert_close(targets, torch.tensor([1.75, 3.5, 3.0, 7.0, 2.0]))
+    torch.testing.assert_close(advantages, targets - values)
+    expected = gae(rewards, values, next_values, *ends, 0.5, 1.0)
+    torch.testing.assert_close(advantages, expected)
+
+
+def test_vtrace_of_actions_that_are_not_taken_any_more_changes_nothing():
+    """ρ = 0: the targets are the values, and no gradient comes from there; an end counts from either side."""
+    rewards, values = torch.tensor([5.0, 5.0]), torch.tensor([1.0, 2.0])
+    targets, advantages = vtrace(
+        rewards, values, torch.tensor([2.0, 0.0]), torch.full((2,), -200.0), bools(0, 1), bools(0, 0), 0.9
+    )
+    torch.testing.assert_close(targets, values)
+    torch.testing.assert_close(advantages, torch.zeros(2))
 
 
 def baseline_data(tasks=2, samples=60):

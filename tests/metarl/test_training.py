@@ -78,8 +78,9 @@ def test_no_iteration_repeats_the_randomness_of_another(tmp_path, monkeypatch):
 
         monkeypatch.setattr(module, "adapt_and_collect", spy)
     train(stages(*TWO_STAGES, evaluation={"num_tasks": 2, "every_iterations": 0}), run_dir=tmp_path)
-    # 3 iterations of 2 tasks, all different; both stages are evaluated with the same seeds of 2 tasks, again others.
-    assert len(drawn) == 10 and len(set(drawn)) == 8
+    # 3 iterations of 2 tasks and 2 tasks at the end of each stage, all different; at first and then, both stages are
+    # evaluated with the same seeds of 2 tasks, again others: 6 + 4 + 3 · 2 · 2, of which 6 + 4 + 2 differ.
+    assert len(drawn) == 22 and len(set(drawn)) == 12
 
 
 def test_evaluating_does_not_change_training(tmp_path):
@@ -333,8 +334,9 @@ def test_stages_are_trained_one_after_another(tmp_path):
     run = train(stages(*TWO_STAGES), run_dir=tmp_path)
     assert run.finished
     lines = metrics(tmp_path)
-    assert [(line["stage"], line["iteration"]) for line in lines] == [(0, 1), (0, 1), (1, 2), (1, 3), (1, 3)]
-    assert "meta_test/wedge-0/success_post" in lines[1] and "meta_test/wedge-1/success_post" in lines[4]
+    places = [(line["stage"], line["iteration"]) for line in lines]
+    assert places == [(0, 0), (0, 1), (0, 1), (1, 2), (1, 3), (1, 3)]
+    assert "meta_test/wedge-0/success_post" in lines[2] and "meta_test/wedge-1/success_post" in lines[5]
     position = load_latest(tmp_path / "checkpoints").position
     assert (position.stage, position.stage_iteration, position.iteration) == (2, 0, 3)
 

@@ -274,7 +274,7 @@ def test_what_is_not_finite_is_refused(kind, value):
     with torch.no_grad():
         head = agent.meta.theta["weight_1"] if kind == "maml" else agent.policy.head.mean[0].weight
         head[0, 0] = value
-    with pytest.raises(FloatingPointError, match="EWC: the Fisher information is not finite"):
+    with pytest.raises(FloatingPointError, match="the importance of parameters is not finite"):
         fisher(agent, rollouts, ALL, generator())
 
 

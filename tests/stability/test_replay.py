@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from metarl.agents.outer import likelihood_ratio
 from metarl.agents.recurrent import CriticConfig, LinearConfig
 from metarl.objectives import gaussian_kl
 from metarl.policies import gaussian_log_prob
 from metarl.returns import discounted_returns
+from metarl.stability import Guarding
 from metarl.stability.replay import Replay, ReplayConfig, effective_sample_size
 from metarl.types import Prediction, Rollout
 from tests.stability.agents import (
@@ -202,6 +204,9 @@ def test_the_kl_is_that_of_then_from_now():
         def __init__(self, mean, log_std):
             self.output = torch.full((1,), mean), torch.full((1,), log_std)
 
+        def initial_state(self, num_tasks):
+            return None
+
         def retrace(self, rollouts, advantages=False):
             shape = rollouts[-1].valid.shape
             mean, log_std = (part.expand(*shape, ACTIONS).clone().requires_grad_() for part in self.output)
@@ -242,6 +247,9 @@ class OneAction:
     def __init__(self, mean, advantages, scale):
         self.mean = torch.tensor(mean, requires_grad=True)
         self.advantages, self.scale = torch.tensor(advantages), torch.tensor(scale)
+
+    def initial_state(self, num_tasks):
+        return None
 
     def retrace(self, rollouts, advantages=False):
         shape = rollouts[-1].valid.shape
@@ -317,6 +325,18 @@ def test_the_policy_gradient_of_an_agent_is_vtrace_s(kind):
     losses = method.loss(agent, rng(5), 1.0)
     torch.testing.assert_close(losses["loss"], expected, rtol=1e-4, atol=1e-6)
     assert 0.0 < float(losses["effective_sample_size"]) <= 1.0
+
+
+def test_a_line_search_compares_losses_on_the_same_trials():
+    """TRPO takes a step if its loss is lower after it than before: at the same θ both are equal."""
+    agent = make("maml", name="maml_trpo")
+    method = lived_through(agent)
+    disturb(agent, 0.3)
+    rollouts = iteration(agent)
+    guard = Guarding([method], agent, rng(0))
+    objective = agent.objective([agent._prepare(rollout) for rollout in rollouts], guard)
+    before, after = objective.backward(likelihood_ratio), objective.measure(likelihood_ratio)
+    assert before["loss"] == pytest.approx(after["loss"], rel=1e-4)
 
 
 # Saving
@@ -450,17 +470,35 @@ def test_maml_retraced_is_what_it_adapted_to(adaptation_steps, estimator):
     )
 
 
-def test_maml_takes_old_support_data_as_its_own():
-    """Data of a policy of long ago adapts as if θ had collected it: its recorded densities do not matter."""
+def test_support_data_stands_for_the_agent_at_the_end_of_the_stage():
+    """Its log-densities become those of θ, and of what θ adapts to; the query's stay those of the agent that acted."""
+    agent = learned("maml", adaptation_steps=2, inner_lr=0.5)
+    method, rollouts = Replay(ReplayConfig(capacity=3)), iteration(agent)
+    method.observe(agent, rollouts, NOTHING, rng(0))
+    disturb(agent, 0.2)
+    method.end_stage(agent, rollouts, rng(0))
+    stored, state = method.ended[0].take(np.arange(3)), agent.initial_state(3)
+    for k in range(2):
+        expected = agent.log_prob(state, rollouts[k]) * rollouts[k].valid
+        torch.testing.assert_close(stored[f"{k}.log_probs"], expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(expected, rollouts[k].log_probs, atol=1e-2)
+        state = agent.adapt(state, replace(rollouts[k], log_probs=expected))
+    assert torch.equal(stored["2.log_probs"], rollouts[2].log_probs)
+    mean, _ = agent.policy.distribution(state, agent.normalizer(rollouts[2].observations).flatten(1, 2))
+    found = stored["mean"].flatten(1, 2)
+    valid = rollouts[2].valid.flatten(1, 2)
+    torch.testing.assert_close(found[valid], mean[valid], rtol=1e-4, atol=1e-5)
+
+
+def test_the_query_counts_by_its_likelihood_ratio():
+    """Where it was collected by a policy under which it was e⁵ times as likely, ρ is e⁻⁵ at an episode's last step."""
     agent = learned("maml", inner_lr=0.5)
     support, query = iteration(agent)
-    old = replace(support, log_probs=support.log_probs - 20.0)
-    torch.testing.assert_close(agent.retrace([old, query]).mean, agent.retrace([support, query]).mean)
-    far = replace(query, log_probs=query.log_probs + 5.0)  # of the query they do: ρ is e⁻⁵
+    far = replace(query, log_probs=query.log_probs + 5.0)
     first, second = (agent.retrace([support, each], advantages=True).advantages for each in (far, query))
-    ratio = first / second
     last = (query.terminated | query.truncated) & query.valid
-    torch.testing.assert_close(ratio[last], torch.full_like(ratio[last], math.exp(-5.0)), rtol=1e-3, atol=1e-6)
+    ratio = (first / second)[last]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, math.exp(-5.0)), rtol=1e-3, atol=1e-6)
 
 
 def test_the_gradient_goes_through_the_inner_step():

@@ -151,12 +151,12 @@ def test_on_disk_it_holds_the_same_bits_and_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_fields_that_are_too_large_lie_on_disk(tmp_path):
-    """10 places of 8 bytes fit into 100 bytes, 10 · 2 · 4 do, 10 · 2 · 3 · 8 do not."""
-    reservoir = Reservoir(10, 100.0, tmp_path)
+@pytest.mark.parametrize(("memory_bytes", "disk"), [(660.0, False), (659.0, True)])
+def test_trials_lie_on_disk_if_all_together_are_too_large(tmp_path, memory_bytes, disk):
+    """10 places of 8 + 2 · 4 + 2 · 1 + 2 · 3 · 8 = 66 bytes."""
+    reservoir = Reservoir(10, memory_bytes, tmp_path)
     reservoir.add(trials(0, 1), np.random.default_rng(0))
-    kinds = {name: isinstance(array, np.memmap) for name, array in reservoir._arrays.items()}
-    assert kinds == {"number": False, "0.rewards": False, "0.valid": False, "0.observations": True}
+    assert {isinstance(array, np.memmap) for array in reservoir._arrays.values()} == {disk}
 
 
 @pytest.mark.parametrize("memory_bytes", [IN_MEMORY, 0.0])
