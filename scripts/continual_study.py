@@ -88,8 +88,8 @@ STUDIES = {
             for arm, flags in (("fine_tuning", ""), ("ewc", "--stability ewc --stability.0.coef 3"))
         },
     ),
-    "drawer_rl2": Study(
-        "continual_drawer_rl2",
+    "reach_drawer_rl2": Study(
+        "continual_reach_drawer_rl2",
         {"fine_tuning": "", "ewc": "--stability ewc", "replay": "--stability replay"},
     ),
     "quick": Study(  # two opposite families, about a minute: what CI runs

@@ -1,6 +1,7 @@
 """The README's Python runs as it stands there."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -63,3 +64,14 @@ def test_an_agent_with_a_memory_lives_through_a_trial(tmp_path, monkeypatch):
         main(["train", "ml1_reach_rl2", "--agent.minibatches", "1", *flags.split()])
     assert ended.value.code == 0
     run(block("# a trial begins") + "\nassert episode == 2 and ended and state is not None", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_stability_method_of_ones_own_guards_a_run(tmp_path):
+    text = (README.parent / "docs" / "continual.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert float(run(code, tmp_path).strip().splitlines()[-1]) > -1.0
+    lines = (tmp_path / "runs" / "hold_still" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    key = "stability/hold_still/loss"
+    losses = [line[key] for line in map(json.loads, lines) if key in line]
+    assert len(losses) == 3 and max(losses) > 0.0  # in the second stage alone
