@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -23,29 +22,18 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from metarl.agents import AgentConfig, agent_configs
+from metarl.agents import AgentConfig
 from metarl.agents.maml import MamlPpoConfig
 from metarl.agents.outer import OuterConfig
 from metarl.agents.recurrent import BaselineConfig, MemoryConfig
 from metarl.envs.metaworld import MetaWorldConfig
 from metarl.envs.mujoco import MujocoConfig
 from metarl.envs.navigation import NavigationConfig
-from metarl.errors import STRICT, UserError, as_tuple
-from metarl.stability import StabilityConfig
-
-DEFAULT_NAME = "meta-training"
-"""The name of a stage, if it is the only one and the user gives none."""
-
-_CW10 = (
-    "hammer push-wall faucet-close push-back stick-pull handle-press-side push shelf-place window-close peg-unplug-side"
-)
-CW10 = tuple(f"{name}-v3" for name in _CW10.split())
-"""The sequence of Continual World (Wołczyk et al. 2021, 2105.10919), with the names of Meta-World 3."""
-
-SEQUENCES = {"CW10": CW10, "CW20": CW10 * 2}
-"""What `for_each` has a short name for."""
+from metarl.errors import STRICT, UserError
+from metarl.flags import change_members, flag_of, lay_over, parse_flags
+from metarl.sequences import DEFAULT_NAME, as_written, named, written_out
+from metarl.stability import StabilityConfig, by_name
 
 StageCue = Literal["none", "input", "head"]
 """How a policy is told the stage: not at all, by a one-hot at the end of its observations, or that and a head each."""
@@ -142,14 +130,6 @@ class EvaluationConfig(BaseModel):
     )
 
 
-def _methods(value: object) -> object:
-    """Let the name of a stability method stand for it with its defaults."""
-    value = as_tuple(value)
-    if not isinstance(value, list | tuple):
-        return value
-    return [{"name": item} if isinstance(item, str) else item for item in value]
-
-
 class RunConfig(BaseModel):
     """A run of metarl."""
 
@@ -174,7 +154,7 @@ class RunConfig(BaseModel):
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
     agent: AgentConfig = Field(default_factory=MamlPpoConfig)
     stages: tuple[StageConfig, ...] = Field((StageConfig(),), min_length=1)
-    stability: Annotated[tuple[StabilityConfig, ...], BeforeValidator(_methods)] = Field(
+    stability: Annotated[tuple[StabilityConfig, ...], BeforeValidator(by_name)] = Field(
         (), description="methods that guard earlier stages, by name or with settings; none: fine-tuning"
     )
     control: Literal["none", "joint", "scratch"] = Field(
@@ -196,11 +176,11 @@ class RunConfig(BaseModel):
         given = data.get("stages") if isinstance(data, Mapping) else None
         if not isinstance(given, list | tuple):
             return validate(data)
-        stages = [stage for position, stage in enumerate(given) for stage in _stages(position, stage)]
+        stages = [stage for position, stage in enumerate(given) for stage in written_out(position, stage)]
         try:
-            return validate({**data, "stages": _named([stage.settings for stage in stages])})
+            return validate({**data, "stages": named([stage.settings for stage in stages])})
         except ValidationError as error:
-            raise _as_written(error, stages) from None
+            raise as_written(error, stages) from None
 
     @model_validator(mode="after")
     def _methods_differ(self) -> RunConfig:
@@ -215,125 +195,6 @@ class RunConfig(BaseModel):
         if self.num_envs is not None and self.num_envs < self.num_tasks:
             raise ValueError(f"num_envs is {self.num_envs}; expected at least num_tasks, {self.num_tasks}")
         return self
-
-
-class _Stage(NamedTuple):
-    """A stage before validation: its settings, its place among those given, and what `for_each` sets in it."""
-
-    settings: Any
-    position: int
-    chosen: tuple[str, int] | None = None  # the field, and which of its values
-
-
-def _stages(position: int, stage: Any) -> list[_Stage]:
-    """The stages that one of a config stands for: one for each value of `for_each`, if it has that."""
-    if not isinstance(stage, Mapping) or stage.get("for_each") is None:
-        return [_Stage(stage, position)]
-    template = {key: value for key, value in stage.items() if key != "for_each"}
-    tasks = template.get("tasks", {"family": "navigation"})
-    if isinstance(tasks, BaseModel):
-        tasks = {"family": getattr(tasks, "family", None), **tasks.model_dump(exclude_unset=True)}
-    if not isinstance(tasks, Mapping):
-        return [_Stage(template, position)]  # validation tells
-    try:
-        field, values = _field_and_values(stage["for_each"], tasks)
-    except ValueError as error:
-        problem = PydanticCustomError("for_each", "{problem}", {"problem": str(error)})
-        where = ("stages", position, "for_each")
-        details = InitErrorDetails(type=problem, loc=where, input=stage["for_each"])
-        raise ValidationError.from_exception_data(RunConfig.__name__, [details]) from None
-    stages = []
-    for number, value in enumerate(values):
-        settings = {**template, "tasks": {**tasks, field: value}}
-        if number:  # another run's agent begins the sequence; it does not replace what a stage has learned
-            settings.pop("init_from", None)
-        prefix = template.get("name", DEFAULT_NAME)
-        if isinstance(prefix, str):
-            label = _label(field, value)
-            settings["name"] = label if prefix == DEFAULT_NAME else f"{prefix} {label}"
-        stages.append(_Stage(settings, position, (field, number)))
-    return stages
-
-
-def _field_and_values(for_each: Any, tasks: Mapping[str, Any]) -> tuple[str, Sequence[Any]]:
-    """Read `for_each`; raises ValueError."""
-    family = str(tasks.get("family"))
-    if isinstance(for_each, str) and for_each in SEQUENCES:
-        if family != "metaworld":
-            raise ValueError(f"expected tasks of family metaworld, found {family}")
-        for_each = {"name": SEQUENCES[for_each]}
-    if not isinstance(for_each, Mapping):
-        raise ValueError(
-            f"expected {', '.join(SEQUENCES)} or one field of tasks with a list of values, e.g. "
-            "{name: [reach-v3, push-v3]}"
-        )
-    if len(for_each) != 1:
-        named = f" ({', '.join(map(str, for_each))})" if for_each else ""
-        raise ValueError(f"names {len(for_each)} fields of tasks{named}; expected exactly one, with a list of values")
-    [(field, value)] = for_each.items()
-    fields = _TASKS[family].model_fields if family in _TASKS else {field: None}
-    if field not in fields:
-        near = difflib.get_close_matches(str(field), fields, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{field!r} is no setting of {family} tasks{hint}")
-    if field in tasks:
-        raise ValueError(f"tasks.{field} is set, too; leave out one of them")
-    values = as_tuple(value)
-    if not isinstance(values, list | tuple) or not values:
-        raise ValueError(f"{field} has no values; expected at least one, each makes a stage")
-    return field, values
-
-
-def _label(field: str, value: Any) -> str:
-    """What a stage is about: `hammer-v3`, `velocity 0-1`, `wedge 2`."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list | tuple):
-        return f"{field.removesuffix('s')} {value}"
-    if all(isinstance(item, str) for item in value):
-        return "+".join(value)
-    return f"{field} {'-'.join(f'{item:g}' if isinstance(item, float) else str(item) for item in value)}"
-
-
-def _named(stages: Sequence[Any]) -> list[Any]:
-    """Give each stage of a sequence a name of its own: `stage 1`, `reach-v3`, `reach-v3 (2)`."""
-    given = [_name(stage) for stage in stages]
-    names = [f"stage {i + 1}" if name == DEFAULT_NAME and len(given) > 1 else name for i, name in enumerate(given)]
-    for i, name in enumerate(names):
-        if name is not None and name in names[:i]:
-            names[i] = next(new for k in itertools.count(2) if (new := f"{name} ({k})") not in names)
-    named = []
-    for stage, before, name in zip(stages, given, names, strict=True):
-        if name == before:
-            named.append(stage)
-        elif isinstance(stage, StageConfig):
-            named.append(stage.model_copy(update={"name": name}))
-        else:
-            named.append({**stage, "name": name})
-    return named
-
-
-def _name(stage: Any) -> str | None:
-    """The name of a stage before validation; None where it has none that is one."""
-    name = stage.get("name", DEFAULT_NAME) if isinstance(stage, Mapping) else getattr(stage, "name", None)
-    return name if isinstance(name, str) else None
-
-
-def _as_written(error: ValidationError, stages: Sequence[_Stage]) -> ValidationError:
-    """The same mistakes, each once, at the places in the user's settings from which the stages were made."""
-    if all(stage.chosen is None for stage in stages):
-        return error
-    found: dict[Any, InitErrorDetails] = {}
-    for item in error.errors(include_url=False):
-        where = item["loc"]
-        if where[:1] == ("stages",) and len(where) > 1:
-            stage, (_, _, *rest) = stages[int(where[1])], where
-            if stage.chosen and rest[:1] == ["tasks"] and rest[2:3] == [stage.chosen[0]]:
-                rest = ["for_each", *stage.chosen, *rest[3:]]
-            where = ("stages", stage.position, *rest)
-        details = InitErrorDetails(type=item["type"], loc=where, input=item["input"], ctx=item.get("ctx", {}))
-        found.setdefault((where, item["msg"]), details)
-    return ValidationError.from_exception_data(error.title, list(found.values()))
 
 
 def embedded_configs() -> dict[str, Path]:
@@ -380,9 +241,9 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
             f"{path}: expected settings such as `seed: 0`, found {'nothing' if tree is None else repr(tree)}"
         )
     flags = parse_flags(overrides)
-    _change_members(tree, flags)
+    change_members(tree, flags)
     for keys, value in sorted(flags.items(), key=lambda flag: len(flag[0])):  # a list before what changes its items
-        _lay_over(tree, keys, value)
+        lay_over(tree, keys, value)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -392,91 +253,6 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
 def dump_config(config: RunConfig) -> str:
     """Return the whole config as YAML that `load_config` reads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def parse_flags(arguments: Sequence[str]) -> dict[tuple[str, ...], Any]:
-    """Read `--a.b-c value` and `--a.b-c=value`: path → value, parsed as YAML; several values make a list.
-
-    Raises:
-        UserError: a word that is not a flag's, or a flag without a value.
-    """
-    flags: dict[tuple[str, ...], list[str]] = {}
-    values: list[str] | None = None
-    for word in arguments:
-        if word.startswith("--"):
-            flag, equals, value = word[2:].partition("=")
-            values = flags[tuple(flag.replace("-", "_").split("."))] = [value] if equals else []
-        elif values is None:
-            raise UserError(
-                f"unexpected argument {word!r}; settings are given as --name value (see metarl train --help)"
-            )
-        else:
-            values.append(word)
-    for keys, words in flags.items():
-        if not words:
-            raise UserError(f"{_flag(keys)} has no value; give one (see metarl train --help)")
-    return {keys: _value(words) for keys, words in flags.items()}
-
-
-def _value(words: list[str]) -> Any:
-    try:
-        parsed = [yaml.safe_load(word) for word in words]
-    except (yaml.YAMLError, ValueError, RecursionError):
-        parsed = list(words)
-    return parsed[0] if len(parsed) == 1 else parsed
-
-
-def _flag(keys: Sequence[str | int]) -> str:
-    return "--" + ".".join(str(key).replace("_", "-") for key in keys)
-
-
-def _change_members(tree: dict[str, Any], flags: Mapping[tuple[str, ...], Any]) -> None:
-    """Where flags name another agent, or part of one, than the file, drop what the file says that the new one lacks."""
-    agents, agent = agent_configs(), tree.get("agent")
-    if not isinstance(agent, dict):
-        return
-    old_name = agent.get("name", "maml_ppo")
-    name = flags.get(("agent", "name"), old_name)
-    if not {str(name), str(old_name)} <= agents.keys():
-        return  # validation tells
-    if name != old_name:
-        tree["agent"] = agent = {key: value for key, value in agent.items() if key in agents[name].model_fields}
-    for part in ("outer", "memory", "critic"):
-        in_both = part in agents[old_name].model_fields and part in agents[name].model_fields
-        if in_both and isinstance(agent.get(part), dict):
-            _change_member_of(agent, part, agents[old_name], agents[name], flags.get(("agent", part, "name")))
-
-
-def _change_member_of(agent: dict[str, Any], part: str, old: type[BaseModel], new: type[BaseModel], flag: Any) -> None:
-    """The same for a part of the agent that is one of several by itself."""
-    old_field, new_field = (each.model_fields[part] for each in (old, new))
-    old_default, new_default = (field.get_default(call_default_factory=True) for field in (old_field, new_field))
-    before = agent[part].get("name", old_default.name)
-    takes_any = not isinstance(new_field.annotation, type)
-    after = flag or (before if takes_any else new_default.name)
-    if after != before:
-        agent[part] = {"name": after}
-
-
-def _lay_over(tree: Any, keys: tuple[str, ...], value: Any) -> None:
-    """Set one value in nested mappings and lists, making mappings on the way."""
-    *parents, last = keys
-    for i, key in enumerate(parents):
-        if isinstance(tree, list):
-            if not (key.isascii() and key.isdigit()) or int(key) >= len(tree):
-                raise UserError(
-                    f"{_flag(keys)}: there is no {'.'.join(keys[: i + 1])}; the list has {len(tree)} item(s)"
-                )
-            tree = tree[int(key)]
-        else:
-            if key == "stability":
-                tree[key] = _methods(tree.get(key, [{}]))
-            tree = tree.setdefault(key, [{}] if key == "stages" else {})
-        if not isinstance(tree, dict | list):
-            raise UserError(f"{_flag(keys)}: {'.'.join(keys[: i + 1])} is a single value and has no settings")
-    if isinstance(tree, list):
-        raise UserError(f"{_flag(keys)}: name an item of the list first, e.g. --stages.0.iterations")
-    tree[last] = value
 
 
 def explain_validation(error: ValidationError) -> str:
@@ -491,13 +267,13 @@ def _explain(error: ValidationError, source: str, flags: set[tuple[str, ...]]) -
         keys = _path(item["loc"])
         given = [flag for flag in flags if flag[: len(keys)] == tuple(map(str, keys))]
         if given and len(given[0]) > len(keys) and item["type"].endswith("_type"):
-            lines.append(f"{_flag(given[0])}: {'.'.join(map(str, keys))} is a single value and has no settings")
+            lines.append(f"{flag_of(given[0])}: {'.'.join(map(str, keys))} is a single value and has no settings")
             continue
         if item["type"] == "too_short" and len(items) > 1:
             continue  # pydantic counts an invalid item as missing, too
         named = tuple(str(key) for key in keys)
         given_by_flag = named in flags
-        where = _flag(keys) if given_by_flag else ": ".join(filter(None, (source, ".".join(named))))
+        where = flag_of(keys) if given_by_flag else ": ".join(filter(None, (source, ".".join(named))))
         lines.append(f"{where}: {_problem(item, keys, given_by_flag)}")
     return " ".join("; ".join(lines).split())
 
@@ -505,7 +281,7 @@ def _explain(error: ValidationError, source: str, flags: set[tuple[str, ...]]) -
 def _problem(item: Any, keys: tuple[str | int, ...], given_by_flag: bool) -> str:
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(keys[-1]), _fields_at(item["loc"][:-1]), n=1, cutoff=0.4)
-        name = (lambda key: _flag((*keys[:-1], key))) if given_by_flag else repr
+        name = (lambda key: flag_of((*keys[:-1], key))) if given_by_flag else repr
         return "unknown setting" + (f"; did you mean {name(near[0])}?" if near else "")
     if item["type"] == "union_tag_not_found" and "stability" in keys:
         return f"no name; expected one of {', '.join(sorted(_TAGS['stability']))}"

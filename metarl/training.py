@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -26,12 +26,11 @@ from torch import Tensor
 
 from metarl import stability
 from metarl.account import Account, plasticity
-from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, Spaces, save
-from metarl.config import RunConfig, StageConfig, dump_config, explain_validation, load_config
-from metarl.envs import FAMILIES, CuedTasks
-from metarl.envs.manager import Curriculum, EnvManager, JointManager, Manager
-from metarl.envs.together import Together, check_apart, make_stage_envs
-from metarl.envs.vector import POOL, env_spaces, usable_cores
+from metarl.checkpoint import Position, Spaces, save
+from metarl.config import RunConfig, dump_config, explain_validation, load_config
+from metarl.envs.manager import JointManager, Manager
+from metarl.envs.together import Together, make_stage_envs
+from metarl.envs.vector import env_spaces
 from metarl.errors import UserError
 from metarl.evaluation import Report, evaluate_agent, held_out_metrics, select_tasks
 from metarl.plotting import score_matrix_image
@@ -39,6 +38,7 @@ from metarl.policy import Policy, build_agent, resolve_device, restore
 from metarl.run_directory import checkpoint_to_resume, flatten, open_run_dir
 from metarl.sampling import adapt_and_collect, by_phase
 from metarl.seeding import Purpose, children, seeds
+from metarl.stages import load_methods, max_envs, num_workers, stage_distributions, task_manager
 from metarl.tracking import Tracker, read_metrics
 from metarl.transfer import stage_starts, start_from
 from metarl.types import Rollout, StabilityMethod, TaskDistribution
@@ -369,81 +369,3 @@ def as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
         return RunConfig.model_validate(dict(config))
     except ValidationError as error:
         raise UserError(explain_validation(error)) from error
-
-
-def stage_distributions(
-    config: RunConfig, given: TaskDistribution | Sequence[TaskDistribution] | None
-) -> list[TaskDistribution]:
-    """Return the tasks of each stage, one object for equal ones; raises UserError."""
-    count = len(config.stages)
-    if given is None:
-        different = {stage.tasks: task_distribution(stage) for stage in config.stages}
-        own = [different[stage.tasks] for stage in config.stages]
-    elif isinstance(given, Sequence) and not hasattr(given, "train_tasks"):
-        if len(given) != count:
-            raise UserError(f"{len(given)} distributions for {count} stages; give one for each, or one for all")
-        check_apart(given)
-        own = list(given)
-    else:
-        own = [cast(TaskDistribution, given)] * count
-    if config.stage_cue == "none":
-        return own
-    return [CuedTasks(distribution, stage, count) for stage, distribution in enumerate(own)]
-
-
-def load_methods(methods: Sequence[StabilityMethod], checkpoint: Checkpoint) -> None:
-    """Give stability methods back what they knew; raises UserError."""
-    if "stability" in checkpoint.parts and not methods:
-        raise UserError(f"{checkpoint.path} was trained with stability methods of your own; give the same ones again")
-    try:
-        stability.load_state_dict(methods, checkpoint.load("stability"))
-    except (ValueError, CorruptCheckpointError) as error:
-        raise UserError(f"{checkpoint.path} does not fit the run's stability methods: {error}") from error
-
-
-def task_distribution(stage: StageConfig) -> TaskDistribution:
-    """Return the tasks of a stage; raises UserError for tasks that only Python can give."""
-    if stage.tasks.family not in FAMILIES:
-        raise UserError("the tasks are custom ones: train from Python with metarl.train(config, distribution)")
-    return FAMILIES[stage.tasks.family].tasks(stage.tasks)
-
-
-def task_manager(setting: str, stage: StageConfig, distribution: TaskDistribution) -> EnvManager:
-    """Return what draws the training tasks of a stage, by its curriculum if it has one.
-
-    Args:
-        setting: where the stage stands in the config, e.g. `stages.0`.
-        stage: its settings.
-        distribution: its tasks.
-
-    Raises:
-        UserError: a curriculum is asked for and the tasks have no order of difficulty.
-    """
-    if not stage.curriculum.iterations:
-        return EnvManager(distribution.train_tasks)
-    difficulty = getattr(distribution, "difficulty", None)
-    if difficulty is None:
-        raise UserError(
-            f"{setting}.curriculum: these tasks have no order of difficulty; give their distribution a method "
-            "`difficulty(task)`, e.g. custom(..., difficulty=...), or leave out the curriculum"
-        )
-    try:
-        curriculum = Curriculum(difficulty, stage.curriculum.start_fraction, stage.curriculum.iterations)
-        return EnvManager(distribution.train_tasks, curriculum)
-    except ValueError as error:
-        raise UserError(f"{setting}.curriculum: {error}") from error
-
-
-def num_workers(config: RunConfig) -> int:
-    """Return how many processes step environments."""
-    return config.num_workers if config.num_workers is not None else usable_cores()
-
-
-def max_envs(config: RunConfig, stage: int) -> int:
-    """Return how many are stepped together: all rollouts of all tasks; of Meta-World, 3.2 MB each, a pool's worth."""
-    if config.num_envs is not None:
-        return config.num_envs
-    rollouts = config.rollouts_per_task
-    if config.stages[stage].tasks.family == "metaworld":
-        rollouts = min(rollouts, max(1, POOL // config.num_tasks))
-    return config.num_tasks * rollouts

@@ -32,7 +32,7 @@ from metarl.checkpoint import Position
 from metarl.config import RunConfig, load_config
 from metarl.envs.metaworld import goal_vector
 from metarl.envs.vector import make_envs
-from metarl.training import max_envs, num_workers, task_distribution
+from metarl.stages import max_envs, num_workers, task_distribution
 from metarl.types import Percept
 
 REFERENCE_RL2 = [

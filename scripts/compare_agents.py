@@ -110,7 +110,7 @@ def run(job: Job) -> None:
     import metarl
     from metarl.config import RunConfig
     from metarl.evaluation import select_tasks
-    from metarl.training import task_distribution
+    from metarl.stages import task_distribution
 
     report_file = job.run_dir / "report.json"
     if report_file.exists():
@@ -135,7 +135,7 @@ def run(job: Job) -> None:
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
     """Yield the runs, seed by seed."""
     from metarl.config import RunConfig
-    from metarl.training import task_distribution
+    from metarl.stages import task_distribution
 
     for seed in range(options.seeds):
         for tasks in options.tasks:

@@ -55,7 +55,7 @@ def _evaluate_run(options: argparse.Namespace) -> int:
     from metarl.evaluation import distribution_of, select_tasks
     from metarl.policy import load
     from metarl.seeding import Purpose, seeds
-    from metarl.training import num_workers
+    from metarl.stages import num_workers
 
     policy = load(options.run_dir, device=options.device)
     distribution = distribution_of(policy.config, options.tasks, options.stage)

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
+from metarl.errors import as_tuple
 from metarl.stability.ewc import Ewc, EwcConfig
 from metarl.stability.l2 import L2, L2Config
 from metarl.stability.mas import Mas, MasConfig
@@ -23,6 +24,14 @@ from metarl.types import Agent, StabilityMethod
 
 StabilityConfig = Annotated[EwcConfig | ReplayConfig | L2Config | MasConfig | MerConfig, Field(discriminator="name")]
 """One member a method, told apart by `name`."""
+
+
+def by_name(value: object) -> object:
+    """Let the name of a stability method stand for it with its defaults."""
+    value = as_tuple(value)
+    if not isinstance(value, list | tuple):
+        return value
+    return [{"name": item} if isinstance(item, str) else item for item in value]
 
 
 def stability_configs() -> dict[str, type[Any]]:

@@ -184,12 +184,12 @@ def test_an_unknown_config_is_named_with_the_nearest(tmp_path):
 def test_flags_are_laid_over_nested_and_listed_settings():
     flags = (
         "--seed 7 --agent.inner-lr=0.25 --agent.outer.lr 1e-4 --agent.hidden-sizes 32 16 "
-        "--agent.normalize-observations true "
+        "--agent.normalizer-iterations 7 "
         "--stages.0.tasks.horizon 9 --stages.0.iterations 3 --evaluation.rollouts-per-task null --device cpu"
     )
     config, before = load_config("navigation_maml_ppo", flags.split()), load_config("navigation_maml_ppo")
     assert (config.seed, config.agent.inner_lr, config.agent.outer.lr) == (7, 0.25, 1e-4)
-    assert config.agent.hidden_sizes == (32, 16) and config.agent.normalizer_iterations is None
+    assert config.agent.hidden_sizes == (32, 16) and config.agent.normalizer_iterations == 7
     assert (config.stages[0].tasks.horizon, config.stages[0].iterations) == (9, 3)
     assert config.evaluation.rollouts_per_task is None and config.device == "cpu"
     assert config.agent.outer.max_kl == before.agent.outer.max_kl == 0.2  # of the file, not the default 0.05

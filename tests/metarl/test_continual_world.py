@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from metarl.config import CW10, load_config
+from metarl.config import load_config
+from metarl.sequences import CW10
 from metarl.training import train
 
 SMALL = [

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from metarl.config import CW10, RunConfig, StageConfig, dump_config, load_config
+from metarl.config import RunConfig, StageConfig, dump_config, load_config
 from metarl.envs.mujoco import MujocoConfig
 from metarl.errors import UserError
+from metarl.sequences import CW10
 from metarl.training import as_config
 
 HAMMER_TO_PEG = [
@@ -174,7 +175,7 @@ def test_flags_are_laid_over_the_template():
 def test_the_cue_is_a_setting_that_is_off():
     assert RunConfig().stage_cue == "none"
     assert load_config("cw10_rl2", ["--stage-cue", "input"]).stage_cue == "input"
-    with pytest.raises(UserError, match="--stage-cue: got 'yes', expected 'none' or 'input'"):
+    with pytest.raises(UserError, match="--stage-cue: got 'yes', expected 'none', 'input' or 'head'"):
         load_config("cw10_rl2", ["--stage-cue", "'yes'"])
 
 
