@@ -6,7 +6,7 @@ or training: it knows them by their Protocols.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -15,9 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from metarl.errors import as_tuple
-from metarl.stability.ewc import Ewc, EwcConfig
-from metarl.stability.l2 import L2, L2Config
-from metarl.stability.mas import Mas, MasConfig
+from metarl.stability import ewc, l2, mas
+from metarl.stability.ewc import EwcConfig
+from metarl.stability.l2 import L2Config
+from metarl.stability.mas import MasConfig
 from metarl.stability.mer import Mer, MerConfig
 from metarl.stability.replay import Replay, ReplayConfig
 from metarl.types import Agent, StabilityMethod
@@ -39,6 +40,16 @@ def stability_configs() -> dict[str, type[Any]]:
     return {config.model_fields["name"].default: config for config in get_args(get_args(StabilityConfig)[0])}
 
 
+METHODS: dict[str, Callable[[Any, Path | None], StabilityMethod]] = {
+    "ewc": lambda config, folder: ewc.method(config),
+    "replay": Replay,
+    "l2": lambda config, folder: l2.method(config),
+    "mas": lambda config, folder: mas.method(config),
+    "mer": Mer,
+}
+"""By name: (config, folder) → the method."""
+
+
 def build(config: Any, folder: Path | None = None) -> StabilityMethod:
     """Return a method that remembers nothing yet.
 
@@ -46,13 +57,7 @@ def build(config: Any, folder: Path | None = None) -> StabilityMethod:
         config: a member of `StabilityConfig`.
         folder: where it may keep what does not fit into memory.
     """
-    if isinstance(config, MerConfig):
-        return Mer(config, folder)
-    if isinstance(config, ReplayConfig):
-        return Replay(config, folder)
-    if isinstance(config, EwcConfig):
-        return Ewc(config)
-    return Mas(config) if isinstance(config, MasConfig) else L2(config)
+    return METHODS[config.name](config, folder)
 
 
 class Guarding:

@@ -15,16 +15,14 @@ scaled by themselves. Value functions are free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, Field, model_validator
-from torch import Tensor
 
 from metarl.errors import STRICT
-from metarl.stability.quadratic import Anchors, Weights, unit_mean
+from metarl.stability.quadratic import Penalty, Weights, unit_mean
 from metarl.types import Agent, Rollout
 
 
@@ -50,43 +48,13 @@ class EwcConfig(BaseModel):
         return self
 
 
-class Ewc:
-    """A `StabilityMethod` with a penalty.
+def method(config: EwcConfig) -> Penalty:
+    """Return the method."""
 
-    Args:
-        config: its settings.
-    """
+    def importance(agent: Agent, rollouts: Sequence[Rollout], generator: torch.Generator) -> Weights:
+        return fisher(agent, rollouts, config.fisher_states, generator)
 
-    name = "ewc"
-
-    def __init__(self, config: EwcConfig) -> None:
-        self.config, self.anchors = config, Anchors()
-
-    def loss(self, agent: Agent, rng: np.random.Generator, fraction: float) -> dict[str, Tensor]:
-        """See `StabilityMethod.loss`."""
-        return self.anchors.loss(agent, self.config.coef)
-
-    def observe(
-        self, agent: Agent, rollouts: Sequence[Rollout], before: Mapping[str, Tensor], rng: np.random.Generator
-    ) -> None:
-        """Nothing to note within a stage."""
-
-    def end_stage(self, agent: Agent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
-        """Measure what matters now, and anchor it."""
-        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-        importance = fisher(agent, rollouts, self.config.fisher_states, generator)
-        if self.config.anchors == "stages":
-            self.anchors.add(agent, importance)
-        else:
-            self.anchors.replace(agent, importance, self.config.decay)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """See `StabilityMethod.state_dict`."""
-        return self.anchors.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """See `StabilityMethod.load_state_dict`."""
-        self.anchors.load_state_dict(state)
+    return Penalty(config.name, config.coef, importance, config.decay if config.anchors == "online" else None)
 
 
 def fisher(agent: Agent, rollouts: Sequence[Rollout], states: int, generator: torch.Generator) -> Weights:

@@ -7,16 +7,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, Field
-from torch import Tensor
 
 from metarl.errors import STRICT
-from metarl.stability.quadratic import Anchors, Weights, unit_mean
+from metarl.stability.quadratic import Penalty, Weights, unit_mean
 from metarl.types import Agent, Rollout
 
 
@@ -30,39 +28,13 @@ class MasConfig(BaseModel):
     states: int = Field(2560, ge=1, description="states that the importance is averaged over")
 
 
-class Mas:
-    """A `StabilityMethod` with a penalty.
+def method(config: MasConfig) -> Penalty:
+    """Return the method."""
 
-    Args:
-        config: its settings.
-    """
+    def measured(agent: Agent, rollouts: Sequence[Rollout], generator: torch.Generator) -> Weights:
+        return importance(agent, rollouts, config.states, generator)
 
-    name = "mas"
-
-    def __init__(self, config: MasConfig) -> None:
-        self.config, self.anchors = config, Anchors()
-
-    def loss(self, agent: Agent, rng: np.random.Generator, fraction: float) -> dict[str, Tensor]:
-        """See `StabilityMethod.loss`."""
-        return self.anchors.loss(agent, self.config.coef)
-
-    def observe(
-        self, agent: Agent, rollouts: Sequence[Rollout], before: Mapping[str, Tensor], rng: np.random.Generator
-    ) -> None:
-        """Nothing to note within a stage."""
-
-    def end_stage(self, agent: Agent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
-        """Measure what matters now, and anchor it."""
-        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-        self.anchors.add(agent, importance(agent, rollouts, self.config.states, generator))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """See `StabilityMethod.state_dict`."""
-        return self.anchors.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """See `StabilityMethod.load_state_dict`."""
-        self.anchors.load_state_dict(state)
+    return Penalty(config.name, config.coef, measured)
 
 
 def importance(agent: Agent, rollouts: Sequence[Rollout], states: int, generator: torch.Generator) -> Weights:

@@ -5,13 +5,14 @@ Must not import agents, environments or training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from metarl.optimizers import check_entries
-from metarl.types import Agent
+from metarl.types import Agent, Rollout
 
 Weights = dict[str, Tensor]
 """How much each number of each parameter matters, by name, in the parameter's shape."""
@@ -88,6 +89,50 @@ class Anchors:
             check_entries(state, {"constant": torch.zeros(())})
         self.weights, self.centers = groups["weight."], groups["center."]
         self.constant = state.get("constant", torch.zeros(()))
+
+
+Importance = Callable[[Agent, Sequence[Rollout], torch.Generator], Weights]
+"""What matters in an agent now: (agent, K + 1 fresh rollouts of it, generator that chooses states) → weights."""
+
+
+class Penalty:
+    """A `StabilityMethod` that holds parameters where they were at the end of each stage, by what they mattered there.
+
+    Args:
+        name: of the method.
+        coef: λ; at 0 the method costs nothing.
+        importance: measures what matters.
+        decay: None: an anchor for each stage; else one, at the last, with γ = `decay` times the earlier importance.
+    """
+
+    def __init__(self, name: str, coef: float, importance: Importance, decay: float | None = None) -> None:
+        self.name, self.anchors = name, Anchors()
+        self._coef, self._importance, self._decay = coef, importance, decay
+
+    def loss(self, agent: Agent, rng: np.random.Generator, fraction: float) -> dict[str, Tensor]:
+        """See `StabilityMethod.loss`."""
+        return self.anchors.loss(agent, self._coef)
+
+    def observe(
+        self, agent: Agent, rollouts: Sequence[Rollout], before: Mapping[str, Tensor], rng: np.random.Generator
+    ) -> None:
+        """Nothing to note within a stage."""
+
+    def end_stage(self, agent: Agent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
+        """Measure what matters now, and anchor it."""
+        weights = self._importance(agent, rollouts, torch.Generator().manual_seed(int(rng.integers(2**63))))
+        if self._decay is None:
+            self.anchors.add(agent, weights)
+        else:
+            self.anchors.replace(agent, weights, self._decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `StabilityMethod.state_dict`."""
+        return self.anchors.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """See `StabilityMethod.load_state_dict`."""
+        self.anchors.load_state_dict(state)
 
 
 def unit_mean(weights: Mapping[str, Tensor]) -> Weights:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from metarl.policies import gaussian_log_prob
-from metarl.stability.ewc import Ewc, EwcConfig, fisher, fisher_sums
+from metarl.stability import build
+from metarl.stability.ewc import EwcConfig, fisher, fisher_sums
 from tests.stability.agents import (
     ACTIONS,
     KINDS,
@@ -283,7 +284,7 @@ def test_what_is_not_finite_is_refused(kind, value):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ewc_holds_each_parameter_by_its_fisher_information(kind):
-    agent, method = learned(kind), Ewc(EwcConfig(coef=2.0, fisher_states=ALL))
+    agent, method = learned(kind), build(EwcConfig(coef=2.0, fisher_states=ALL))
     rollouts = iteration(agent)
     assert method.loss(agent, None, 1.0) == {}
     importance, there = fisher(agent, rollouts, ALL, generator()), copy_of(policy_of(agent))
@@ -302,7 +303,7 @@ def test_ewc_holds_each_parameter_by_its_fisher_information(kind):
 
 @pytest.mark.parametrize(("settings", "anchors"), [({}, 2), ({"anchors": "online", "decay": 0.25}, 1)])
 def test_two_stages_have_two_anchors_or_online_one(settings, anchors):
-    agent, method = learned("maml"), Ewc(EwcConfig(fisher_states=ALL, **settings))
+    agent, method = learned("maml"), build(EwcConfig(fisher_states=ALL, **settings))
     importances, places = [], []
     for stage in range(2):
         disturb(agent, 0.1, stage)
@@ -320,7 +321,7 @@ def test_two_stages_have_two_anchors_or_online_one(settings, anchors):
         for name, value in policy_of(agent).items()
     )
     torch.testing.assert_close(method.loss(agent, None, 1.0)["loss"], expected, rtol=1e-4, atol=1e-6)
-    other = Ewc(method.config)
+    other = build(EwcConfig(fisher_states=ALL, **settings))
     other.load_state_dict(copy_of(method.state_dict()))
     assert torch.equal(other.loss(agent, None, 1.0)["loss"], method.loss(agent, None, 1.0)["loss"])
 
@@ -329,7 +330,7 @@ def test_the_states_are_those_that_the_generator_draws():
     agent, config = learned("gru"), EwcConfig(fisher_states=6)
     rollouts, found = iteration(agent), []
     for seed in (0, 0, 1):
-        method = Ewc(config)
+        method = build(config)
         method.end_stage(agent, rollouts, np.random.default_rng(seed))
         found.append(method.state_dict()["weight.policy.head.mean.0.weight"])
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from metarl.stability.mas import Mas, MasConfig, importance
+from metarl.stability import build
+from metarl.stability.mas import MasConfig, importance
 from tests.stability.agents import (
     KINDS,
     MEMORIES,
@@ -97,7 +98,7 @@ def test_the_importance_of_a_linear_policy_by_hand():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_penalty_is_that_of_the_importance(kind):
-    agent, method = learned(kind), Mas(MasConfig(coef=3.0, states=ALL))
+    agent, method = learned(kind), build(MasConfig(coef=3.0, states=ALL))
     rollouts = iteration(agent)
     weights, there = importance(agent, rollouts, ALL, generator()), copy_of(policy_of(agent))
     method.end_stage(agent, rollouts, np.random.default_rng(0))
@@ -106,6 +107,6 @@ def test_the_penalty_is_that_of_the_importance(kind):
     expected = 1.5 * sum((weights[n] * (v - there[n]).square()).sum() for n, v in policy_of(agent).items())
     loss = method.loss(agent, None, 1.0)["loss"]
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
-    other = Mas(method.config)
+    other = build(MasConfig(coef=3.0, states=ALL))
     other.load_state_dict(copy_of(method.state_dict()))
     assert torch.equal(other.loss(agent, None, 1.0)["loss"], loss)

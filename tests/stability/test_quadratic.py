@@ -1,9 +1,11 @@
 """The quadratic penalty: 0 at the anchor, the sum over anchors however many, and what L2 makes of it."""
 
+import numpy as np
 import pytest
 import torch
 
-from metarl.stability.l2 import L2, L2Config
+from metarl.stability import build
+from metarl.stability.l2 import L2Config
 from metarl.stability.quadratic import Anchors, unit_mean
 from tests.stability.agents import KINDS, copy_of, disturb, gradient, iteration, make, policy_of
 
@@ -139,12 +141,12 @@ def test_weights_are_scaled_to_a_mean_of_1():
 
 @every_kind
 def test_l2_is_half_the_squared_distance_to_each_anchor(kind):
-    agent, method = make(kind), L2(L2Config(coef=0.4))
+    agent, method = make(kind), build(L2Config(coef=0.4))
     rollouts, centers = iteration(agent), []
     assert method.loss(agent, None, 1.0) == {}
     for seed in range(2):
         disturb(agent, 0.2, seed)
-        method.end_stage(agent, rollouts, None)
+        method.end_stage(agent, rollouts, np.random.default_rng(0))
         centers.append(copy_of(policy_of(agent)))
     disturb(agent, 0.2, 5)
     expected = sum(
