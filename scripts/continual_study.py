@@ -28,7 +28,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metarl.config import load_config
-from metarl.continual import Curve, evaluations, forward_transfer, relearning, training_curve
+from metarl.continual import (
+    Curve,
+    average_performance,
+    evaluations,
+    forgetting,
+    forward_transfer,
+    relearning,
+    training_curve,
+)
 from metarl.plotting import Point, stability_plasticity
 from metarl.statistics import stratified_bootstrap_ci
 from metarl.tracking import read_metrics
@@ -41,10 +49,11 @@ class Study(NamedTuple):
 
     config: str
     arms: dict[str, str]
-    sweep: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0, 10000.0)
+    sweep: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 10000.0)
 
 
 CLONE_LESS = "--stability.{}.cloning-coef 0.1"
+BEFORE = "average", "forgetting"
 
 STUDIES = {
     "cued_rl2": Study(
@@ -108,6 +117,8 @@ class Result(NamedTuple):
     average: float
     forgetting: float
     last: float
+    average_before: float  # the same before adaptation
+    forgetting_before: float
     minutes: float
     curves: list[Curve]  # of each stage, while it was trained
     again: list[tuple[int, int | None, int | None]]  # stage, iterations to relearn it at first and when it came again
@@ -138,11 +149,14 @@ def read(folder: Path) -> Result:
     stages = load_config(folder / "config.yaml").stages
     found = evaluations(read_metrics(folder), report["stages"])
     tasks = [stage.tasks for stage in stages]
+    before = np.array(report["scores_pre"], dtype=np.float64)
     again = [(i, *relearning(found, tasks.index(task), i)) for i, task in enumerate(tasks) if tasks.index(task) < i]
     return Result(
         report["continual/average_performance"],
         report["continual/forgetting"],
         report["continual/plasticity"],
+        average_performance(before),
+        forgetting(before),
         json.loads((folder / "minutes.json").read_text(encoding="utf-8")),
         [training_curve(found, stage) for stage in range(len(stages))],
         again,
@@ -160,8 +174,9 @@ def interval(values: Sequence[float]) -> str:
 
 def table(results: dict[str, list[Result]]) -> str:
     """Return a markdown table, an arm a row."""
-    rows = ["| arm | average performance | forgetting | last stage | forward transfer | CPU minutes |"]
-    rows.append("|" + "---|" * 6)
+    columns = "arm", "average performance", "forgetting", "last stage", "forward transfer"
+    rows = [f"| {' | '.join(columns)} | average, forgetting before adaptation | minutes |"]
+    rows.append("|" + "---|" * 7)
     scratch = results.get("scratch")
     for arm, runs in results.items():
         transfer = ""
@@ -169,14 +184,16 @@ def table(results: dict[str, list[Result]]) -> str:
             each = [np.mean(forward_transfer(a.curves, b.curves)) for a, b in zip(runs, scratch, strict=True)]
             transfer = interval([float(value) for value in each])
         figures = [interval([getattr(each, name) for each in runs]) for name in ("average", "forgetting", "last")]
-        rows.append(f"| {arm} | {' | '.join(figures)} | {transfer} | {np.mean([each.minutes for each in runs]):.1f} |")
+        before = ", ".join(f"{np.mean([getattr(each, f'{name}_before') for each in runs]):.2f}" for name in BEFORE)
+        minutes = f"{np.mean([each.minutes for each in runs]):.1f}"
+        rows.append(f"| {arm} | {' | '.join(figures)} | {transfer} | {before} | {minutes} |")
     for arm, runs in results.items():
         for place in range(len(runs[0].again)):
             steps = [each.again[place] for each in runs]
+            took = ", ".join(f"{first} at first and {second} again" for _, first, second in steps)
             rows.append(
-                f"\n{arm}: stage {steps[0][0] + 1} comes again; iterations to 90 % of its score, at first and again:"
+                f"\n{arm}: stage {steps[0][0] + 1} repeats one; iterations to 90 % of what that had reached: {took}"
             )
-            rows[-1] += " " + ", ".join(f"{first} and {second}" for _, first, second in steps)
     return "\n".join(rows)
 
 
