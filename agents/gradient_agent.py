@@ -239,7 +239,7 @@ class GradientAgent:
         return {name: value for name, value in self.meta.named().items() if value.requires_grad}
 
     def retrace(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
-        """Adapt anew from θ to recorded support data, exactly to second order; see `Agent.retrace`."""
+        """Adapt anew from θ to recorded support data, differentiated as the method is; see `Agent.retrace`."""
         *supports, query = rollouts
         tasks, shape = len(query.valid), query.valid.shape
         theta = {name: value.expand(tasks, *value.shape) for name, value in self.meta.theta.items()}

@@ -62,7 +62,7 @@ STUDIES = {
             "fine_tuning": "",
             "ewc": "--stability ewc",
             "replay": "--stability replay",
-            "ewc_replay": "--stability ewc replay --stability.0.coef 0.1",
+            "ewc_replay": "--stability ewc replay --stability.0.coef 0.01",
         },
     ),
     "rotated_rl2": Study(
@@ -71,7 +71,7 @@ STUDIES = {
             "fine_tuning": "",
             "ewc": "--stability ewc",
             "replay": "--stability replay",
-            "ewc_replay": "--stability ewc replay --stability.0.coef 0.1",
+            "ewc_replay": "--stability ewc replay --stability.0.coef 0.01",
         },
     ),
     "rotated_cued_maml": Study(
@@ -80,7 +80,7 @@ STUDIES = {
             "fine_tuning": "",
             "ewc": "--stability ewc --stability.0.coef 3",
             "replay": f"--stability replay {CLONE_LESS.format(0)}",
-            "ewc_replay": f"--stability ewc replay --stability.0.coef 0.1 {CLONE_LESS.format(1)}",
+            "ewc_replay": f"--stability ewc replay --stability.0.coef 0.01 {CLONE_LESS.format(1)}",
         },
     ),
     "returning": Study(  # A → B → A
@@ -124,10 +124,10 @@ class Result(NamedTuple):
     again: list[tuple[int, int | None, int | None]]  # stage, iterations to relearn it at first and when it came again
 
 
-def run(command: Sequence[str], folder: Path) -> None:
-    """Train one arm with one seed, unless that has been done."""
-    marker = folder / "minutes.json"
-    if marker.exists():
+def run(command: list[str], folder: Path) -> None:
+    """Train one arm with one seed, unless just that has been done."""
+    marker = folder / "finished.json"
+    if marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["command"] == command:
         return
     print(shlex.join(command), flush=True)
     began = time.perf_counter()
@@ -140,7 +140,8 @@ def run(command: Sequence[str], folder: Path) -> None:
     )
     if done.returncode:
         raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr}")
-    marker.write_text(json.dumps((time.perf_counter() - began) / 60.0), encoding="utf-8")
+    minutes = (time.perf_counter() - began) / 60.0
+    marker.write_text(json.dumps({"command": command, "minutes": minutes}, indent=2) + "\n", encoding="utf-8")
 
 
 def read(folder: Path) -> Result:
@@ -157,7 +158,7 @@ def read(folder: Path) -> Result:
         report["continual/plasticity"],
         average_performance(before),
         forgetting(before),
-        json.loads((folder / "minutes.json").read_text(encoding="utf-8")),
+        json.loads((folder / "finished.json").read_text(encoding="utf-8"))["minutes"],
         [training_curve(found, stage) for stage in range(len(stages))],
         again,
     )
