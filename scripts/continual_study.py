@@ -53,6 +53,7 @@ class Study(NamedTuple):
 
 
 CLONE_LESS = "--stability.{}.cloning-coef 0.1"
+MEASURES = "average", "forgetting", "lost", "last"
 BEFORE = "average", "forgetting"
 
 STUDIES = {
@@ -115,7 +116,8 @@ class Result(NamedTuple):
     """What one run led to."""
 
     average: float
-    forgetting: float
+    forgetting: float  # mean over all stages, the last of which counts as 0
+    lost: float  # mean over the earlier stages: minus the backward transfer
     last: float
     average_before: float  # the same before adaptation
     forgetting_before: float
@@ -155,6 +157,7 @@ def read(folder: Path) -> Result:
     return Result(
         report["continual/average_performance"],
         report["continual/forgetting"],
+        -report["continual/backward_transfer"],
         report["continual/plasticity"],
         average_performance(before),
         forgetting(before),
@@ -175,16 +178,16 @@ def interval(values: Sequence[float]) -> str:
 
 def table(results: dict[str, list[Result]]) -> str:
     """Return a markdown table, an arm a row."""
-    columns = "arm", "average performance", "forgetting", "last stage", "forward transfer"
+    columns = "arm", "average performance", "forgetting", "lost by earlier stages", "last stage", "forward transfer"
     rows = [f"| {' | '.join(columns)} | average, forgetting before adaptation | minutes |"]
-    rows.append("|" + "---|" * 7)
+    rows.append("|" + "---|" * 8)
     scratch = results.get("scratch")
     for arm, runs in results.items():
         transfer = ""
         if scratch and arm != "scratch" and len(scratch) == len(runs):
             each = [np.mean(forward_transfer(a.curves, b.curves)) for a, b in zip(runs, scratch, strict=True)]
             transfer = interval([float(value) for value in each])
-        figures = [interval([getattr(each, name) for each in runs]) for name in ("average", "forgetting", "last")]
+        figures = [interval([getattr(each, name) for each in runs]) for name in MEASURES]
         before = ", ".join(f"{np.mean([getattr(each, f'{name}_before') for each in runs]):.2f}" for name in BEFORE)
         minutes = f"{np.mean([each.minutes for each in runs]):.1f}"
         rows.append(f"| {arm} | {' | '.join(figures)} | {transfer} | {before} | {minutes} |")
