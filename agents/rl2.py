@@ -339,14 +339,15 @@ class Rl2:
         """Read recorded trials from their beginning; see `Agent.retrace`."""
         (rollout,) = rollouts
         shape, trials = rollout.valid.shape, self._read(rollout)
-        inputs = self.normalize(trials.inputs)
+        steps = shape[-1]
+        inputs = self.normalize(trials.inputs if advantages else trials.inputs[:, :steps])
         features, _ = self.policy.trunk.scan(inputs, self.policy.trunk.initial(len(inputs)))
-        mean, log_std = self.policy.head(features[:, :-1])
+        mean, log_std = self.policy.head(features[:, :steps])
         expected = None
         if self.critic is not None:
             if self.critic.trunk is not None:
                 features, _ = self.critic.trunk.scan(inputs, self.critic.trunk.initial(len(inputs)))
-            expected = self.critic.values(features[:, :-1]).view(shape)
+            expected = self.critic.values(features[:, :steps]).view(shape)
         estimated, scale = None, torch.ones(())
         if self.critic is not None:
             scale = self.critic.scale[1]

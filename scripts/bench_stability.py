@@ -84,3 +84,7 @@ def main() -> None:
                     f"{name:<42}{method:<14}{1000 * median:8.1f} ms an iteration   {median / reference:.2f} ×",
                     flush=True,
                 )
+
+
+if __name__ == "__main__":
+    main()

@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     arms = {**study.arms, **CONTROLS}
     if options.sweep:
         arms = {f"ewc_{coef:g}": f"--stability ewc --stability.0.coef {coef:g}" for coef in study.sweep}
-        arms = {"fine_tuning": "", **arms}
+        arms = {"fine_tuning": "", **arms, "frozen": "--stability l2 --stability.0.coef 10000"}
     for arm in options.arms or ():
         if arm not in arms:
             parser.error(f"no arm {arm!r}; there are {', '.join(arms)}")
