@@ -8,10 +8,11 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from metarl.checkpoint import load_latest
 from metarl.cli import main
-from metarl.config import embedded_configs, load_config
+from metarl.config import embedded_configs, find_config, load_config
 from metarl.errors import UserError
 from metarl.tracking import read_metrics
 
@@ -152,12 +153,14 @@ def test_a_failure_that_is_not_the_users_has_status_1(metarl, monkeypatch, tmp_p
 @pytest.mark.parametrize("name", embedded_configs())
 def test_every_embedded_config_trains(metarl, tmp_path, name):
     run_dir = tmp_path / name
-    stages = len(load_config(name).stages)
-    later = [f"--stages.{i}.{setting}" for i in range(1, stages) for setting in ("tasks.horizon=5", "iterations=1")]
+    stages, written = len(load_config(name).stages), len(yaml.safe_load(find_config(name).read_text())["stages"])
+    later = [f"--stages.{i}.{setting}" for i in range(1, written) for setting in ("tasks.horizon=5", "iterations=1")]
+    if name.startswith("cw"):  # all ten are trained in test_continual_world.py
+        later, stages = ["--stages.0.for-each", "{name: [reach-v3, push-v3]}"], 2
     status, out, err = metarl("train", name, *small(name), *later, "--run-dir", run_dir)
     assert status == 0, err
     assert "finished: " in out and str(run_dir) in out
-    first, evaluation, *_ = read_metrics(run_dir)
+    first, evaluation, *_ = [line for line in read_metrics(run_dir) if line["iteration"]]
     agent = load_config(name).agent
     phases = agent.trial_episodes if agent.name == "rl2" else agent.adaptation_steps + 1
     assert first["env_steps"] == 2 * 1 * 5 * phases
