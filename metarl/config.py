@@ -191,6 +191,14 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _scratch_starts_from_nothing(self) -> RunConfig:
+        if self.control == "scratch" and any(stage.init_from for stage in self.stages):
+            raise ValueError(
+                "control is scratch and a stage has init_from; each stage starts anew, leave out one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _envs_hold_the_tasks(self) -> RunConfig:
         if self.num_envs is not None and self.num_envs < self.num_tasks:
             raise ValueError(f"num_envs is {self.num_envs}; expected at least num_tasks, {self.num_tasks}")

@@ -240,7 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     points = [Point(arm, each.last, 1.0 - each.forgetting) for arm, runs in results.items() for each in runs]
     stability_plasticity(points).savefig(folder / f"{name}.png", dpi=150)
-    figures = {arm: [each._asdict() | {"curves": None} for each in runs] for arm, runs in results.items()}
+    shown = [name for name in Result._fields if name != "curves"]
+    figures = {arm: [{name: getattr(each, name) for name in shown} for each in runs] for arm, runs in results.items()}
     (folder / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures
 

@@ -287,3 +287,10 @@ def test_arbitrary_stages_never_raise_anything_but_a_user_error(stages):
         assert len(str(error).splitlines()) == 1
     else:
         assert len({stage.name for stage in config.stages}) == len(config.stages) >= len(stages)
+
+
+def test_a_stage_from_scratch_starts_from_no_other_run():
+    stage = {"tasks": {"family": "navigation"}, "init_from": "runs/other"}
+    assert as_config({"stages": [stage], "control": "joint"}).control == "joint"
+    with pytest.raises(UserError, match="control is scratch and a stage has init_from"):
+        as_config({"stages": [stage], "control": "scratch"})
