@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor
 
+from metarl.agents.controller import MlpController
 from metarl.agents.inner import Batch, MetaParams, Method, PolicyLoss, follow
 from metarl.agents.meta_objective import MetaObjective
 from metarl.agents.outer import OuterConfig, PpoConfig, build_outer
@@ -27,7 +28,7 @@ from metarl.objectives import ESTIMATORS, saturation
 from metarl.optimizers import check_entries
 from metarl.policies import ACTIVATIONS, GaussianMlp, Params, gaussian_log_prob
 from metarl.returns import gae, normalize_advantages, return_scale, vtrace
-from metarl.types import Guard, Percept, Prediction, Rollout, Sensitivity
+from metarl.types import FloatArray, Guard, Percept, Prediction, Rollout, Sensitivity
 
 
 class GradientAgentConfig(BaseModel):
@@ -164,11 +165,17 @@ class GradientAgent:
         inputs = self._acting_normalizer(rollout.observations).flatten(1, 2)
         return self.policy.log_prob(state, inputs, rollout.actions.flatten(1, 2)).view(rollout.valid.shape)
 
-    def adapt(self, state: Params, rollout: Rollout) -> Params:
-        """One inner step for every task on its own data; see `Agent.adapt`."""
+    def adapt(self, state: Params, rollout: Rollout, inner_lr: float | None = None) -> Params:
+        """One inner step for every task on its own data; see `Agent.adapt`.
+
+        With `inner_lr` the step is scaled by what it is to the configured one, where learned rates began.
+        """
         support = self._prepare(rollout.to(self.device))
         params = {name: value.detach().to(self.device).clone().requires_grad_() for name, value in state.items()}
         adapted = self.method.step(self._loss, self.meta, params, support, create_graph=False)
+        if inner_lr is not None:
+            factor = inner_lr / self.config.inner_lr
+            adapted = {name: params[name] + factor * (value - params[name]) for name, value in adapted.items()}
         return {name: value.detach().cpu() for name, value in adapted.items()}
 
     def _prepare(self, rollout: Rollout) -> Batch:
@@ -194,6 +201,22 @@ class GradientAgent:
             last = rollout.terminated | rollout.truncated
             return linear_values(observations, rollout.rewards, last, rollout.valid, self.config.gamma)
         return self.value.values(rollout, observations, self.normalizer(rollout.next_observations))
+
+    # --- on a robot ----------------------------------------------------------------------------------------------
+
+    def controller(self, state: Params, low: FloatArray, high: FloatArray) -> MlpController:
+        """One control step at the parameters of one task; see `Agent.controller`."""
+        params = {name: value[0] for name, value in state.items()}
+        return MlpController(self.policy, params, self.normalizer, low, high)
+
+    def pack(self, state: Params) -> dict[str, Tensor]:
+        """The parameters as they are; see `Agent.pack`."""
+        return dict(state)
+
+    def unpack(self, packed: Mapping[str, Tensor]) -> Params:
+        """See `Agent.unpack`."""
+        check_entries(packed, self.initial_state(1))
+        return {name: packed[name] for name in self.meta.theta}
 
     # --- learning ------------------------------------------------------------------------------------------------
 

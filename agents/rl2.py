@@ -21,26 +21,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metarl.agents.controller import MemoryController, joined, split
 from metarl.agents.recurrent import Critic, CriticConfig, GaussianHead, Policy, Trunk
 from metarl.agents.rl2_config import Rl2Config
 from metarl.agents.sensitivity import choose_steps, jacobian, plain_kernels
-from metarl.agents.trials import Before, Inputs, TrialBatch, Trials, chunks, read_memory, read_trials
+from metarl.agents.trials import Before, Inputs, TrialBatch, Trials, chunks, normalized, read_memory, read_trials
 from metarl.agents.value import linear_values
 from metarl.errors import UserError
-from metarl.memory import State, rows
+from metarl.memory import State, rows, unpack
 from metarl.normalizer import Normalizer
 from metarl.objectives import approximate_kl, ppo_clip_loss, saturation, weighted_mean
 from metarl.optimizers import check_entries, load_optimizer_state, optimizer_state
 from metarl.policies import gaussian_log_prob
 from metarl.returns import gae, normalize_advantages, return_scale, vtrace
 from metarl.seeding import Purpose, integer_seed
-from metarl.types import Guard, Percept, Prediction, Rollout, Sensitivity
+from metarl.types import FloatArray, Guard, Percept, Prediction, Rollout, Sensitivity
 
 LAST_LR = 0.1
 """What the learning rate falls to, a fraction of what it was at first."""
-
-INPUT_BOUND = 10.0
-"""Inputs are cut at this many standard deviations: the first contact of a run must not blow up a memory."""
 
 _UNIT_ENTROPY = 0.5 * math.log(2.0 * math.pi * math.e)
 """Of a Gaussian in one dimension with standard deviation 1."""
@@ -131,7 +129,7 @@ class Rl2:
 
     def normalize(self, inputs: Tensor) -> Tensor:
         """Shift, scale and cut inputs `[..., I]`; what is not known (NaN) is taken as its mean."""
-        return ((inputs - self._shift) * self._scale).nan_to_num(0.0).clamp(-INPUT_BOUND, INPUT_BOUND)
+        return normalized(inputs, self._shift, self._scale)
 
     # --- acting and adapting -------------------------------------------------------------------------------------
 
@@ -192,8 +190,10 @@ class Rl2:
         """Log-density of a trial's actions; see `Agent.log_prob`."""
         return self._follow(state, rollout)[0]
 
-    def adapt(self, state: Recall, rollout: Rollout) -> Recall:
+    def adapt(self, state: Recall, rollout: Rollout, inner_lr: float | None = None) -> Recall:
         """Remember a task's N rollouts, one after another, as one trial; see `Agent.adapt`."""
+        if inner_lr is not None:
+            raise ValueError(f"inner_lr is {inner_lr}; an agent that adapts in its memory makes no steps")
         return self._follow(state, rollout.map(lambda part: part.flatten(1, 2)[:, None]))[1]
 
     @torch.inference_mode()
@@ -209,6 +209,25 @@ class Rl2:
             state = self._carried_out(percept, actions, state)
             rewards = torch.where(active, rollout.rewards[..., t], rewards)
         return log_probs, state._replace(reward=rewards.flatten().to(self.device))
+
+    # --- on a robot ----------------------------------------------------------------------------------------------
+
+    def controller(self, state: Recall, low: FloatArray, high: FloatArray) -> MemoryController:
+        """One control step of a trial that begins with what `state` remembers; see `Agent.controller`."""
+        initial = self.pack(state)["recall"]
+        return MemoryController(self.policy, self.inputs, self._entries, self._shift, self._scale, initial, low, high)
+
+    def pack(self, state: Recall) -> dict[str, Tensor]:
+        """All that is known as one tensor; see `Agent.pack`."""
+        memory, before, time, reward = state
+        return {"recall": joined(memory, before, time + 1, reward)}
+
+    def unpack(self, packed: Mapping[str, Tensor]) -> Recall:
+        """See `Agent.unpack`."""
+        empty = self.initial_state(1)
+        check_entries(packed, self.pack(empty))
+        memory, before, steps, reward = split(packed["recall"].to(self.device), self.inputs)
+        return Recall(unpack(memory, empty.memory), before, steps - 1, reward)
 
     # --- learning ------------------------------------------------------------------------------------------------
 

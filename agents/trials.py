@@ -64,6 +64,15 @@ class Before(NamedTuple):
     rewards: Tensor  # [...], the last reward then
 
 
+INPUT_BOUND = 10.0
+"""Inputs are cut at this many standard deviations: the first contact of a run must not blow up a memory."""
+
+
+def normalized(inputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Shift, scale and cut inputs `[..., I]`; what is not known (NaN) is taken as its mean."""
+    return ((inputs - shift) * scale).nan_to_num(0.0).clamp(-INPUT_BOUND, INPUT_BOUND)
+
+
 class Trials(NamedTuple):
     """B trials of up to T steps, their episodes end to end; step T is what follows a trial's last action."""
 

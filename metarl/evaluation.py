@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -13,21 +14,22 @@ import torch
 
 from metarl import statistics
 from metarl.ablation import Ablation, ablated
-from metarl.config import RunConfig
-from metarl.envs import FAMILIES, CuedTasks, distribution
+from metarl.envs import FAMILIES
 from metarl.envs import make as make_env
 from metarl.envs.manager import EnvManager
 from metarl.envs.vector import make_envs
-from metarl.errors import UserError, unknown_name
+from metarl.errors import UserError
 from metarl.official import MetaWorldAgent
 from metarl.policy import Policy, build_agent
-from metarl.sampling import adapt_and_collect, by_phase
+from metarl.sampling import adapt_and_collect, by_phase, collect
 from metarl.seeding import Purpose, children, seeds
-from metarl.types import Actor, Agent, BatchEnv, FloatArray, Rollout, Task, TaskDistribution
+from metarl.tasks import distribution_of, family_names
+from metarl.types import Actor, Agent, BatchEnv, FloatArray, Rollout, Task
 
 __all__ = [
     "MetaWorldAgent",
     "Report",
+    "adapt_to",
     "distribution_of",
     "evaluate",
     "evaluate_agent",
@@ -264,46 +266,36 @@ def held_out_metrics(report: Report) -> dict[str, float]:
     return metrics
 
 
+def adapt_to(
+    policy: Policy,
+    task: Task,
+    *,
+    rollouts_per_task: int | None = None,
+    seed: int | None = None,
+    make: Callable[[Task], gymnasium.Env[Any, Any]] = make_env,
+) -> Policy:
+    """Return the policy adapted to a task as in training: K steps, each on fresh episodes, or one trial remembered.
+
+    Args:
+        policy: before adaptation.
+        task: to adapt to.
+        rollouts_per_task: N, episodes of a step; as in training if None. Agents with a memory read one trial.
+        seed: of the episodes; the run's if None.
+        make: builds the environment of a task.
+    """
+    agent, config = policy.agent, policy.config
+    root = seeds(config.seed if seed is None else seed, Purpose.EVALUATION_ROLLOUTS)
+    count = 1 if policy.has_memory else rollouts_per_task or config.rollouts_per_task
+    envs = make_envs(_Tasks([task], make), min(count, MAX_ENVS), num_workers=0)
+    state = policy.state
+    try:
+        for phase in children(root, max(1, agent.adaptation_steps)):
+            state = agent.adapt(state, collect(envs, agent, state, [task], count, [phase]))
+    finally:
+        envs.close()
+    return replace(policy, state=state, adapted=True)
+
+
 def select_tasks(tasks: Sequence[Task], count: int, rng: np.random.Generator) -> list[Task]:
     """Return `count` of the tasks, or all if there are fewer, balanced over classes and in a fixed order of classes."""
     return list(tasks) if count >= len(tasks) else EnvManager(tasks).sample(count, rng)
-
-
-def family_names() -> dict[str, str]:
-    """Return what `distribution_of` understands: name of a benchmark, distribution or Meta-World class → its family."""
-    return {name: family for family, entry in FAMILIES.items() for name in entry.names()}
-
-
-def distribution_of(config: RunConfig, name: str | None = None, stage: str | None = None) -> TaskDistribution:
-    """Return the tasks of one of a run's stages, or others with that stage's options.
-
-    Args:
-        config: of the run.
-        name: a key of `family_names`, e.g. `ML10`, `push-v3` or `HalfCheetahVel`; None for the run's own tasks.
-        stage: name of the stage; the last one if None. An agent that is told its stage is told this one.
-
-    Raises:
-        UserError: the run was trained on custom tasks and no name is given, or a name is unknown.
-    """
-    stages = [each.name for each in config.stages]
-    if stage is not None and stage not in stages:
-        raise UserError(f"the run has no stage {stage!r}; it has {', '.join(stages)}")
-    number = len(stages) - 1 if stage is None else stages.index(stage)
-    tasks = config.stages[number].tasks
-    if name is not None:
-        found = _named(name, tasks)
-    elif tasks.family in FAMILIES:
-        found = FAMILIES[tasks.family].tasks(tasks)
-    else:
-        raise UserError("the run has custom tasks: evaluate it from Python with metarl.evaluate(…, make=…)")
-    return found if config.stage_cue == "none" else CuedTasks(found, number, len(stages))
-
-
-def _named(name: str, like: Any) -> TaskDistribution:
-    """Return the tasks of a name with the options of others."""
-    families = family_names()
-    if name not in families:
-        raise UserError(str(unknown_name("task or benchmark", name, families, "metarl list envs")))
-    family = families[name]
-    options = like.model_dump(include={"seed", "horizon", "reward_version"}) if like.family == family else {}
-    return distribution(family, **options, **FAMILIES[family].names()[name])

@@ -32,6 +32,8 @@ class History:
         context: how many of the last ones are read.
         newest: the lengths that were last appended to in this memory.
         longest: no row is longer.
+        fixed: whether it keeps its size, `context`, so that a new entry drops the oldest: what a graph without growing
+            memory can carry from step to step.
     """
 
     keys: Tensor
@@ -40,6 +42,7 @@ class History:
     context: int
     longest: int = 0
     newest: list[Tensor] = field(default_factory=list)
+    fixed: bool = False
 
     @staticmethod
     def empty(batch: int, width: int, context: int, like: Tensor) -> History:
@@ -49,6 +52,9 @@ class History:
 
     def append(self, keys: Tensor, values: Tensor, active: Tensor | None) -> History:
         """Return the history with one more entry, `[B, D]`, in the rows that are active (`[B]`, bool; None: all)."""
+        if self.fixed:
+            assert active is None, "a history of fixed size is for one step of all rows"
+            return self._shift_in(keys, values)
         room = self.longest < self.keys.shape[1]
         history = self if room and self.newest and self.newest[0] is self.lengths else self.window().with_room()
         rows = torch.arange(len(keys), device=keys.device)
@@ -56,6 +62,17 @@ class History:
         lengths = history.lengths + (1 if active is None else active.long())
         history.newest[:] = [lengths]
         return History(history.keys, history.values, lengths, self.context, history.longest + 1, history.newest)
+
+    def _shift_in(self, keys: Tensor, values: Tensor) -> History:
+        """Return a history of the same size with one more entry `[B, D]`."""
+        full = (self.lengths == self.context)[:, None, None]
+        place = self.lengths.clamp_max(self.context - 1)[:, None]
+        here = (torch.arange(self.context, device=keys.device) == place)[..., None]
+        keys, values = (
+            torch.where(here, new[:, None], torch.where(full, old.roll(-1, 1), old))
+            for old, new in ((self.keys, keys), (self.values, values))
+        )
+        return History(keys, values, (self.lengths + 1).clamp_max(self.context), self.context, self.context, fixed=True)
 
     def extend(self, keys: Tensor, values: Tensor) -> History:
         """Return the history with T more entries `[B, T, D]`, of which the context is kept."""
@@ -116,6 +133,46 @@ def join(states: Sequence[State]) -> State:
     """Return one state of all sequences of several states."""
     parts = zip(*states, strict=True)
     return tuple(History.join(part) if isinstance(part[0], History) else torch.cat(part) for part in parts)
+
+
+def pack(state: State) -> Tensor:
+    """Return all that a state holds as one float tensor `[B, S]`; histories take the room of their whole context."""
+    parts = []
+    for part in state:
+        if isinstance(part, History):
+            history = part.window()
+            room = (0, 0, 0, part.context - history.longest)
+            parts += [F.pad(kept, room).flatten(1) for kept in (history.keys, history.values)]
+            parts.append(history.lengths.to(history.keys.dtype)[:, None])
+        else:
+            parts.append(part)
+    return torch.cat(parts, -1)
+
+
+def unpack(packed: Tensor, like: State, fixed: bool = False) -> State:
+    """Return the state that was packed.
+
+    Args:
+        packed: `[B, S]`.
+        like: a state of the same memory, of any number of sequences.
+        fixed: whether histories keep their size; see `History`.
+    """
+    parts: list[Tensor | History] = []
+    begin = 0
+
+    def take(size: int) -> Tensor:
+        nonlocal begin
+        begin += size
+        return packed[:, begin - size : begin]
+
+    for part in like:
+        if isinstance(part, History):
+            keys, values = (take(part.context * part.width).view(-1, part.context, part.width) for _ in range(2))
+            lengths = take(1)[:, 0].long()
+            parts.append(History(keys, values, lengths, part.context, part.context, fixed=fixed))
+        else:
+            parts.append(take(part.shape[-1]))
+    return tuple(parts)
 
 
 class Memory(Protocol):

@@ -1,10 +1,12 @@
-"""The trained agent as users hold it: predict, and adapt to a new task from a few episodes. Loads runs from disk.
+"""The trained agent as users hold it: predict, adapt to a new task from a few episodes, save, export. Loads runs.
 
 Loading reads YAML, JSON and safetensors; nothing in a run directory is ever executed.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +18,17 @@ import torch
 from numpy.typing import NDArray
 
 from metarl import agents
-from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Spaces, load_latest
-from metarl.config import RunConfig, load_config
+from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, Spaces, load_latest
+from metarl.checkpoint import save as save_checkpoint
+from metarl.config import RunConfig, dump_config, load_config
 from metarl.errors import UserError
+from metarl.export import describe, write_onnx
 from metarl.sampling import rollout_arrays, scale_actions
 from metarl.seeding import Purpose, integer_seed
-from metarl.types import Agent, FloatArray, Percept, Rollout, Trajectory
+from metarl.types import Agent, Controller, Percept, Rollout, Task, Trajectory
+
+_LOG = logging.getLogger(__name__)
+_ADAPTED = "adapted"  # the part of a checkpoint that holds an adaptation state
 
 
 def build_agent(config: RunConfig, spaces: Spaces, device: torch.device, purpose: Purpose = Purpose.AGENT) -> Agent:
@@ -57,20 +64,32 @@ class Policy:
         """How many numbers one task's parameters hold."""
         return sum(value.numel() for name, value in self.agent.state_dict().items() if name.startswith("policy."))
 
+    @property
+    def observation_size(self) -> int:
+        """O."""
+        return self.spaces.observation_size
+
+    @property
+    def action_size(self) -> int:
+        """A."""
+        return self.spaces.action_size
+
     def predict(
         self,
         observation: NDArray[Any],
-        state: Any = None,
+        state: NDArray[np.float32] | None = None,
         episode_start: NDArray[np.bool_] | None = None,
         deterministic: bool = False,
         reward: float | NDArray[Any] | None = None,
-    ) -> tuple[NDArray[np.float32], Any]:
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Choose actions; the signature of stable-baselines3, and the last reward for agents that read it.
 
         Args:
             observation: `[O]` or `[B, O]`, as the environment gives it.
-            state: what the last call returned; None where a trial begins. An agent without a memory returns it as is.
-            episode_start: `[B]`, bool, where an episode begins; the memory of a trial lives on. None: where `state` is.
+            state: `[B, S]`, what the last call returned; None, or rows of zeros, where a trial begins. An agent
+                without a memory returns it as is.
+            episode_start: `[B]`, bool, where an episode begins; the memory of a trial lives on. Where a trial begins
+                an episode does, too.
             deterministic: the mean instead of a draw (from torch's global generator).
             reward: a number or `[B]`, of the last step. An agent with a memory takes it as average if it is not told;
                 it knows by itself where a trial begins, and the last one of recorded episodes.
@@ -81,45 +100,62 @@ class Policy:
         Raises:
             ValueError: wrong shape, NaN or infinity.
         """
-        observation = np.asarray(observation, dtype=np.float64)
-        begins = state is None
-        reward = np.nan if reward is None else reward
-        start = begins if episode_start is None else episode_start
-        before = self.state if begins or not self.has_memory else state
-        actions, _, after = self._draw(observation, before, deterministic, reward, start)
-        scaled = scale_actions(np.clip(actions, -1.0, 1.0), *self.spaces.action_bounds)
-        chosen = scaled.reshape(*observation.shape[:-1], -1).astype(np.float32)
-        return chosen, after if self.has_memory else state
+        observations = self._checked(observation)
+        batch = torch.from_numpy(observations if observations.ndim == 2 else observations[None])
+        noise = None if deterministic else torch.randn(len(batch), self.spaces.action_size)
+        with torch.inference_mode():
+            if self.has_memory:
+                actions, after = self._controller(batch, *self._told(len(batch), state, episode_start, reward), noise)
+                state = after.numpy()
+            else:
+                actions = self._controller(batch, noise)
+        return (actions if observations.ndim == 2 else actions[0]).numpy(), state
+
+    def _checked(self, observation: NDArray[Any]) -> NDArray[np.float32]:
+        """Return observations as the agent reads them, `[O]` or `[B, O]`; raises ValueError."""
+        observations, size = np.asarray(observation, dtype=np.float32), self.spaces.observation_size
+        if observations.ndim not in (1, 2) or observations.shape[-1] != size:
+            raise ValueError(f"observation has shape {observations.shape}; expected ({size},) or (batch, {size})")
+        if not np.isfinite(observations).all():
+            raise ValueError("observation holds NaN or infinity; check the sensors before calling predict")
+        return observations
+
+    def _told(
+        self,
+        batch: int,
+        state: NDArray[Any] | None,
+        episode_start: NDArray[np.bool_] | None,
+        reward: float | NDArray[Any] | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return rewards `[B]`, episode starts `[B]` and the state `[B, S]`; raises ValueError."""
+        before = self.reset(batch) if state is None else np.asarray(state, dtype=np.float32)
+        if before.shape != (batch, self._controller.state_size):
+            raise ValueError(
+                f"state has shape {before.shape}; expected {(batch, self._controller.state_size)}: what predict "
+                "returned, or None where a trial begins"
+            )
+        rewards = _each("reward", np.asarray(np.nan if reward is None else reward, dtype=np.float32), batch)
+        starts = np.asarray(False if episode_start is None else episode_start, dtype=np.bool_)
+        if np.isinf(rewards).any():
+            raise ValueError("reward is infinite; expected a number, or None where it is not known")
+        told = rewards, _each("episode_start", starts, batch), before
+        return tuple(map(torch.from_numpy, told))
+
+    def reset(self, batch: int = 1) -> NDArray[np.float32]:
+        """Return the state with which `batch` trials begin: zeros `[B, S]`, where S is 0 without a memory.
+
+        What a policy has read in recorded episodes is part of it and not of the state.
+        """
+        return np.zeros((batch, self._controller.state_size), np.float32)
 
     @property
     def has_memory(self) -> bool:
         """Whether it adapts in its memory, while it acts."""
         return self.agent.adaptation_steps == 0
 
-    def _draw(
-        self,
-        observation: FloatArray,
-        state: Any,
-        deterministic: bool,
-        reward: float | NDArray[Any],
-        episode_start: bool | NDArray[np.bool_],
-    ) -> tuple[FloatArray, FloatArray, Any]:
-        """Return actions `[B, A]` in which ±1 are the bounds, not clipped, log-probabilities `[B]`, the next state."""
-        size = self.spaces.observation_size
-        if observation.ndim not in (1, 2) or observation.shape[-1] != size:
-            raise ValueError(f"observation has shape {observation.shape}; expected ({size},) or (batch, {size})")
-        if not np.isfinite(observation).all():
-            raise ValueError("observation holds NaN or infinity; check the sensors before calling predict")
-        batch = torch.from_numpy(np.atleast_2d(observation)).float()[None]
-        shape = (1, batch.shape[1])
-        rewards = torch.as_tensor(np.broadcast_to(np.asarray(reward, dtype=np.float32), shape).copy())
-        start = torch.as_tensor(np.broadcast_to(np.asarray(episode_start, dtype=np.bool_), shape).copy())
-        percept = Percept(batch, rewards, start, torch.ones_like(start))
-        noise = torch.zeros(*shape, self.spaces.action_size)
-        if not deterministic:
-            noise = torch.randn(noise.shape)
-        actions, log_probs, state = self.agent.act(percept, noise, state)
-        return actions[0].double().numpy(), log_probs[0].double().numpy(), state
+    @functools.cached_property
+    def _controller(self) -> Controller:
+        return self.agent.controller(self.state, *self.spaces.action_bounds)
 
     def record(self, env: gymnasium.Env[Any, Any], episodes: int) -> list[Trajectory]:
         """Run exploring episodes, to adapt on: the procedure of training. With a memory they are a trial.
@@ -131,7 +167,7 @@ class Policy:
         Returns:
             Trajectories whose actions are the policy's draws before clipping, with their log-probabilities.
         """
-        state, reward, trajectories = self.state, np.nan, []
+        state, reward, trajectories = self.state, np.nan, []  # of the agent itself, which gives log-probabilities
         for _ in range(episodes):
             trajectory, state = self._episode(env, state, reward)
             trajectories.append(trajectory)
@@ -144,30 +180,47 @@ class Policy:
         observation, _ = env.reset()
         ended = False
         while not ended:
-            sensed = np.asarray(observation, dtype=np.float64)
-            actions, log_probs, state = self._draw(sensed, state, False, reward, not steps)
-            action = scale_actions(np.clip(actions[0], -1.0, 1.0), *bounds).astype(np.float32)
+            sensed = torch.from_numpy(self._checked(observation)).view(1, 1, -1)
+            told, start = torch.full((1, 1), reward), torch.full((1, 1), not steps)
+            noise = torch.randn(1, 1, self.spaces.action_size)
+            drawn, log_probs, state = self.agent.act(Percept(sensed, told, start, torch.ones_like(start)), noise, state)
+            actions = drawn[0, 0].double().numpy()
+            action = scale_actions(np.clip(actions, -1.0, 1.0), *bounds).astype(np.float32)
             following, gained, terminated, truncated, _ = env.step(action)
             reward = float(gained)
-            steps.append((observation, scale_actions(actions[0], *bounds), reward, terminated, truncated, log_probs[0]))
+            steps.append(
+                (observation, scale_actions(actions, *bounds), reward, terminated, truncated, float(log_probs))
+            )
             observation, ended = following, terminated or truncated
         return Trajectory(*(np.array(part) for part in zip(*steps, strict=True))), state
 
-    def adapt(self, trajectories: Sequence[Trajectory]) -> Policy:
+    def adapt(self, trajectories: Sequence[Trajectory], steps: int = 1, inner_lr: float | None = None) -> Policy:
         """Return the policy after adapting to recorded episodes of the new task; this one stays as it is.
 
-        An agent of the MAML family makes one gradient step on them; one with a memory reads them one after another.
+        An agent of the MAML family makes gradient steps on them; one with a memory reads them one after another.
 
         Args:
             trajectories: at least one episode, best from `record`. Others are accepted: without `log_probs` those of
             this policy are used, as if it had collected them; actions that were clipped make for a shorter step than
             the one that was trained. The last observation of an episode stands for the one after it.
+            steps: gradient steps on these episodes. Training makes each of its steps on fresh ones: to adapt as in
+                training, record and adapt in turns.
+            inner_lr: step size instead of that of training; the step is scaled in proportion, so that learned rates
+                keep their ratios.
 
         Raises:
-            ValueError: no trajectory, or sizes that do not fit.
+            ValueError: no trajectory, sizes that do not fit, or steps and rates for an agent that has none.
         """
-        rollout = self._rollout(trajectories)
-        return replace(self, state=self.agent.adapt(self.state, rollout), adapted=True)
+        if steps < 1 or (inner_lr is not None and not inner_lr > 0):
+            raise ValueError(f"steps is {steps}, inner_lr is {inner_lr}; expected at least 1 and more than 0")
+        if self.has_memory and (steps != 1 or inner_lr is not None):
+            raise ValueError(
+                f"{self.config.agent.name} adapts by reading episodes into its memory; it has neither steps nor inner_lr"
+            )
+        rollout, state = self._rollout(trajectories), self.state
+        for _ in range(steps):
+            state = self.agent.adapt(state, rollout, inner_lr)
+        return replace(self, state=state, adapted=True)
 
     def _rollout(self, trajectories: Sequence[Trajectory]) -> Rollout:
         """Pad trajectories to a rollout `[1, N, T, ...]`."""
@@ -196,14 +249,73 @@ class Policy:
         return replace(rollout, log_probs=self._log_probs(rollout, trajectories))
 
     def _log_probs(self, rollout: Rollout, trajectories: Sequence[Trajectory]) -> torch.Tensor:
-        if all(trajectory.log_probs is not None for trajectory in trajectories):
+        missing = sum(trajectory.log_probs is None for trajectory in trajectories)
+        if not missing:
             log_probs = torch.zeros_like(rollout.rewards)
         else:
+            _LOG.warning(
+                "metarl: %d of %d episodes come without log-probabilities; those of this policy are used, as if it had "
+                "recorded them",
+                missing,
+                len(trajectories),
+            )
             log_probs = self.agent.log_prob(self.state, rollout).clone()
         for n, trajectory in enumerate(trajectories):
             if trajectory.log_probs is not None:
                 log_probs[0, n, : len(trajectory.log_probs)] = torch.from_numpy(trajectory.log_probs).float()
         return log_probs
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy, adapted as it is, into a new folder that `metarl.load` reads.
+
+        Raises:
+            UserError: the folder holds something already, or cannot be written.
+        """
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists already; save to another folder, or remove it")
+        states = {"agent": self.agent.state_dict()}
+        if self.adapted:
+            states[_ADAPTED] = self.agent.pack(self.state)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(path / "checkpoints", states, Position(env_steps=self.env_steps), self.spaces, keep=1)
+            (path / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")  # last: it makes a run of it
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from error
+
+    def export(
+        self,
+        path: str | Path,
+        env: gymnasium.Env[Any, Any] | None = None,
+        *,
+        task: Task | None = None,
+        control_period_s: float | None = None,
+    ) -> None:
+        """Write the policy as one ONNX file, which `metarl.runtime.OnnxPolicy` runs without torch.
+
+        Normaliser, clipping and the units of the action space are inside. The file is compared with this policy on
+        random inputs before it is kept.
+
+        Args:
+            path: the file.
+            env: what the policy is for: names entries of observations and actions (`observation_names`,
+                `action_names`) and the control period (`dt`) where it has them.
+            task: that it was adapted to, for the record.
+            control_period_s: time between two actions; that of `env` if None.
+
+        Raises:
+            UserError: the packages of the extra `onnx` are missing, or the file cannot be written.
+            ValueError: the environment has other sizes than the policy.
+        """
+        write_onnx(self._controller, Path(path), describe(self, env, task, control_period_s))
+
+
+def _each(name: str, value: NDArray[Any], batch: int) -> NDArray[Any]:
+    """Return what is told of each of B observations, `[B]`; raises ValueError."""
+    if value.shape not in ((), (1,), (batch,)):
+        raise ValueError(f"{name} has shape {value.shape}; expected one for each of {batch} observation(s)")
+    return value if value.shape == (batch,) else np.full(batch, value)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -216,10 +328,10 @@ def resolve_device(device: str) -> torch.device:
 
 
 def load(run_dir: str | Path, device: str = "cpu") -> Policy:
-    """Load the agent of a run, before adaptation.
+    """Load the agent of a run, before adaptation; or a policy that was saved, adapted as it was.
 
     Args:
-        run_dir: what `metarl train` wrote.
+        run_dir: what `metarl train` or `Policy.save` wrote.
         device: where adapting is computed: `cpu`, `cuda`, or `auto`.
 
     Raises:
@@ -242,6 +354,8 @@ def restore(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> 
     agent = build_agent(config, checkpoint.spaces, device)
     try:
         agent.load_state_dict(checkpoint.state)
+        packed = checkpoint.load(_ADAPTED)
+        state = agent.unpack(packed) if packed else agent.initial_state(1)
     except ValueError as error:
         raise UserError(f"{checkpoint.path} does not fit the run's config: {error}") from error
-    return Policy(config, agent, checkpoint.spaces, checkpoint.position.env_steps, agent.initial_state(1))
+    return Policy(config, agent, checkpoint.spaces, checkpoint.position.env_steps, state, adapted=bool(packed))

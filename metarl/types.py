@@ -323,6 +323,24 @@ class Actor(Protocol):
         """The state after one adaptation step on `rollout`, which `state` collected; nothing else changes."""
 
 
+class Controller(Protocol):
+    """One control step, on the CPU, as a function of tensors alone; a `torch.nn.Module`, so that it can be exported."""
+
+    state_size: int
+    """S, of what is remembered from step to step; 0: nothing."""
+
+    reward_scale: dict[str, float] | None
+    """`mean` and `std` by which rewards are normalised inside; None where none are read."""
+
+    def __call__(self, observations: torch.Tensor, *rest: torch.Tensor | None) -> Any:
+        """Return actions `[B, A]`, in the units of the action space, for raw observations `[B, O]`.
+
+        What follows them is the noise `[B, A]` or None for the mean; with a memory (S > 0) before that the last rewards
+        `[B]` (NaN: not known), where episodes start `[B]`, bool, and the state `[B, S]`, zeros where a trial begins.
+        Then the next state is returned, too.
+        """
+
+
 class Guard(Protocol):
     """What `Agent.update` adds to its loss before each step of its optimiser."""
 
@@ -340,6 +358,18 @@ class Agent(Actor, Protocol):
 
     training_adaptation_steps: int
     """K of the K + 1 rollouts that `update` learns from; differs where training does without adaptation."""
+
+    def adapt(self, state: Any, rollout: Rollout, inner_lr: float | None = None) -> Any:
+        """See `Actor.adapt`; `inner_lr` replaces the step size of training, ValueError where there is none."""
+
+    def controller(self, state: Any, low: FloatArray, high: FloatArray) -> Controller:
+        """What the agent does in `state`, of one task, step by step, for actions with bounds `[A]`."""
+
+    def pack(self, state: Any) -> dict[str, torch.Tensor]:
+        """Return an adaptation state as tensors, to be saved."""
+
+    def unpack(self, packed: Mapping[str, torch.Tensor]) -> Any:
+        """Return the state of one task that was packed; raises ValueError naming the entry that does not fit."""
 
     def log_prob(self, state: Any, rollout: Rollout) -> torch.Tensor:
         """Log-density `[M, N, T]` of a rollout's actions, by the agent that begins it in `state`; no gradient."""

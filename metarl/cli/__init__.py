@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from metarl.cli.baseline import baseline
 from metarl.cli.evaluate import evaluate
+from metarl.cli.export import export
 from metarl.cli.plot import plot
 from metarl.cli.show import doctor, inspect, list_names
 from metarl.cli.train import train
@@ -53,6 +54,7 @@ def _dispatch(arguments: list[str]) -> int:
     verbs: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "train": (train, "train an agent from a YAML config"),
         "evaluate": (evaluate, "evaluate a run on held-out tasks"),
+        "export": (export, "write a policy as one ONNX file, to run without torch"),
         "inspect": (inspect, "show what a run directory holds"),
         "list": (list_names, "list envs, agents, methods or configs"),
         "doctor": (doctor, "check this machine"),

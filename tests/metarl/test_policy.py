@@ -1,5 +1,7 @@
 """The policy that users hold, of an agent with a memory: predicting, recording and adapting within a trial."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -93,7 +95,7 @@ def test_adapting_to_a_recorded_trial_leads_to_the_state_that_recording_it_did(p
     assert adapted.adapted and not policy.adapted and reward != 0.0
     twice = policy.adapt(trajectories[:1]).adapt(trajectories[1:])
     observation = np.array([0.1, -0.2])
-    lived, _ = policy.predict(observation, state, np.array([True]), True, reward)
+    lived, _ = replace(policy, state=state).predict(observation, deterministic=True, reward=reward)
     for _ in range(2):
         for reader in (adapted, twice):
             read, _ = reader.predict(observation, deterministic=True)  # the last reward is that of the recording

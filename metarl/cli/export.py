@@ -1,0 +1,60 @@
+"""`metarl export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from metarl.cli.arguments import Parser, not_negative, positive
+from metarl.errors import UserError
+
+
+def export(arguments: list[str]) -> int:
+    """Write a run's policy as one ONNX file."""
+    parser = Parser(
+        "metarl export",
+        description="Write the policy of a run, before or after adapting, as one ONNX file, for "
+        "metarl.runtime.OnnxPolicy (numpy and onnxruntime) or another runtime. It is compared with torch first.",
+    )
+    parser.add_argument("run_dir", help="what `metarl train` wrote")
+    parser.add_argument("file", type=Path, metavar="FILE.onnx", help="where the model goes; replaced if it is there")
+    parser.add_argument(
+        "--adapt-on", metavar="TASK", help="adapt to a task first, as in training, e.g. reach-v3 or reach-v3:7"
+    )
+    parser.add_argument("--split", choices=("test", "train"), help="which TASK (test)")
+    parser.add_argument("--rollouts-per-task", type=positive, help="episodes of a phase to adapt on (as in training)")
+    parser.add_argument("--seed", type=not_negative, help="of the episodes to adapt on (the run's)")
+    options = parser.parse_args(arguments)
+    if options.file.suffix != ".onnx":
+        raise UserError(f"{options.file} does not end in .onnx; name the file so, e.g. policy.onnx")
+    for name in ("split", "rollouts_per_task", "seed"):
+        if options.adapt_on is None and getattr(options, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} needs --adapt-on; see metarl export --help")
+    return _export(options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from metarl.envs import FAMILIES, make
+    from metarl.evaluation import adapt_to
+    from metarl.policy import load
+    from metarl.tasks import distribution_of, task_of
+
+    policy, task = load(options.run_dir), None
+    if options.adapt_on:
+        task = task_of(policy.config, options.adapt_on, options.split or "test")
+    console = Console()
+    with console.status("adapting and exporting" if task else "exporting"):
+        env = None
+        if task is not None or policy.config.stages[-1].tasks.family in FAMILIES:
+            env = make(task or distribution_of(policy.config).test_tasks[0])
+        if task is not None:
+            policy = adapt_to(policy, task, rollouts_per_task=options.rollouts_per_task, seed=options.seed)
+        policy.export(options.file, env, task=task)
+        if env is not None:
+            env.close()
+    size = options.file.stat().st_size
+    adapted = f"adapted to {task.name} {task.index} ({task.split})" if task else "before adaptation"
+    console.print(f"{options.file}: {adapted}, {size:,} bytes, equal to torch", highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,182 @@
+"""Writes a controller as one ONNX file (opset 18), checked against torch before it is kept.
+
+The file ends in a hash of all that is before it, by which `metarl.runtime` tells a damaged or a foreign file. Needs the
+packages of the extra `onnx`, imported when a file is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from metarl.config import RunConfig, dump_config
+from metarl.errors import UserError
+from metarl.runtime import FORMAT, METADATA_KEY, OnnxPolicy, seal
+from metarl.types import Controller, Task
+
+if TYPE_CHECKING:
+    import gymnasium
+
+    from metarl.policy import Policy
+
+OPSET = 18
+TOLERANCE = 1e-5
+"""Greatest difference to torch, in units of half the action range, at which a file is kept."""
+
+_STEPS = 20  # of the comparison, from a trial's beginning
+_BATCH = 3
+
+
+def describe(
+    policy: Policy, env: gymnasium.Env[Any, Any] | None, task: Task | None, control_period_s: float | None
+) -> dict[str, Any]:
+    """Return what an exported file tells of itself; see `Policy.export`.
+
+    Returns:
+        `{"format", "agent", "adapted", "task", "observation_names", "action_names", "action_low", "action_high",
+        "control_period_s", "reward": {"mean", "std"} or null, "state_size", "env_steps", "config_sha256", "versions"}`;
+        `task` is what the policy was adapted to, `reward` the scale on which the graph reads rewards, which it is told
+        in the environment's own units.
+    """
+    spaces, bare = policy.spaces, None if env is None else env.unwrapped
+    sizes = {"observation": spaces.observation_size, "action": spaces.action_size}
+    names = {}
+    for kind, size in sizes.items():
+        listed = getattr(bare, f"{kind}_names", None) or [f"{kind}_{i}" for i in range(size)]
+        if len(listed) != size:
+            raise ValueError(f"the environment names {len(listed)} entries of its {kind}s; the policy has {size}")
+        names[f"{kind}_names"] = list(listed)
+    period = getattr(bare, "dt", None) if control_period_s is None else control_period_s
+    controller = policy.agent.controller(policy.state, *spaces.action_bounds)
+    return {
+        "format": FORMAT,
+        "agent": policy.config.agent.name,
+        "adapted": policy.adapted,
+        "task": None if task is None else json.loads(task.to_json()),
+        **names,
+        "action_low": list(spaces.action_low),
+        "action_high": list(spaces.action_high),
+        "control_period_s": None if period is None else float(period),
+        "reward": controller.reward_scale,
+        "state_size": controller.state_size,
+        "env_steps": policy.env_steps,
+        "config_sha256": config_hash(policy.config),
+        "versions": {name: version(name) for name in ("metarl", "torch", "onnx")},
+    }
+
+
+def config_hash(config: RunConfig) -> str:
+    """Return the hash of a run's whole config, as `config.yaml` holds it."""
+    return hashlib.sha256(dump_config(config).encode()).hexdigest()
+
+
+def write_onnx(controller: Controller, path: Path, metadata: dict[str, Any]) -> None:
+    """Write a controller and what is told of it; see `Policy.export`."""
+    data = seal(_serialized(controller, metadata))
+    _compare(controller, OnnxPolicy(data), metadata)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another file") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _serialized(controller: Any, metadata: dict[str, Any]) -> bytes:
+    """Return the model of a controller, any number of rows at a time."""
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401  (the comparison needs it: said before the work is done)
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        raise UserError(f'exporting needs {error.name}: pip install "metarl[onnx]"') from error
+    observations = torch.zeros(_BATCH, len(metadata["observation_names"]))
+    noise = torch.zeros(_BATCH, len(metadata["action_names"]))
+    inputs, outputs = {"observations": observations}, ["actions"]
+    if metadata["state_size"]:
+        inputs |= {"rewards": torch.zeros(_BATCH), "episode_start": torch.zeros(_BATCH, dtype=torch.bool)}
+        inputs["state"] = torch.zeros(_BATCH, metadata["state_size"])
+        outputs.append("next_state")
+    inputs["noise"] = noise
+    batch = torch.export.Dim("batch")
+    with _quiet():
+        program = torch.onnx.export(
+            controller,
+            tuple(inputs.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    # Noise that is not given is 0: whoever wants the mean leaves it out. One row stands for all.
+    noise_input = next(each for each in model.graph.input if each.name == "noise")
+    noise_input.type.tensor_type.shape.dim[0].dim_param = "noise_rows"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((1, noise.shape[1]), np.float32), "noise"))
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes on itself from the user."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _compare(controller: Any, exported: OnnxPolicy, metadata: dict[str, Any]) -> None:
+    """Raise RuntimeError if the exported model does anything else than the controller on random inputs."""
+    rng = np.random.default_rng(0)
+    half = (np.array(metadata["action_high"]) - np.array(metadata["action_low"])) / 2
+    memory = metadata["state_size"] > 0
+    state = torch.zeros(_BATCH, metadata["state_size"])
+    theirs: np.ndarray[Any, Any] | None = None
+    for step in range(_STEPS):
+        observations, noise = (
+            rng.standard_normal((_BATCH, len(metadata[f"{kind}_names"]))).astype(np.float32)
+            for kind in ("observation", "action")
+        )
+        rewards = np.where(rng.uniform(size=_BATCH) < 0.2, np.nan, rng.standard_normal(_BATCH)).astype(np.float32)
+        start = rng.uniform(size=_BATCH) < (1.0 if step == 0 else 0.2)
+        inputs = [torch.from_numpy(observations)]
+        if memory:
+            inputs += [torch.from_numpy(rewards), torch.from_numpy(start), state]
+        with torch.inference_mode():
+            expected = controller(*inputs, torch.from_numpy(noise))
+        if memory:
+            expected, state = expected
+        actions, theirs = exported.run(observations, theirs, start, noise, rewards)
+        difference = float(np.abs((actions - expected.numpy()) / half).max())
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"the exported model differs from torch by {difference:.1e} of half the action range in step {step} of "
+                f"random inputs; expected at most {TOLERANCE}. No file was written"
+            )

@@ -1,0 +1,362 @@
+"""An exported policy on a robot: numpy and onnxruntime, nothing else. The file can be copied there by itself.
+
+`OnnxPolicy` runs one ONNX file that `metarl export` wrote; `ControlLoop` calls a policy once a tick, with guard rails.
+Must not import the rest of metarl.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FORMAT = 1
+METADATA_KEY = "metarl"
+_SEAL_KEY = b"metarl.sha256"
+# The last entry of the model's metadata_props, as protobuf writes it: what is appended to a message is part of it.
+_SEAL = b"\x72\x51\x0a" + bytes([len(_SEAL_KEY)]) + _SEAL_KEY + b"\x12\x40"
+_SEAL_BYTES = len(_SEAL) + 64
+
+
+def seal(model: bytes) -> bytes:
+    """Return a serialised ONNX model with the hash of itself at its end, still an ONNX model."""
+    return model + _SEAL + hashlib.sha256(model).hexdigest().encode()
+
+
+def _check_seal(data: bytes, name: str) -> None:
+    body, tail = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
+    if not tail.startswith(_SEAL):
+        raise ValueError(f"{name} is no complete file of `metarl export`: it does not end in its hash; export it again")
+    if tail[len(_SEAL) :] != hashlib.sha256(body).hexdigest().encode():
+        raise ValueError(f"{name} is not what `metarl export` wrote: its hash differs; copy or export it again")
+
+
+class OnnxPolicy:
+    """A policy from an ONNX file, with the `predict` of `metarl.Policy`.
+
+    Args:
+        source: the file, or its content.
+        num_threads: of onnxruntime; networks of this size gain nothing from a second one.
+        seed: of the noise of actions that are not deterministic; None: another one each time.
+
+    Attributes:
+        metadata: what the file tells of itself: names of observations and actions, bounds, control period, the task
+            that it was adapted to, versions; see `metarl.export.describe`.
+        observation_size: O.
+        action_size: A.
+        state_size: S, of what is remembered; 0 without a memory.
+
+    Raises:
+        ValueError: the file is damaged, not of `metarl export`, or of a newer format.
+        ImportError: onnxruntime is missing.
+    """
+
+    def __init__(self, source: str | Path | bytes, *, num_threads: int = 1, seed: int | None = None) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError("running an exported policy needs onnxruntime: pip install onnxruntime") from error
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        name = "the model" if isinstance(source, bytes) else str(source)
+        _check_seal(data, name)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            self.metadata: dict[str, Any] = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+            found = self.metadata["format"]
+            sizes = (len(self.metadata["observation_names"]), len(self.metadata["action_names"]))
+            self.observation_size, self.action_size = sizes
+            self.state_size = int(self.metadata["state_size"])
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            onnxruntime.capi.onnxruntime_pybind11_state.Fail,
+        ) as error:
+            raise ValueError(f"{name} is no model of `metarl export`: {type(error).__name__}: {error}") from error
+        if found != FORMAT:
+            raise ValueError(f"{name} has format {found}; this metarl.runtime reads format {FORMAT}: use a newer one")
+        expected: dict[str, int | None] = {"observations": self.observation_size, "noise": self.action_size}
+        if self.state_size:
+            expected |= {"rewards": None, "episode_start": None, "state": self.state_size}
+        given = {each.name: each.shape[1] if len(each.shape) > 1 else None for each in self._inputs()}
+        if given != expected:
+            raise ValueError(f"{name} has inputs {given}; its own description says {expected}")
+        self._outputs = ["actions", "next_state"] if self.state_size else ["actions"]
+        self._rng = np.random.default_rng(seed)
+
+    def _inputs(self) -> list[Any]:
+        return [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether it adapts in its memory, while it acts."""
+        return self.state_size > 0
+
+    def reset(self, batch: int = 1) -> NDArray[np.float32]:
+        """Return the state with which `batch` trials begin: zeros `[B, S]`, where S is 0 without a memory."""
+        return np.zeros((batch, self.state_size), np.float32)
+
+    def predict(
+        self,
+        observation: ArrayLike,
+        state: NDArray[np.float32] | None = None,
+        episode_start: ArrayLike | None = None,
+        deterministic: bool = False,
+        reward: ArrayLike | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Choose actions; see `metarl.Policy.predict`.
+
+        Args:
+            observation: `[O]` or `[B, O]`.
+            state: `[B, S]`, what the last call returned; None, or zeros, where a trial begins.
+            episode_start: `[B]`, where an episode begins; the memory of a trial lives on.
+            deterministic: the mean instead of a draw.
+            reward: a number or `[B]`, of the last step; None or NaN: not known.
+
+        Returns:
+            Actions `[A]` or `[B, A]` within their bounds, and the next state.
+
+        Raises:
+            ValueError: wrong shape, NaN or infinity.
+        """
+        observations = np.asarray(observation, np.float32)
+        if observations.ndim not in (1, 2) or observations.shape[-1] != self.observation_size:
+            size = self.observation_size
+            raise ValueError(f"observation has shape {observations.shape}; expected ({size},) or (batch, {size})")
+        if not np.isfinite(observations).all():
+            raise ValueError("observation holds NaN or infinity; check the sensors before calling predict")
+        single = observations.ndim == 1
+        if single:
+            observations = observations[None]
+        noise = None if deterministic else self._rng.standard_normal((len(observations), self.action_size), np.float32)
+        actions, state = self.run(observations, state, episode_start, noise, reward)
+        return actions[0] if single else actions, state
+
+    def run(
+        self,
+        observations: NDArray[np.float32],
+        state: NDArray[np.float32] | None = None,
+        episode_start: ArrayLike | None = None,
+        noise: NDArray[np.float32] | None = None,
+        rewards: ArrayLike | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Run the model on a batch `[B, O]` with given noise `[B, A]`; None: the mean. Otherwise as `predict`."""
+        feed: dict[str, Any] = {"observations": observations}
+        if noise is not None:
+            feed["noise"] = noise
+        if not self.state_size:
+            return self._session.run(self._outputs, feed)[0], state
+        batch = len(observations)
+        told = (("rewards", rewards, np.nan, np.float32), ("episode_start", episode_start, False, np.bool_))
+        for name, value, default, dtype in told:
+            array = np.asarray(default if value is None else value, dtype)
+            if array.shape not in ((), (1,), (batch,)):
+                raise ValueError(f"{name} has shape {array.shape}; expected one for each of {batch} observation(s)")
+            feed[name] = np.full(batch, array) if array.shape != (batch,) else array
+        if np.isinf(feed["rewards"]).any():
+            raise ValueError("reward is infinite; expected a number, or None where it is not known")
+        feed["state"] = self.reset(batch) if state is None else np.asarray(state, np.float32)
+        if feed["state"].shape != (batch, self.state_size):
+            raise ValueError(
+                f"state has shape {feed['state'].shape}; expected {(batch, self.state_size)}: what predict returned, "
+                "or None where a trial begins"
+            )
+        actions, following = self._session.run(self._outputs, feed)
+        return actions, following
+
+
+class Predictor(Protocol):
+    """What `ControlLoop` asks of a policy: an `OnnxPolicy` or a `metarl.Policy`."""
+
+    @property
+    def observation_size(self) -> int:
+        """O."""
+
+    @property
+    def action_size(self) -> int:
+        """A."""
+
+    def reset(self) -> NDArray[np.float32]:
+        """Return the state with which a trial begins."""
+
+    def predict(
+        self,
+        observation: Any,
+        state: NDArray[np.float32] | None,
+        episode_start: Any,
+        deterministic: bool,
+        reward: Any,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Choose an action."""
+
+
+@dataclass
+class Counts:
+    """What a control loop has seen.
+
+    Attributes:
+        ticks: calls of `step`.
+        faults: ticks in which the policy's action was not used.
+        limited: ticks in which an action was changed by the rate limit.
+        deadline_misses: ticks that took longer than the deadline.
+        swaps: policies that took over.
+    """
+
+    ticks: int = 0
+    faults: int = 0
+    limited: int = 0
+    deadline_misses: int = 0
+    swaps: int = 0
+
+
+class ControlLoop:
+    """Calls a policy once a tick, keeps its memory, and stands between it and the robot.
+
+    A tick has a fault where the observation is not finite or out of range, the policy raises, or its action is not
+    finite: then the last action is held, or the safe one is sent, and the memory stays as it was. `swap` may be called
+    from another thread: the new policy takes over at the next tick, as a whole.
+
+    Args:
+        policy: an `OnnxPolicy` or a `metarl.Policy`.
+        safe_action: `[A]`, sent at faults before there is an action to hold, and at all of them with `on_fault="safe"`.
+        on_fault: `hold` the last action, `safe`, or `raise` what was wrong.
+        observation_low: `[O]` or a number, least values that are believed; None: any.
+        observation_high: `[O]` or a number, greatest values.
+        max_change: `[A]` or a number, how much an action may differ from the last one; None: any. Safe actions are
+            limited, too: choose `on_fault="safe"` and a limit that fit together.
+        deadline_s: a tick that takes longer is counted; its action is returned all the same. None: none is counted.
+        deterministic: act without noise.
+        clock: seconds.
+
+    Attributes:
+        counts: what has happened so far.
+        last_fault: what was wrong at the last fault, "" before there is one.
+
+    Raises:
+        ValueError: a setting does not fit the policy.
+    """
+
+    def __init__(
+        self,
+        policy: Predictor,
+        safe_action: ArrayLike,
+        *,
+        on_fault: Literal["hold", "safe", "raise"] = "hold",
+        observation_low: ArrayLike | None = None,
+        observation_high: ArrayLike | None = None,
+        max_change: ArrayLike | None = None,
+        deadline_s: float | None = None,
+        deterministic: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if on_fault not in ("hold", "safe", "raise"):
+            raise ValueError(f"on_fault is {on_fault!r}; expected hold, safe or raise")
+        if deadline_s is not None and not deadline_s > 0:
+            raise ValueError(f"deadline_s is {deadline_s}; expected more than 0")
+        self._policy, self._sizes = policy, (policy.observation_size, policy.action_size)
+        self._safe = _sized("safe_action", safe_action, policy.action_size)
+        self._low = None if observation_low is None else _sized("observation_low", observation_low, self._sizes[0])
+        self._high = None if observation_high is None else _sized("observation_high", observation_high, self._sizes[0])
+        self._max_change = None if max_change is None else _sized("max_change", max_change, policy.action_size)
+        if self._max_change is not None and not (self._max_change > 0).all():
+            raise ValueError(f"max_change is {max_change!r}; expected more than 0")
+        self._on_fault, self._deadline_s, self._deterministic, self._clock = on_fault, deadline_s, deterministic, clock
+        self._lock = threading.Lock()
+        self._waiting: Predictor | None = None
+        self._last: NDArray[np.float32] | None = None
+        self.counts, self.last_fault = Counts(), ""
+        self.begin_trial()
+
+    def begin_trial(self) -> None:
+        """Forget the task: a memory begins anew, and so does the next episode."""
+        self._state: NDArray[np.float32] | None = self._policy.reset()
+        self._starts = True
+
+    def begin_episode(self) -> None:
+        """Let an episode of the same task begin with the next tick; a memory lives on."""
+        self._starts = True
+
+    def swap(self, policy: Predictor) -> None:
+        """Let another policy take over at the next tick, at the beginning of its trial; safe from other threads.
+
+        Raises:
+            ValueError: it has other observations or actions.
+        """
+        sizes = (policy.observation_size, policy.action_size)
+        if sizes != self._sizes:
+            raise ValueError(f"the new policy has (observation, action) sizes {sizes}; the loop's has {self._sizes}")
+        with self._lock:
+            self._waiting = policy
+
+    def step(self, observation: ArrayLike, reward: float | None = None) -> NDArray[np.float32]:
+        """Return the action of one tick, `[A]`.
+
+        Args:
+            observation: `[O]`.
+            reward: of the last tick, for a policy with a memory; None: not known.
+        """
+        began = self._clock()
+        with self._lock:
+            new, self._waiting = self._waiting, None
+        if new is not None:
+            self._policy = new
+            self.counts.swaps += 1
+            self.begin_trial()
+        try:
+            action, state = self._act(observation, reward)
+        except Exception as error:  # whatever it is, the robot needs an action
+            self.counts.faults += 1
+            self.last_fault = f"{type(error).__name__}: {error}"
+            if self._on_fault == "raise":
+                raise
+            action = self._safe if self._on_fault == "safe" or self._last is None else self._last
+        else:
+            self._state, self._starts = state, False
+        if self._max_change is not None and self._last is not None:
+            limited = np.clip(action, self._last - self._max_change, self._last + self._max_change)
+            self.counts.limited += bool((limited != action).any())
+            action = limited
+        self._last = action.copy()
+        self.counts.ticks += 1
+        if self._deadline_s is not None and self._clock() - began > self._deadline_s:
+            self.counts.deadline_misses += 1
+        return action.copy()
+
+    def _act(
+        self, observation: ArrayLike, reward: float | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        sensed = np.asarray(observation, np.float32)
+        if sensed.shape != self._sizes[:1]:
+            raise ValueError(f"observation has shape {sensed.shape}; expected ({self._sizes[0]},)")
+        beyond = np.zeros(len(sensed), np.bool_)
+        if self._low is not None:
+            beyond |= sensed < self._low
+        if self._high is not None:
+            beyond |= sensed > self._high
+        if beyond.any():
+            worst = int(np.flatnonzero(beyond)[0])
+            raise ValueError(f"entry {worst} of the observation is {sensed[worst]:g}, out of its range")
+        action, state = self._policy.predict(sensed, self._state, np.array([self._starts]), self._deterministic, reward)
+        if not np.isfinite(action).all():
+            raise ValueError(f"the policy's action {action} is not finite")
+        return action, state
+
+
+def _sized(name: str, value: ArrayLike, size: int) -> NDArray[np.float32]:
+    array = np.asarray(value, np.float32)
+    if array.shape not in ((), (size,)) or np.isnan(array).any():
+        raise ValueError(f"{name} is {value!r}; expected a number or {size} of them")
+    return np.full(size, array, np.float32)
