@@ -1,6 +1,7 @@
 """Task distributions and how to step them: metaworld, mujoco, navigation, or one of the user's own.
 
-May import numpy, gymnasium and simulators, `metarl.types` and `metarl.errors`; never torch, agents or training.
+May import numpy, gymnasium and simulators, of metarl `types`, `errors` and `rendering`; never torch, agents or
+training.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ class Family(NamedTuple):
     Attributes:
         config: its settings.
         tasks: builds a task distribution from a config.
-        make: builds the environment of a task.
+        make: builds the environment of a task, which draws itself if `render_mode="rgb_array"`.
         names: returns what there is to choose from: name → the settings that choose it.
         shared_splits: benchmarks with so few tasks that training and test tasks are the same ones.
     """
 
     config: type[BaseModel]
     tasks: Callable[[Any], TaskDistribution]
-    make: Callable[[Task], gymnasium.Env[Any, Any]]
+    make: Callable[[Task, str | None], gymnasium.Env[Any, Any]]
     names: Callable[[], Mapping[str, Mapping[str, str]]]
     shared_splits: frozenset[str] = frozenset()
 
@@ -61,14 +62,19 @@ def distribution(family: str, **options: Any) -> TaskDistribution:
     return entry.tasks(entry.config(**options))
 
 
-def make(task: Task) -> gymnasium.Env[Any, Any]:
-    """Build the environment of a task of a built-in family; raises ValueError for another family.
+def make(task: Task, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
+    """Build the environment of a task of a built-in family.
 
-    Observations of a task of `CuedTasks` end in its cue.
+    Args:
+        task: one of `CuedTasks` gives observations that end in its cue.
+        render_mode: `rgb_array` for an environment whose `render` returns a picture, `[H, W, 3]`.
+
+    Raises:
+        ValueError: a task of another family, or an unknown mode.
     """
     if has_cue(task):
-        return CuedEnv(make(without_cue(task)), task)
-    return _family(task.family).make(task)
+        return CuedEnv(make(without_cue(task), render_mode), task)
+    return _family(task.family).make(task, render_mode)
 
 
 def _family(name: str) -> Family:

@@ -106,14 +106,21 @@ class CuedEnv(gymnasium.Env[NDArray[Any], NDArray[Any]]):
     Attributes:
         env: the environment without the cue.
         task: the task that it is aimed at.
+        observation_names, action_names, dt: those of the environment, if it has any.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], task: Task) -> None:
         self.env, self.task, self._cue = env, task, one_hot(task)
         self.observation_space, self.action_space = _extended(env.observation_space, len(self._cue)), env.action_space
         self.metadata, self.render_mode = env.metadata, env.render_mode
-        if hasattr(env.unwrapped, "set_task"):
+        below: Any = env.unwrapped
+        if hasattr(below, "set_task"):
             self.set_task = self._set_task
+        if hasattr(below, "observation_names"):
+            self.observation_names = (*below.observation_names, *(f"stage_{k}" for k in range(len(self._cue))))
+        for name in ("action_names", "dt"):
+            if hasattr(below, name):
+                setattr(self, name, getattr(below, name))
 
     def _set_task(self, task: Task) -> None:
         """Aim at another task of the same class and number of stages; call `reset` next."""

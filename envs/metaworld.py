@@ -1,7 +1,7 @@
 """Meta-World 3 (Yu et al. 2019): the ML1, ML10, ML25 and ML45 benchmarks, and lists of tasks of one's own.
 
 Owns the tasks and how one environment is built from a `Task`; physics and rewards are those of the `metaworld` package,
-imported at the first use (0.3 s) and never changed. Of metarl it imports only `types` and `errors`, and no torch.
+imported at the first use (0.3 s) and never changed. Of metarl it imports `types`, `errors` and `rendering`; no torch.
 
 A goal is a vector that upstream draws from the global `np.random` while it runs 500 physics steps a goal. Here the same
 numbers come from a private stream without physics: a task is rebuilt from its fields alone, at once and bit for bit.
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from metarl.errors import STRICT, as_tuple, unknown_name
+from metarl.rendering import check_render_mode, render_metadata
 from metarl.types import FloatArray, Task
 
 RewardVersion = Literal["v1", "v2", "sparse"]
@@ -31,6 +32,16 @@ GOALS_PER_CLASS = 50
 
 MAX_HORIZON = 500
 """Steps after which the official environments refuse to go on."""
+
+_NOW = (
+    *("hand_x", "hand_y", "hand_z", "gripper_opening"),
+    *(
+        f"object{number}_{part}"
+        for number in (1, 2)
+        for part in ("x", "y", "z", "quaternion_0", "quaternion_1", "quaternion_2", "quaternion_3")
+    ),
+)
+"""What is observed of one moment; where a class has one object, the second is zeros."""
 
 _MIN_DISTANCE = {
     f"{name}-v3": metres
@@ -149,13 +160,13 @@ class MetaWorldTasks:
         return float(config.names.index(task.name)) if len(config.names) > 1 else way_of_the_hand(task)
 
 
-def make(task: Task) -> MetaWorldEnv:
+def make(task: Task, render_mode: str | None = None) -> MetaWorldEnv:
     """Build the environment of a task from its fields alone; takes about 0.3 s, so reuse it through `set_task`.
 
     Raises:
         ValueError: a field of the task is not one of this family; the message names it.
     """
-    return MetaWorldEnv(task)
+    return MetaWorldEnv(task, render_mode)
 
 
 @cache
@@ -218,10 +229,24 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
     where the goal would be. Actions `[4]` in ±1: the hand's displacement and the gripper's effort.
 
     It truncates at the task's horizon and never terminates, not even upon success.
+
+    Attributes:
+        task: the task that it is aimed at.
+        render_mode: `rgb_array` or None.
+        observation_names: `[39]`, what each entry of an observation is. Quaternions are in the order of the class.
+        action_names: `[4]`.
+        dt: the control period in s.
     """
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    metadata = render_metadata(80)
+    observation_names = (*_NOW, *(f"previous_{name}" for name in _NOW), "goal_x", "goal_y", "goal_z")
+    action_names = ("hand_x", "hand_y", "hand_z", "gripper_effort")
+    dt = 0.0125
+
+    def __init__(self, task: Task, render_mode: str | None = None) -> None:
+        check_render_mode(render_mode)
+        self.task, self.render_mode = task, render_mode
+        self._scene: Any = None
         self._official = _build(task)
         self.observation_space = self._official.sawyer_observation_space
         self.action_space = self._official.action_space
@@ -274,9 +299,32 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         info["success"] = float(info["success"])
         return observation, info["success"] if self._sparse else float(reward), False, self._steps_left == 0, info
 
+    def render(self) -> NDArray[np.uint8] | None:
+        """Return a picture `[360, 480, 3]`, the goal a yellow ball, or None if `render_mode` is None.
+
+        The first one compiles the official model (0.2 s).
+
+        Raises:
+            gymnasium.error.ResetNeeded: no episode has begun.
+            UserError: nothing here can draw; see `metarl.rendering`.
+        """
+        if self.render_mode is None:
+            return None
+        if self._official._target_pos is None:
+            raise gymnasium.error.ResetNeeded(f"no episode has begun in {self.task.name}; call reset() before render()")
+        if self._scene is None:
+            from metarl.envs.sawyer_scene import SawyerScene
+
+            self._scene = SawyerScene(self._official)
+        picture: NDArray[np.uint8] = self._scene.picture(self._official)
+        return picture
+
     def close(self) -> None:
         """Nothing stays behind; calling it twice is fine."""
         self._official.close()
+        if self._scene is not None:
+            self._scene.close()
+            self._scene = None
 
 
 def _build(task: Task) -> Any:

@@ -1,10 +1,9 @@
 """MuJoCo locomotion: seven families of tasks on gymnasium's v5 bodies. Owns their tasks, rewards and stepping.
 
-Imports neither torch nor the rest of metarl but `types` and `errors`.
+Imports neither torch nor the rest of metarl but `types`, `errors` and `rendering`.
 
 MuJoCo is stepped directly, without gymnasium's environment classes, and equals them to the bit: the first observation
 after `reset(seed=...)`, every observation, every reward where the definitions coincide, and `terminated`.
-Rendering is left out; `env.model` and `env.data` are what MuJoCo's renderers take.
 """
 
 from __future__ import annotations
@@ -21,7 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
+from metarl.envs import naming
+from metarl.envs.camera import Camera, Mark, View, arrow, ball, post
 from metarl.errors import STRICT, unknown_name
+from metarl.rendering import check_render_mode, render_metadata
 from metarl.types import FloatArray, Scalar, Task
 
 Name = Literal[
@@ -171,9 +173,9 @@ class MujocoTasks:
         ]
 
 
-def make(task: Task) -> MujocoTaskEnv:
+def make(task: Task, render_mode: str | None = None) -> MujocoTaskEnv:
     """Build the environment of `task` from the task alone; raises ValueError if it is not one of these families."""
-    return MujocoTaskEnv(task)
+    return MujocoTaskEnv(task, render_mode)
 
 
 def choices() -> dict[str, dict[str, str]]:
@@ -223,15 +225,25 @@ class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         model: the MuJoCo model, this environment's own.
         data: the MuJoCo state.
         task: the task that it is aimed at.
+        render_mode: `rgb_array` or None.
+        observation_names: `[O]`, what each entry of an observation is.
+        action_names: `[A]`, the joint that each entry of an action moves.
+        dt: the control period in s.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, render_mode: str | None = None) -> None:
+        check_render_mode(render_mode)
+        self.render_mode = render_mode
         config = _config(task)
         self._family = _FAMILIES[config.name]
         self._frame_skip = self._family.frame_skip
         self.model = copy.copy(_nominal(self._family.xml))
         self.data = mujoco.MjData(self.model)
-        self._dt = self.model.opt.timestep * self._frame_skip
+        self._camera: Camera | None = None
+        self.dt = float(self.model.opt.timestep * self._frame_skip)
+        self.metadata = render_metadata(1 / self.dt)
+        self.observation_names = self._family.names(self.model)
+        self.action_names = naming.actuators(self.model)
         low, high = self.model.actuator_ctrlrange.astype(np.float32).T
         self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
         shape = self._family.observe(self.data).shape
@@ -306,7 +318,7 @@ class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         after = family.position(model, data)
 
         healthy = family.healthy(data)
-        progress = family.progress(after, (after - before) / self._dt, self._aim)
+        progress = family.progress(after, (after - before) / self.dt, self._aim)
         # The order of the sums is gymnasium's: another one changes the last bits.
         rewards = family.progress_weight * progress + family.alive_bonus * healthy
         effort = np.square(data.ctrl if family.effort_of_ctrl else action)
@@ -314,6 +326,29 @@ class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         self._elapsed_steps += 1
         truncated = self._elapsed_steps >= self._horizon
         return family.observe(data), float(rewards - costs), not healthy, truncated, {}
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """Return a picture `[360, 480, 3]`, or None if `render_mode` is None.
+
+        The camera goes with the body. What the task asks for is yellow: an arrow is the direction, a ball the goal, and
+        a post runs beside the body at the target velocity.
+
+        Raises:
+            UserError: nothing here can draw; see `metarl.rendering`.
+        """
+        if self.render_mode is None:
+            return None
+        family = self._family
+        if self._camera is None:
+            self._camera = Camera(self.model, family.view)
+        lookat = np.append(self.data.subtree_com[0, :2], family.look_at_height)
+        return self._camera.picture(self.data, lookat, family.mark(self.data, self._aim))
+
+    def close(self) -> None:
+        """Free what drawing holds; calling it twice is fine."""
+        if self._camera is not None:
+            self._camera.close()
+            self._camera = None
 
 
 def _config(task: Task) -> MujocoConfig:
@@ -394,6 +429,31 @@ def _draw_multipliers(rng: np.random.Generator, task: Task, config: MujocoConfig
     return {field: value if field in config.scaled else np.ones_like(value) for field, value in drawn.items()}
 
 
+def _names_of_ant(model: Any) -> tuple[str, ...]:
+    return (*naming.positions(model), *naming.velocities(model), *naming.per_body(model, "contact", 6))
+
+
+def _names_of_humanoid(model: Any) -> tuple[str, ...]:
+    return (
+        *naming.positions(model)[2:],
+        *naming.velocities(model),
+        *naming.per_body(model, "inertia", 10),
+        *naming.per_body(model, "velocity", 6),
+        *(f"{name}_force" for name in naming.velocities(model)[6:]),
+        *naming.per_body(model, "contact", 6),
+    )
+
+
+def _mark_direction(data: Any, direction: Any) -> list[Mark]:
+    """An arrow over the torso; `direction` is ±1 or a unit vector `[2]`."""
+    above = data.xpos[1] + np.array([0.0, 0.0, 0.6])
+    return [arrow(above, np.append(np.ravel(direction), (0.0, 0.0))[:3], 1.0)]
+
+
+def _mark_velocity(data: Any, velocity: float) -> list[Mark]:
+    return [post(np.array([velocity * data.time, 0.8, 0.5]), 0.04, 1.0)]
+
+
 class _Family(NamedTuple):
     """A body and what it is rewarded for: progress_weight · progress + alive_bonus · healthy − control − contact."""
 
@@ -412,6 +472,10 @@ class _Family(NamedTuple):
     progress_weight: float = 1.0
     alive_bonus: float = 0.0
     effort_of_ctrl: bool = False  # cost of the float64 controls rather than of the action in its own dtype
+    names: Callable[[Any], tuple[str, ...]] = lambda model: (*naming.positions(model)[1:], *naming.velocities(model))
+    mark: Callable[[Any, Any], list[Mark]] = lambda data, aim: []  # of the first of the drawn parameters
+    view: View = View(distance=3.4, azimuth=90.0, elevation=-12.0)
+    look_at_height: float = 0.7  # metres
 
 
 _CHEETAH = _Family(
@@ -421,6 +485,8 @@ _CHEETAH = _Family(
     draw=lambda rng, task, config: {"direction": _DIRECTIONS[task.name]},
     progress=lambda position, velocity, sign: sign * velocity,
     observe=lambda data: np.concatenate((data.qpos[1:], data.qvel)),
+    mark=_mark_direction,
+    view=View(distance=4.0, azimuth=90.0, elevation=-15.0),
 )
 _ANT = _Family(
     xml="ant.xml",
@@ -434,6 +500,9 @@ _ANT = _Family(
     contact_cost=lambda data: 5e-4 * np.add.reduce(np.square(_clipped_contacts(data)), axis=None),
     contacts=True,
     alive_bonus=1.0,
+    names=lambda model: _names_of_ant(model)[2:],
+    mark=_mark_direction,
+    view=View(distance=5.0, azimuth=90.0, elevation=-30.0),
 )
 _HOPPER = _Family(
     xml="hopper.xml",
@@ -452,6 +521,7 @@ _FAMILIES: dict[str, _Family] = {
     "HalfCheetahVel": _CHEETAH._replace(
         draw=lambda rng, task, config: {"velocity": rng.uniform(*(config.velocity or VELOCITY))},
         progress=lambda position, velocity, target: -abs(velocity - target),
+        mark=_mark_velocity,
     ),
     "AntDir": _ANT,
     "AntGoal": _ANT._replace(
@@ -461,6 +531,8 @@ _FAMILIES: dict[str, _Family] = {
         observe=_observe_placed_ant,
         healthy=lambda data: True,
         alive_bonus=0.0,
+        names=_names_of_ant,
+        mark=lambda data, goal: [ball(np.append(goal, 0.2), 0.2)],
     ),
     "HumanoidDir": _ANT._replace(
         xml="humanoid.xml",
@@ -474,6 +546,9 @@ _FAMILIES: dict[str, _Family] = {
         progress_weight=1.25,
         alive_bonus=5.0,
         effort_of_ctrl=True,
+        names=_names_of_humanoid,
+        view=View(distance=4.0, azimuth=90.0, elevation=-15.0),
+        look_at_height=1.1,
     ),
     "HopperRandParams": _HOPPER,
     "Walker2DRandParams": _HOPPER._replace(

@@ -1,6 +1,6 @@
 """2D navigation: a point mass that must find a hidden goal. Vectorised numpy; owns its tasks, dynamics and rewards.
 
-Imports neither torch nor the rest of metarl but `types` and `errors`.
+Imports neither torch nor the rest of metarl but `types`, `errors` and `rendering`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from metarl.errors import STRICT, as_tuple, unknown_name
+from metarl.rendering import check_render_mode, render_metadata
 from metarl.types import BoolArray, FloatArray, Step, Task
 
 Name = Literal["goals", "semicircle", "cued_wedges", "rotated_wedges", "rotated_cued_wedges"]
@@ -86,10 +87,11 @@ class _Variant(NamedTuple):
     rotated: bool = False
     cued: bool = False
     bound: float = np.inf
+    half_height: float = 1.3  # of a picture
 
 
 _VARIANTS: dict[str, _Variant] = {
-    "goals": _Variant(horizon=100, radius=0.1),
+    "goals": _Variant(horizon=100, radius=0.1, half_height=0.7),
     "semicircle": _Variant(horizon=60, radius=0.2, sparse=True),
     "cued_wedges": _Variant(horizon=20, radius=0.1, wedges=True, cued=True, bound=1.2),
     "rotated_wedges": _Variant(horizon=20, radius=0.1, wedges=True, rotated=True, bound=1.2),
@@ -161,7 +163,12 @@ def _wedge(task: Task) -> int:
 
 
 class NavigationBatch:
-    """E point masses stepped together, each with its own goal; a `BatchEnv`."""
+    """E point masses stepped together, each with its own goal; a `BatchEnv`.
+
+    Attributes:
+        positions: `[E, 2]`, of the points.
+        goals: `[E, 2]`.
+    """
 
     lanes = 1  # one computation for all costs least
 
@@ -176,10 +183,10 @@ class NavigationBatch:
     def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
         """Put every point at the origin; the seeds have no effect, since nothing here is random."""
         count, variant = len(tasks), self._variant
-        self._goals = np.stack([goal(task) for task in tasks])
+        self.goals = np.stack([goal(task) for task in tasks])
         self._horizons = np.array([task.option("horizon") for task in tasks])
         self._elapsed = np.zeros(count, dtype=np.int64)
-        self._positions = np.zeros((count, 2))
+        self.positions = np.zeros((count, 2))
         wedges = np.array([_wedge(task) for task in tasks])
         self._cues = np.eye(NUM_WEDGES)[wedges] if variant.cued else np.zeros((count, 0))
         angle = np.deg2rad(-90.0 * wedges) if variant.rotated else np.zeros(count)
@@ -187,7 +194,7 @@ class NavigationBatch:
         return self._observations()
 
     def _observations(self) -> FloatArray:
-        return np.concatenate([self._positions, self._cues], axis=-1)
+        return np.concatenate([self.positions, self._cues], axis=-1)
 
     def step_async(self, rows: slice, actions: FloatArray, active: BoolArray) -> None:
         """Move the active points of `rows`; see `BatchEnv.step_async`."""
@@ -195,13 +202,13 @@ class NavigationBatch:
         moves = ACTION_SCALE * np.clip(actions, -1.0, 1.0)
         if variant.rotated:
             moves = np.einsum("eij,ej->ei", self._rotations[rows], moves)
-        moved = np.clip(self._positions[rows] + moves, -variant.bound, variant.bound)
-        self._positions[rows] = np.where(active[:, None], moved, self._positions[rows])
+        moved = np.clip(self.positions[rows] + moves, -variant.bound, variant.bound)
+        self.positions[rows] = np.where(active[:, None], moved, self.positions[rows])
         self._elapsed[rows] += active
 
     def step_wait(self, rows: slice) -> Step:
         """See `BatchEnv.step_wait`."""
-        distances = np.linalg.norm(self._positions[rows] - self._goals[rows], axis=-1)
+        distances = np.linalg.norm(self.positions[rows] - self.goals[rows], axis=-1)
         near = distances < self._variant.radius
         rewards = near.astype(np.float64) if self._variant.sparse else -distances
         terminated = np.zeros(len(near), dtype=np.bool_)
@@ -213,11 +220,26 @@ class NavigationBatch:
 
 
 class NavigationEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
-    """One point mass as a `gymnasium.Env`: a batch of one, so that both forms share their dynamics."""
+    """One point mass as a `gymnasium.Env`: a batch of one, so that both forms share their dynamics.
 
-    def __init__(self, task: Task) -> None:
+    Attributes:
+        task: the task that it is aimed at.
+        render_mode: `rgb_array` or None.
+        observation_names: `[O]`, what each entry of an observation is.
+        action_names: `[2]`.
+    """
+
+    metadata = render_metadata(10)
+    action_names = ("move_x", "move_y")
+
+    def __init__(self, task: Task, render_mode: str | None = None) -> None:
+        check_render_mode(render_mode)
+        self.render_mode = render_mode
         self._batch = NavigationBatch(task.benchmark, max_envs=1)
         self.observation_space, self.action_space = self._batch.observation_space, self._batch.action_space
+        cues = NUM_WEDGES if _VARIANTS[task.benchmark].cued else 0
+        self.observation_names = ("position_x", "position_y", *(f"cue_{k}" for k in range(cues)))
+        self._trail: list[FloatArray] = []
         self.set_task(task)
 
     def set_task(self, task: Task) -> None:
@@ -229,6 +251,7 @@ class NavigationEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
     ) -> tuple[FloatArray, dict[str, Any]]:
         """Begin an episode at the origin."""
         super().reset(seed=seed)
+        self._trail = [np.zeros(2)]
         return self._batch.reset([self.task], np.zeros(1, dtype=np.uint32))[0], {}
 
     def step(self, action: NDArray[np.float32]) -> tuple[FloatArray, float, bool, bool, dict[str, Any]]:
@@ -237,3 +260,22 @@ class NavigationEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         step = self._batch.step_wait(slice(0, 1))
         info = {"success": float(step.success[0])}
         return step.observations[0], float(step.rewards[0]), False, bool(step.truncated[0]), info
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """Return a picture `[360, 480, 3]`, or None if `render_mode` is None.
+
+        The goal is orange, the disc around it is where it counts as reached; the point is blue, its trail goes through
+        where it was at earlier pictures of the episode.
+
+        Raises:
+            gymnasium.error.ResetNeeded: no episode has begun.
+        """
+        if self.render_mode is None:
+            return None
+        if not self._trail:
+            raise gymnasium.error.ResetNeeded("no episode has begun; call reset() before render()")
+        from metarl.envs.plane import draw_plane
+
+        self._trail.append(self._batch.positions[0].copy())
+        variant = _VARIANTS[self.task.benchmark]
+        return draw_plane(self._trail, self._batch.goals[0], variant.radius, variant.half_height)

@@ -1,0 +1,213 @@
+"""How pictures come about: which OpenGL MuJoCo draws with, and writing MP4 and GIF. Imports `errors` alone of metarl.
+
+MuJoCo draws off screen through EGL (a GPU's driver, or Mesa) or OSMesa (the CPU alone). Which of them works is found
+out in a process of its own: a broken driver leaves PyOpenGL in a state from which the process does not recover, and
+writes on stderr as it goes.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metarl.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Frame = NDArray[np.uint8]
+"""A picture `[H, W, 3]`."""
+
+RENDER_MODES = ("rgb_array",)
+"""What the environments of metarl know beside None."""
+
+OFF_SCREEN = ("egl", "osmesa")
+"""What can draw without a display, in the order in which they are tried: a GPU first."""
+
+_SWITCHED_OFF = ("0", "disable", "disabled", "false", "off")
+_PROBE = """
+import mujoco
+model = mujoco.MjModel.from_xml_string('<mujoco><worldbody><light pos="0 0 9"/><geom size="1"/></worldbody></mujoco>')
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+renderer = mujoco.Renderer(model, 32, 32)
+renderer.update_scene(data)
+assert renderer.render().max() > 0
+renderer.close()
+"""
+_PROBE_TIMEOUT_S = 60.0
+
+GIF_BYTES = 3_000_000
+"""What a GIF takes at most, if its frames are not too many even at the smallest size."""
+
+_GIF_FPS = 10.0
+_GIF_SIZES = ((720, 1), (600, 1), (480, 1), (480, 2), (360, 2), (360, 4))
+"""Widths, and which of the frames are taken, that are tried in turn."""
+_GIF_COLOURS = 128
+
+
+def render_metadata(steps_per_second: float) -> dict[str, Any]:
+    """Return the metadata of an environment, as gymnasium has it."""
+    return {"render_modes": list(RENDER_MODES), "render_fps": round(steps_per_second)}
+
+
+def check_render_mode(render_mode: str | None) -> None:
+    """Raise ValueError for a mode that no environment of metarl has."""
+    if render_mode is not None and render_mode not in RENDER_MODES:
+        raise ValueError(f"render_mode is {render_mode!r}; expected None or {' or '.join(map(repr, RENDER_MODES))}")
+
+
+def choose_gl() -> str:
+    """Return what MuJoCo draws with: `egl`, `osmesa`, `glfw` or, on macOS, `cgl`.
+
+    `MUJOCO_GL` decides if it is set. Else what was found to work is written there, for whatever else draws in this
+    process and those that it starts. MuJoCo's own `Renderer` reads it when mujoco is imported.
+
+    Raises:
+        UserError: nothing here can draw; the message names what to install.
+    """
+    chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
+    if chosen in _SWITCHED_OFF:
+        raise UserError(f"MUJOCO_GL={chosen} switches drawing off; unset it, or set it to egl or osmesa")
+    if platform.system() != "Linux":
+        return "cgl" if platform.system() == "Darwin" else "glfw"
+    if chosen:
+        return chosen if chosen in OFF_SCREEN else "glfw"
+    on_screen: tuple[str, ...] = ()
+    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        on_screen = ("glfw",)
+    for backend in (*OFF_SCREEN, *on_screen):
+        if gl_works(backend):
+            os.environ["MUJOCO_GL"] = backend
+            return backend
+    raise UserError(
+        "no OpenGL here can draw: `apt install libosmesa6`, or libegl1 and a driver for it; only pictures need it"
+    )
+
+
+@functools.cache
+def gl_works(backend: str) -> bool:
+    """Return whether MuJoCo can draw a small scene with a backend, in a process of its own; takes about a second."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROBE],
+            env={**os.environ, "MUJOCO_GL": backend},
+            capture_output=True,
+            timeout=_PROBE_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def check_mp4() -> None:
+    """Raise UserError if MP4 cannot be written here: it needs the extra `video`."""
+    try:
+        import imageio_ffmpeg
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f'MP4 needs the extra video: pip install "metarl[video]" ({error})') from error
+
+
+def write_mp4(frames: Iterable[Frame], path: Path, fps: float) -> None:
+    """Write a video (H.264), which appears whole or not at all.
+
+    Args:
+        frames: `[H, W, 3]` each, alike; H and W even.
+        path: where to; what is there is replaced.
+        fps: frames a second.
+
+    Raises:
+        UserError: the extra `video` is missing, or nothing can be written there.
+    """
+    check_mp4()
+    import imageio_ffmpeg
+
+    with _replacing(path) as temporary:
+        writer: Any = None
+        try:
+            for frame in frames:
+                if writer is None:
+                    height, width, _ = frame.shape
+                    writer = imageio_ffmpeg.write_frames(
+                        str(temporary), (width, height), fps=fps, quality=8, macro_block_size=2
+                    )
+                    writer.send(None)
+                writer.send(np.ascontiguousarray(frame))
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+def write_gif(frames: Iterable[Frame], path: Path, fps: float, max_bytes: int = GIF_BYTES) -> None:
+    """Write a GIF that runs forever, with at most 10 frames a second, as wide as fits into `max_bytes`.
+
+    Args:
+        frames: `[H, W, 3]` each, alike.
+        path: where to; what is there is replaced.
+        fps: frames a second of `frames`.
+        max_bytes: what it may take; the smallest size that is tried is kept even if it takes more.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    from PIL import Image
+
+    every = max(1, round(fps / _GIF_FPS))
+    pictures = [Image.fromarray(frame) for i, frame in enumerate(frames) if i % every == 0]
+    for width, stride in _GIF_SIZES:
+        gif = _gif(pictures[::stride], width, 1000 * every * stride / fps)
+        if len(gif) <= max_bytes:
+            break
+    with _replacing(path) as temporary:
+        temporary.write_bytes(gif)
+
+
+def _gif(pictures: Sequence[Image.Image], width: int, frame_ms: float) -> bytes:
+    """Return a GIF of that width, or of the pictures' own if they are narrower."""
+    from PIL import Image
+
+    wide, high = pictures[0].size
+    width = min(width, wide)
+    size = width, round(high * width / wide)
+    small = [picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures]
+    # One palette for all frames, of a few of them one above another, and no dithering: what stands still stays the
+    # same from frame to frame, and costs nothing.
+    some = small[:: max(1, len(small) // 6)]
+    sample = Image.new("RGB", (size[0], size[1] * len(some)))
+    for i, picture in enumerate(some):
+        sample.paste(picture, (0, i * size[1]))
+    palette = sample.quantize(_GIF_COLOURS, method=Image.Quantize.MEDIANCUT)
+    first, *rest = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in small)
+    target = io.BytesIO()
+    # A GIF counts in hundredths of a second.
+    duration = 10 * max(2, round(frame_ms / 10))
+    first.save(target, "GIF", save_all=True, append_images=rest, duration=duration, loop=0, optimize=False)
+    return target.getvalue()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to, which then takes its place; OSError becomes a UserError."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # ffmpeg tells the format by the suffix
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
