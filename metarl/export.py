@@ -96,7 +96,8 @@ def write_onnx(controller: Controller, path: Path, metadata: dict[str, Any]) -> 
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another file") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _serialized(controller: Any, metadata: dict[str, Any]) -> bytes:
@@ -133,6 +134,7 @@ def _serialized(controller: Any, metadata: dict[str, Any]) -> bytes:
     # Noise that is not given is 0: whoever wants the mean leaves it out. One row stands for all.
     noise_input = next(each for each in model.graph.input if each.name == "noise")
     noise_input.type.tensor_type.shape.dim[0].dim_param = "noise_rows"
+    del model.graph.value_info[:]  # in between all rows were taken for as many
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((1, noise.shape[1]), np.float32), "noise"))
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
     onnx.checker.check_model(model, full_check=True)

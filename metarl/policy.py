@@ -215,7 +215,7 @@ class Policy:
             raise ValueError(f"steps is {steps}, inner_lr is {inner_lr}; expected at least 1 and more than 0")
         if self.has_memory and (steps != 1 or inner_lr is not None):
             raise ValueError(
-                f"{self.config.agent.name} adapts by reading episodes into its memory; it has neither steps nor inner_lr"
+                f"{self.config.agent.name} adapts by reading episodes into its memory; it has no steps and no inner_lr"
             )
         rollout, state = self._rollout(trajectories), self.state
         for _ in range(steps):

@@ -78,13 +78,7 @@ class OnnxPolicy:
             sizes = (len(self.metadata["observation_names"]), len(self.metadata["action_names"]))
             self.observation_size, self.action_size = sizes
             self.state_size = int(self.metadata["state_size"])
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-            onnxruntime.capi.onnxruntime_pybind11_state.Fail,
-        ) as error:
+        except Exception as error:  # onnxruntime has a class of its own for everything that is wrong with a model
             raise ValueError(f"{name} is no model of `metarl export`: {type(error).__name__}: {error}") from error
         if found != FORMAT:
             raise ValueError(f"{name} has format {found}; this metarl.runtime reads format {FORMAT}: use a newer one")
@@ -343,9 +337,9 @@ class ControlLoop:
             raise ValueError(f"observation has shape {sensed.shape}; expected ({self._sizes[0]},)")
         beyond = np.zeros(len(sensed), np.bool_)
         if self._low is not None:
-            beyond |= sensed < self._low
+            beyond |= ~(sensed >= self._low)
         if self._high is not None:
-            beyond |= sensed > self._high
+            beyond |= ~(sensed <= self._high)
         if beyond.any():
             worst = int(np.flatnonzero(beyond)[0])
             raise ValueError(f"entry {worst} of the observation is {sensed[worst]:g}, out of its range")

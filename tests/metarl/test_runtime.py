@@ -1,0 +1,189 @@
+"""The guard rails of a control loop, on a policy whose every action is known; and that a robot needs nothing else."""
+
+import itertools
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from metarl.runtime import ControlLoop
+
+MODULES = ("torch", "gymnasium", "mujoco", "metaworld", "pydantic", "stable_baselines3")
+
+
+class Counting:
+    """Acts by what it remembers: the sum of all that it has observed; told rewards and starts are kept."""
+
+    observation_size, action_size = 2, 1
+
+    def __init__(self, scale=1.0, action=None):
+        self.scale, self.action, self.told = scale, action, []
+
+    def reset(self):
+        return np.zeros((1, 1), np.float32)
+
+    def predict(self, observation, state, episode_start, deterministic, reward):
+        self.told.append((bool(episode_start[0]), reward, deterministic))
+        state = state + observation.sum()
+        return (self.scale * state[0] if self.action is None else self.action), state
+
+
+ONE = np.array([1.0, 0.0])
+
+
+def test_memory_and_rewards_are_carried_from_tick_to_tick():
+    policy = Counting()
+    loop = ControlLoop(policy, safe_action=0.0)
+    assert [float(loop.step(ONE, reward)[0]) for reward in (None, 0.5, -1.0)] == [1.0, 2.0, 3.0]
+    loop.begin_episode()
+    assert float(loop.step(ONE)[0]) == 4.0  # the memory lives on
+    loop.begin_trial()
+    assert float(loop.step(ONE)[0]) == 1.0
+    assert policy.told == [
+        (True, None, True),
+        (False, 0.5, True),
+        (False, -1.0, True),
+        (True, None, True),
+        (True, None, True),
+    ]
+    assert (loop.counts.ticks, loop.counts.faults) == (5, 0)
+
+
+@pytest.mark.parametrize(
+    ("observation", "reason"),
+    [
+        ([np.nan, 0.0], "ValueError: entry 0 of the observation is nan, out of its range"),
+        ([0.0, 7.0], "entry 1 of the observation is 7, out of its range"),
+        ([0.0, -7.0], "entry 1 of the observation is -7, out of its range"),
+        ([0.0, 0.0, 0.0], r"observation has shape (3,); expected (2,)"),
+    ],
+)
+def test_a_fault_holds_the_last_action_and_leaves_the_memory_alone(observation, reason):
+    loop = ControlLoop(Counting(), safe_action=-9.0, observation_low=-5.0, observation_high=5.0)
+    assert float(loop.step(observation)[0]) == -9.0  # there is nothing to hold yet
+    assert float(loop.step(ONE)[0]) == 1.0
+    assert float(loop.step(observation)[0]) == 1.0
+    assert float(loop.step(ONE)[0]) == 2.0  # not 3: what was not believed is not remembered
+    assert (loop.counts.ticks, loop.counts.faults) == (4, 2) and reason in loop.last_fault
+
+
+def test_a_nan_is_a_fault_without_ranges():
+    class Checking(Counting):
+        def predict(self, observation, *rest):
+            if not np.isfinite(observation).all():
+                raise ValueError("observation holds NaN")
+            return super().predict(observation, *rest)
+
+    loop = ControlLoop(Checking(), safe_action=0.0)
+    loop.step(ONE)
+    loop.step([np.nan, 0.0])
+    assert loop.counts.faults == 1 and loop.last_fault == "ValueError: observation holds NaN"
+
+
+def test_faults_send_the_safe_action_or_raise():
+    safe = ControlLoop(Counting(), safe_action=[0.25], on_fault="safe", observation_high=5.0)
+    assert [float(safe.step(each)[0]) for each in (ONE, [9.0, 0.0])] == [1.0, 0.25]
+    loud = ControlLoop(Counting(), safe_action=0.0, on_fault="raise", observation_high=5.0)
+    with pytest.raises(ValueError, match="entry 0 of the observation is 9"):
+        loud.step([9.0, 0.0])
+    assert loud.counts.faults == 1
+
+
+@pytest.mark.parametrize("action", [np.array([np.nan], np.float32), np.array([np.inf], np.float32)])
+def test_an_action_that_is_not_finite_is_a_fault(action):
+    loop = ControlLoop(Counting(action=action), safe_action=0.5)
+    assert float(loop.step(ONE)[0]) == 0.5 and "is not finite" in loop.last_fault
+
+
+def test_actions_change_by_no_more_than_the_limit():
+    policy = Counting()
+    loop = ControlLoop(policy, safe_action=0.0, max_change=0.75, on_fault="safe", observation_high=50.0)
+    # wanted 4, 4, 0, safe 0: the first action has none before it
+    actions = [float(loop.step(each)[0]) for each in ([4.0, 0.0], [0.0, 0.0], [-4.0, 0.0], [99.0, 0.0])]
+    assert actions == [4.0, 4.0, 3.25, 2.5] and loop.counts.limited == 2
+
+
+def test_ticks_beyond_the_deadline_are_counted():
+    ticks = iter([0.0, 0.010, 1.0, 1.030, 2.0, 2.0201])
+    loop = ControlLoop(Counting(), safe_action=0.0, deadline_s=0.020, clock=lambda: next(ticks))
+    for _ in range(3):
+        loop.step(ONE)
+    assert loop.counts.deadline_misses == 2
+
+
+def test_a_new_policy_takes_over_at_the_next_tick_with_a_memory_of_its_own():
+    loop = ControlLoop(Counting(), safe_action=0.0)
+    loop.step(ONE)
+    new = Counting(scale=10.0)
+    loop.swap(Counting(scale=99.0))
+    loop.swap(new)  # the last one counts
+    assert [float(loop.step(ONE)[0]) for _ in range(2)] == [10.0, 20.0]
+    assert new.told[0] == (True, None, True) and loop.counts.swaps == 1
+    other = Counting()
+    other.observation_size = 3
+    with pytest.raises(ValueError, match=r"sizes \(3, 1\); the loop's has \(2, 1\)"):
+        loop.swap(other)
+
+
+def test_swapping_from_another_thread_never_mixes_two_policies():
+    """Policy k acts k, k, …: an action of one with the memory of another would be neither."""
+
+    class Constant(Counting):
+        def __init__(self, number):
+            super().__init__()
+            self.number = number
+
+        def reset(self):
+            return np.full((1, 1), self.number, np.float32)
+
+        def predict(self, observation, state, *rest):
+            assert state[0, 0] == self.number
+            return np.array([self.number], np.float32), state
+
+    loop = ControlLoop(Constant(0), safe_action=-1.0, on_fault="raise")
+    stop = threading.Event()
+
+    def swapping():
+        for number in itertools.count(1):
+            loop.swap(Constant(number % 1000))
+            if stop.is_set():
+                return
+
+    thread = threading.Thread(target=swapping)
+    thread.start()
+    try:
+        actions = [float(loop.step(ONE)[0]) for _ in range(3000)]
+    finally:
+        stop.set()
+        thread.join()
+    assert loop.counts.faults == 0 and len(set(actions)) > 1
+
+
+def test_an_action_is_the_callers_own():
+    loop = ControlLoop(Counting(action=np.array([0.5], np.float32)), safe_action=0.0, observation_high=5.0)
+    loop.step(ONE)[:] = 77.0
+    assert float(loop.step([9.0, 0.0])[0]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"safe_action": [0.0, 0.0]}, r"safe_action is \[0.0, 0.0\]; expected a number or 1 of them"),
+        ({"safe_action": np.nan}, "safe_action is nan"),
+        ({"observation_low": [0.0]}, r"observation_low is \[0.0\]; expected a number or 2 of them"),
+        ({"max_change": 0.0}, "max_change is 0.0; expected more than 0"),
+        ({"deadline_s": 0.0}, "deadline_s is 0.0; expected more than 0"),
+        ({"on_fault": "stop"}, "on_fault is 'stop'; expected hold, safe or raise"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ControlLoop(Counting(), **{"safe_action": 0.0, **settings})
+
+
+def test_importing_it_imports_nothing_heavy():
+    code = f"import sys, metarl.runtime; print([name for name in {MODULES!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
