@@ -52,9 +52,10 @@ GIF_BYTES = 3_000_000
 """What a GIF takes at most, if its frames are not too many even at the smallest size."""
 
 _GIF_FPS = 10.0
-_GIF_SIZES = ((720, 1), (600, 1), (480, 1), (480, 2), (360, 2), (360, 4))
+_GIF_SIZES = ((840, 1), (720, 1), (600, 1), (480, 1), (480, 2), (360, 2), (360, 4))
 """Widths, and which of the frames are taken, that are tried in turn."""
 _GIF_COLOURS = 128
+_GIF_UNCHANGED = 255  # a colour that no palette has: there the frame before shows through
 
 
 def render_metadata(steps_per_second: float) -> dict[str, Any]:
@@ -185,17 +186,41 @@ def _gif(pictures: Sequence[Image.Image], width: int, frame_ms: float) -> bytes:
     size = width, round(high * width / wide)
     small = [picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures]
     # One palette for all frames, of a few of them one above another, and no dithering: what stands still stays the
-    # same from frame to frame, and costs nothing.
+    # same from frame to frame. An octree keeps the colours of small things, which the median cut gives up.
     some = small[:: max(1, len(small) // 6)]
     sample = Image.new("RGB", (size[0], size[1] * len(some)))
     for i, picture in enumerate(some):
         sample.paste(picture, (0, i * size[1]))
-    palette = sample.quantize(_GIF_COLOURS, method=Image.Quantize.MEDIANCUT)
-    first, *rest = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in small)
+    palette = sample.quantize(_GIF_COLOURS, method=Image.Quantize.FASTOCTREE)
+    frames: list[Image.Image] = []
+    durations: list[int] = []
+    shown: NDArray[np.uint8] | None = None
+    duration = 10 * max(2, round(frame_ms / 10))  # a GIF counts in hundredths of a second
+    for picture in small:
+        indexed = picture.quantize(palette=palette, dither=Image.Dither.NONE)
+        wanted = np.asarray(indexed)
+        if shown is not None:
+            if (wanted == shown).all():
+                durations[-1] += duration
+                continue
+            indexed = Image.fromarray(np.where(wanted == shown, _GIF_UNCHANGED, wanted).astype(np.uint8), "P")
+            indexed.putpalette(palette.getpalette() or [])
+        frames.append(indexed)
+        durations.append(duration)
+        shown = wanted
     target = io.BytesIO()
-    # A GIF counts in hundredths of a second.
-    duration = 10 * max(2, round(frame_ms / 10))
-    first.save(target, "GIF", save_all=True, append_images=rest, duration=duration, loop=0, optimize=False)
+    first, *rest = frames
+    first.save(
+        target,
+        "GIF",
+        save_all=True,
+        append_images=rest,
+        duration=durations,
+        loop=0,
+        optimize=False,
+        transparency=_GIF_UNCHANGED,
+        disposal=1,
+    )
     return target.getvalue()
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from metarl.cli.baseline import baseline
 from metarl.cli.evaluate import evaluate
 from metarl.cli.export import export
+from metarl.cli.play import play
 from metarl.cli.plot import plot
 from metarl.cli.show import doctor, inspect, list_names
 from metarl.cli.train import train
@@ -55,6 +56,7 @@ def _dispatch(arguments: list[str]) -> int:
         "train": (train, "train an agent from a YAML config"),
         "evaluate": (evaluate, "evaluate a run on held-out tasks"),
         "export": (export, "write a policy as one ONNX file, to run without torch"),
+        "play": (play, "draw an episode before and after adaptation, as MP4 and GIF"),
         "inspect": (inspect, "show what a run directory holds"),
         "list": (list_names, "list envs, agents, methods or configs"),
         "doctor": (doctor, "check this machine"),

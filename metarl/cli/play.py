@@ -1,0 +1,113 @@
+"""`metarl play`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from metarl.cli.arguments import Parser, not_negative
+from metarl.errors import UserError
+
+
+def play(arguments: list[str]) -> int:
+    """Show an episode before and after adaptation."""
+    parser = Parser(
+        "metarl play",
+        description="Draw an episode of one task before adaptation and one after it, side by side, as MP4 and GIF.",
+        epilog="An agent of the MAML family adapts as in training, on episodes that are not shown; of an agent with a "
+        "memory, the first and the last episode of one trial are shown. Both begin from the same seed.",
+    )
+    parser.add_argument("run_dir", help="what `metarl train` wrote")
+    parser.add_argument("--task", metavar="NAME", help="another task or benchmark than the run was trained on")
+    parser.add_argument("--stage", metavar="NAME", help="the tasks of another stage of the run, by its name (the last)")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="of which tasks (test)")
+    parser.add_argument("--index", type=not_negative, metavar="I", help="which of the tasks, from 0 (0)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of both episodes and all actions (0)")
+    parser.add_argument("--deterministic", action="store_true", help="show mean actions instead of draws")
+    parser.add_argument("--video", metavar="FILE.mp4", type=Path, help="where the MP4 goes; then there is no GIF")
+    parser.add_argument("--gif", metavar="FILE.gif", type=Path, help="where the GIF goes; then there is no MP4")
+    parser.add_argument("--fps", type=_above_zero, default=20.0, help="frames a second of the MP4, about (20)")
+    parser.add_argument(
+        "--speed",
+        type=_above_zero,
+        metavar="X",
+        help="times real time (1, or what makes a full episode last 4 to 15 s)",
+    )
+    options = parser.parse_args(arguments)
+
+    from metarl.envs import FAMILIES, make
+    from metarl.evaluation import distribution_of
+    from metarl.play import play as played
+    from metarl.policy import load
+    from metarl.rendering import check_mp4, write_gif, write_mp4
+
+    policy = load(options.run_dir)
+    if options.task is None and any(stage.tasks.family not in FAMILIES for stage in policy.config.stages):
+        raise UserError("the run has custom tasks: play one from Python with metarl.play.play(metarl.load(…), env)")
+    distribution = distribution_of(policy.config, options.task, options.stage)
+    tasks = distribution.test_tasks if options.split == "test" else distribution.train_tasks
+    index = options.index or 0
+    if index >= len(tasks):
+        raise UserError(f"--index {index}: there are {len(tasks)} {options.split} tasks, 0 to {len(tasks) - 1}")
+    task = tasks[index]
+    mp4, gif = _files(options, task.name)
+    if mp4 is not None:
+        check_mp4()
+    env = make(task, render_mode="rgb_array")
+    try:
+        play = played(
+            policy,
+            env,
+            seed=options.seed,
+            deterministic=options.deterministic,
+            fps=options.fps,
+            speed=options.speed,
+            title=f"{task.name}, {options.split} task {task.index}",
+        )
+    finally:
+        env.close()
+    phases = zip(("before", "after"), play.returns, play.success, strict=True)
+    for phase, total, success in phases:
+        solved = "" if success is None else "solved" if success else "not solved"
+        print(f"{phase} adaptation".ljust(20) + f"return {total:9.2f}  {solved}".rstrip())
+    if mp4 is not None:
+        write_mp4(play.frames, mp4, play.fps)
+        print(mp4)
+    if gif is not None:
+        write_gif(play.frames, gif, play.fps)
+        print(gif)
+    return 0
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
+    return value
+
+
+def _files(options: argparse.Namespace, name: str) -> tuple[Path | None, Path | None]:
+    """Return where MP4 and GIF go, None for neither; raises UserError where nothing can be written."""
+    mp4, gif = options.video, options.gif
+    if mp4 is not None and mp4.suffix.lower() == ".gif" and gif is None:
+        mp4, gif = None, mp4
+    if mp4 is None and gif is None:
+        parts = ["play", name, *([str(options.index)] if options.index is not None else ())]
+        stem = Path(options.run_dir) / "plots" / "_".join([*parts, *(["train"] if options.split == "train" else ())])
+        mp4, gif = stem.with_name(f"{stem.name}.mp4"), stem.with_name(f"{stem.name}.gif")
+    for flag, path, suffix in (("--video", mp4, ".mp4"), ("--gif", gif, ".gif")):
+        if path is None:
+            continue
+        if path.suffix.lower() != suffix:
+            raise UserError(f"{flag} {path}: expected a file that ends in {suffix}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{flag} {path}: cannot make its folder: {error.strerror}") from error
+        if path.is_dir():
+            raise UserError(f"{flag} {path} is a folder; name a file")
+    return mp4, gif
