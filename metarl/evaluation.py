@@ -114,10 +114,7 @@ def evaluate(
     untrained = build_agent(config, policy.spaces, policy.agent.device, Purpose.UNTRAINED_AGENT)
     envs = make_envs(_Tasks(tasks, make), min(len(tasks) * rollouts, MAX_ENVS), num_workers)
     try:
-        found = envs.observation_space.shape[0], envs.action_space.shape[0]
-        expected = policy.spaces.observation_size, policy.spaces.action_size
-        if found != expected:
-            raise UserError(f"the tasks have (observation, action) sizes {found}; the agent was trained for {expected}")
+        _check_sizes(policy, envs)
         report = evaluate_agent(
             policy.agent,
             envs,
@@ -132,6 +129,13 @@ def evaluate(
     finally:
         envs.close()
     return report
+
+
+def _check_sizes(policy: Policy, envs: BatchEnv) -> None:
+    found = envs.observation_space.shape[0], envs.action_space.shape[0]
+    expected = policy.spaces.observation_size, policy.spaces.action_size
+    if found != expected:
+        raise UserError(f"the tasks have (observation, action) sizes {found}; the agent was trained for {expected}")
 
 
 def evaluate_agent(
@@ -282,6 +286,9 @@ def adapt_to(
         rollouts_per_task: N, episodes of a step; as in training if None. Agents with a memory read one trial.
         seed: of the episodes; the run's if None.
         make: builds the environment of a task.
+
+    Raises:
+        UserError: the task does not fit the agent.
     """
     agent, config = policy.agent, policy.config
     root = seeds(config.seed if seed is None else seed, Purpose.EVALUATION_ROLLOUTS)
@@ -289,6 +296,7 @@ def adapt_to(
     envs = make_envs(_Tasks([task], make), min(count, MAX_ENVS), num_workers=0)
     state = policy.state
     try:
+        _check_sizes(policy, envs)
         for phase in children(root, max(1, agent.adaptation_steps)):
             state = agent.adapt(state, collect(envs, agent, state, [task], count, [phase]))
     finally:

@@ -1,0 +1,68 @@
+"""`metarl export`, on a run of navigation."""
+
+import pytest
+
+import metarl
+from metarl.cli import main
+from metarl.evaluation import adapt_to
+from metarl.policy import load
+from metarl.runtime import OnnxPolicy
+from metarl.tasks import task_of
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "goals"
+    tasks = {"family": "navigation", "name": "goals", "horizon": 5, "num_train": 4, "num_test": 3}
+    settings = {"num_workers": 0, "num_tasks": 2, "rollouts_per_task": 2, "evaluation": {"num_tasks": 1}}
+    agent = {"hidden_sizes": [8], "adaptation_steps": 2}
+    metarl.train({**settings, "agent": agent, "stages": [{"tasks": tasks, "iterations": 1}]}, run_dir=path)
+    return path
+
+
+def command(*words):
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return ended.value.code
+
+
+def test_a_run_is_exported_before_and_after_adapting(run_dir, tmp_path, capsys):
+    plain, adapted = tmp_path / "plain.onnx", tmp_path / "folder" / "adapted.onnx"
+    assert command("export", run_dir, plain) == 0
+    assert f"{plain}: before adaptation, " in capsys.readouterr().out
+    options = ("--adapt-on", "goals:2", "--seed", 3, "--rollouts-per-task", 4)
+    assert command("export", run_dir, adapted, *options) == 0
+    assert f"{adapted}: adapted to goals 2 (test), " in capsys.readouterr().out
+    policy, observation = load(run_dir), [0.2, -0.1]
+    task = task_of(policy.config, "goals:2")
+    expected = {plain: policy, adapted: adapt_to(policy, task, rollouts_per_task=4, seed=3)}
+    actions = []
+    for path, reference in expected.items():
+        loaded = OnnxPolicy(path)
+        actions.append(loaded.predict(observation, deterministic=True)[0])
+        assert actions[-1] == pytest.approx(reference.predict(observation, deterministic=True)[0], abs=1e-5)
+        assert loaded.metadata["adapted"] == reference.adapted
+    assert abs(actions[0] - actions[1]).max() > 1e-4
+    assert loaded.metadata["task"] == {**loaded.metadata["task"], "name": "goals", "index": 2, "split": "test"}
+    assert loaded.metadata["observation_names"] == ["position_x", "position_y"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{run}", "policy.pt"], "policy.pt does not end in .onnx"),
+        (["{run}", "p.onnx", "--seed", "1"], "--seed needs --adapt-on"),
+        (["{run}", "p.onnx", "--split", "train"], "--split needs --adapt-on"),
+        (["{run}", "p.onnx", "--adapt-on", "goals:3"], "there is no goals:3; the test split has 3 of goals"),
+        (["{run}", "p.onnx", "--adapt-on", "goals:x"], "expected a number behind the colon, e.g. goals:3"),
+        (["{run}", "p.onnx", "--adapt-on", "goal"], "unknown task or benchmark 'goal': did you mean 'goals'?"),
+        (["{run}", "p.onnx", "--adapt-on", "reach-v3"], "the tasks have (observation, action) sizes (39, 4)"),
+        (["nowhere", "p.onnx"], "nowhere holds no run"),
+        (["{run}"], "the following arguments are required: FILE.onnx"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(run_dir, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert command("export", *(word.replace("{run}", str(run_dir)) for word in words)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not list(tmp_path.glob("*.onnx"))
