@@ -1,0 +1,143 @@
+"""An exported policy behind LeRobot's interface: `reset()`, `select_action(batch)`; robots with dicts of joints.
+
+    metarl export runs/reach policy.onnx
+    python docs/examples/lerobot_runner.py policy.onnx --episodes 3
+
+LeRobot needs an older torch than metarl, so the policy comes as an ONNX file: this runs in LeRobot's own environment
+with onnxruntime and metarl/runtime.py added. The robot here is a stand-in with the interface of LeRobot's robots. To
+use a real one, hand `run_episode` a connected `lerobot.robots.Robot` with the joints that the policy was trained on, in
+the same units; `KEYS` says how they are called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metarl.runtime import OnnxPolicy
+
+KEYS = "{}.pos"  # what LeRobot calls an entry of the model's observation_names and action_names
+
+
+class LeRobotPolicy:
+    """What LeRobot's scripts ask of a policy; numpy arrays and torch tensors go in, and the same kind comes out.
+
+    LeRobot calls `reset` before each episode. For a policy with a memory these are episodes of one task, which it gets
+    to know better from one to the next; call `new_task` where it shall forget.
+
+    Args:
+        policy: an exported one.
+    """
+
+    def __init__(self, policy: OnnxPolicy) -> None:
+        self._policy = policy
+        self.observation_keys = [KEYS.format(name) for name in policy.metadata["observation_names"]]
+        self.action_keys = [KEYS.format(name) for name in policy.metadata["action_names"]]
+        self.new_task()
+
+    def new_task(self) -> None:
+        """Forget what the memory holds."""
+        self._state: NDArray[np.float32] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Let an episode begin with the next action."""
+        self._starts = True
+
+    def select_action(self, batch: dict[str, Any]) -> Any:
+        """Choose actions.
+
+        Args:
+            batch: `observation.state` `[B, O]` or `[O]`; for a policy with a memory also `next.reward` `[B]`, that of
+                the frame before, or none. Other entries are left alone.
+
+        Returns:
+            Actions `[B, A]` or `[A]` within their bounds; no normaliser belongs behind them.
+        """
+        given = batch["observation.state"]
+        observation, reward = as_array(given), as_array(batch.get("next.reward"))
+        start = np.full(observation.shape[:-1] or 1, self._starts)
+        action, self._state = self._policy.predict(observation, self._state, start, deterministic=True, reward=reward)
+        self._starts = False
+        return given.new_tensor(action) if hasattr(given, "new_tensor") else action
+
+
+def as_array(value: Any) -> Any:
+    """Return an array of a torch tensor, on whatever device, without importing torch; anything else as it is."""
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else value
+
+
+class FakeRobot:
+    """A stand-in for a LeRobot robot: joints that move as they are told to, within limits.
+
+    Args:
+        measured: names of what is measured; the first A of them are the joints.
+        commanded: names of what is commanded.
+    """
+
+    def __init__(self, measured: list[str], commanded: list[str]) -> None:
+        self.observation_features = dict.fromkeys(measured, float)
+        self.action_features = dict.fromkeys(commanded, float)
+        self._positions = dict.fromkeys(measured, 0.0)
+
+    def get_observation(self) -> dict[str, Any]:
+        """Return one number for each entry of `observation_features`."""
+        return dict(self._positions)
+
+    def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
+        """Move by a tenth of the action, and return what was sent, which limits may have changed."""
+        sent = {name: float(np.clip(action[name], -1.0, 1.0)) for name in self.action_features}
+        for name, value in zip(self._positions, sent.values(), strict=False):
+            self._positions[name] += 0.1 * value
+        return sent
+
+
+def run_episode(robot: Any, policy: LeRobotPolicy, steps: int, period_s: float) -> list[dict[str, Any]]:
+    """Run an episode, and return the actions that were sent.
+
+    Raises:
+        ValueError: the robot lacks what the policy observes or commands.
+    """
+    differing = {*policy.observation_keys} - {*robot.observation_features}
+    differing |= {*policy.action_keys} ^ {*robot.action_features}
+    if differing:
+        raise ValueError(f"robot and policy do not have in common: {', '.join(sorted(differing))}; see KEYS")
+    policy.reset()
+    sent, reward = [], None
+    began = time.perf_counter()
+    for step in range(steps):
+        measured = robot.get_observation()
+        state = np.array([[measured[key] for key in policy.observation_keys]], np.float32)
+        action = policy.select_action({"observation.state": state, "next.reward": reward})[0]
+        sent.append(robot.send_action(dict(zip(policy.action_keys, action.tolist(), strict=True))))
+        reward = -float(np.linalg.norm(state - 0.3))  # put that of your task here: it leads a policy with a memory
+        time.sleep(max(0.0, began + (step + 1) * period_s - time.perf_counter()))
+    return sent
+
+
+def main() -> None:
+    """Run episodes on the stand-in."""
+    parser = argparse.ArgumentParser(description="An exported policy behind LeRobot's interface.")
+    parser.add_argument("policy", type=Path, help="what `metarl export` wrote")
+    parser.add_argument("--episodes", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50, help="of an episode")
+    options = parser.parse_args()
+    try:
+        exported = OnnxPolicy(options.policy)
+    except (OSError, ValueError, ImportError) as error:
+        parser.exit(2, f"lerobot_runner.py: {error}\n")
+    policy = LeRobotPolicy(exported)
+    robot = FakeRobot(policy.observation_keys, policy.action_keys)
+    for episode in range(options.episodes):
+        sent = run_episode(robot, policy, options.steps, exported.metadata["control_period_s"] or 1 / 30)
+        last = ", ".join(f"{name} {value:.3f}" for name, value in sent[-1].items())
+        print(f"episode {episode}: {len(sent)} actions sent; the last: {last}")
+
+
+if __name__ == "__main__":
+    main()
