@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from metarl.evaluation import evaluate as evaluate
     from metarl.policy import Policy as Policy
     from metarl.policy import load as load
+    from metarl.sb3 import to_sb3 as to_sb3
     from metarl.training import train as train
     from metarl.types import Rollout as Rollout
     from metarl.types import Task as Task
@@ -25,6 +26,7 @@ _NAMES = {
     "Policy": "metarl.policy",
     "train": "metarl.training",
     "evaluate": "metarl.evaluation",
+    "to_sb3": "metarl.sb3",
     "Task": "metarl.types",
     "Rollout": "metarl.types",
     "Trajectory": "metarl.types",
