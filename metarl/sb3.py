@@ -26,6 +26,7 @@ from metarl.errors import UserError
 from metarl.normalizer import Normalizer
 from metarl.policies import GaussianMlp, Params
 from metarl.policy import Policy
+from metarl.runtime import OnnxPolicy
 from metarl.tasks import distribution_of
 from metarl.types import FloatArray
 
@@ -292,10 +293,10 @@ class TrialPolicy:
     trials here. A policy without a memory can be run so as well.
 
     Args:
-        policy: from `metarl.load`; trials begin in its state.
+        policy: from `metarl.load`, or an exported one; trials begin with what it has read in recorded episodes.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy | OnnxPolicy) -> None:
         self.policy = policy
 
     def predict(
@@ -320,7 +321,7 @@ class TrialPolicy:
         Raises:
             ValueError: wrong shape, NaN or infinity.
         """
-        observation, size = np.asarray(observation, dtype=np.float64), self.policy.spaces.observation_size
+        observation, size = np.asarray(observation, dtype=np.float64), self.policy.observation_size
         if observation.ndim not in (1, 2) or observation.shape[-1] != size + 2:
             raise ValueError(
                 f"observation has shape {observation.shape}; expected ({size + 2},) or (batch, {size + 2}), of TrialEnv"

@@ -22,6 +22,7 @@ from metarl.config import RunConfig
 from metarl.errors import UserError
 from metarl.policies import gaussian_log_prob
 from metarl.policy import Policy, build_agent
+from metarl.runtime import OnnxPolicy
 from metarl.sb3 import EpisodeSuccess, NormalizedObservations, TrialEnv, TrialPolicy, to_sb3
 from metarl.tasks import distribution_of
 
@@ -484,6 +485,17 @@ def test_a_trial_begins_with_what_the_policy_has_read(rl2, goals):
     for info in infos:
         np.testing.assert_allclose(info["episode_returns"], expected, atol=1e-5)
     assert np.abs(np.subtract(expected, trial_by_hand(rl2, goals[0])[1])).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_an_exported_agent_runs_in_trials_too(rl2, goals, tmp_path):
+    pytest.importorskip("onnxruntime")
+    rl2.export(tmp_path / "rl2.onnx")
+    _, expected = trial_by_hand(rl2, goals[0])
+    exported = TrialPolicy(OnnxPolicy(tmp_path / "rl2.onnx"))
+    infos, _ = trials_of(exported, TrialEnv(metarl.envs.make(goals[0]), 3), 2)
+    for info in infos:
+        np.testing.assert_allclose(info["episode_returns"], expected, atol=1e-4)
 
 
 def test_stable_baselines3_evaluates_an_agent_as_metarl_does(goals):
