@@ -1,4 +1,4 @@
-"""What `metarl doctor` finds out: versions, devices, and whether each family's simulator runs here."""
+"""What `metarl doctor` finds out: versions, devices, what can be drawn, and whether each family's simulator runs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import platform
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, NamedTuple
 
 import numpy as np
+
+from metarl.errors import UserError
+from metarl.rendering import choose_gl, gl_works
 
 LIBRARIES = (
     "metarl",
@@ -23,30 +27,78 @@ LIBRARIES = (
 )
 
 
-def findings() -> Iterator[tuple[str, str, bool]]:
-    """Yield what was looked at, what was found, and whether it is as it should be."""
-    yield "python", f"{platform.python_version()} on {platform.platform()}", True
+EXTRAS = {
+    "onnx": (("onnx", "onnxruntime", "onnxscript"), "metarl export, OnnxPolicy"),
+    "video": (("imageio-ffmpeg",), "metarl play as MP4"),
+}
+"""The optional extras: the packages of each, and what needs them."""
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at.
+
+    Attributes:
+        name: of it.
+        found: what was found, or how to mend it.
+        state: `ok`; `BAD` for what metarl does not work without; `--` for what is missing but optional.
+    """
+
+    name: str
+    found: str
+    state: Literal["ok", "BAD", "--"] = "ok"
+
+
+def findings() -> Iterator[Finding]:
+    """Look at one thing after another."""
+    yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
     for name in LIBRARIES:
         try:
-            yield name, version(name), True
+            yield Finding(name, version(name))
         except PackageNotFoundError:
-            yield name, f"missing: pip install {name}", False
+            yield Finding(name, f"missing: pip install {name}", "BAD")
+    for extra, (packages, purpose) in EXTRAS.items():
+        yield _extra(extra, packages, purpose)
+    yield _drawing()
     import torch
 
     from metarl.envs.vector import usable_cores
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; updates run on the CPU"
-    yield "gpu", gpu, True
-    yield "cpu cores", f"{usable_cores()} usable, {torch.get_num_threads()} torch threads", True
+    if torch.cuda.is_available():
+        yield Finding("gpu", f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; --device auto is cuda")
+    else:
+        yield Finding("gpu", "none that PyTorch can use; --device auto is cpu")
+    yield Finding("cpu cores", f"{usable_cores()} usable, {torch.get_num_threads()} torch threads")
     for family, options in (
         ("navigation", {}),
         ("mujoco", {"name": "HalfCheetahDir"}),
         ("metaworld", {"benchmark": "ML1", "name": "reach-v3"}),
     ):
         try:
-            yield family, f"{_steps_per_second(family, options):,.0f} env steps/s in one process", True
+            yield Finding(family, f"{_steps_per_second(family, options):,.0f} env steps/s in one process")
         except Exception as error:  # whatever is wrong with an installation, the doctor reports it
-            yield family, f"{type(error).__name__}: {error}", False
+            yield Finding(family, f"{type(error).__name__}: {error}", "BAD")
+
+
+def _extra(name: str, packages: tuple[str, ...], purpose: str) -> Finding:
+    found, missing = [], []
+    for package in packages:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        return Finding(f"extra {name}", f'no {", ".join(missing)} ({purpose}): pip install "metarl[{name}]"', "--")
+    return Finding(f"extra {name}", ", ".join(found))
+
+
+def _drawing() -> Finding:
+    try:
+        backend = choose_gl()
+    except UserError as error:
+        return Finding("drawing", str(error), "--")
+    if not gl_works(backend):
+        return Finding("drawing", f"OpenGL by {backend} (MUJOCO_GL) does not work here; unset MUJOCO_GL", "--")
+    return Finding("drawing", f"OpenGL by {backend}")
 
 
 def _steps_per_second(family: str, options: dict[str, str]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def play(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
 
+    from rich.console import Console
+
     from metarl.envs import FAMILIES, make
     from metarl.evaluation import distribution_of
     from metarl.play import play as played
@@ -54,8 +57,8 @@ def play(arguments: list[str]) -> int:
     mp4, gif = _files(options, task.name)
     if mp4 is not None:
         check_mp4()
-    env = make(task, render_mode="rgb_array")
-    try:
+    console = Console()
+    with console.status("playing and drawing"), contextlib.closing(make(task, render_mode="rgb_array")) as env:
         play = played(
             policy,
             env,
@@ -65,18 +68,14 @@ def play(arguments: list[str]) -> int:
             speed=options.speed,
             title=f"{task.name}, {options.split} task {task.index}",
         )
-    finally:
-        env.close()
-    phases = zip(("before", "after"), play.returns, play.success, strict=True)
-    for phase, total, success in phases:
+    for phase, total, success in zip(("before", "after"), play.returns, play.success, strict=True):
         solved = "" if success is None else "solved" if success else "not solved"
         print(f"{phase} adaptation".ljust(20) + f"return {total:9.2f}  {solved}".rstrip())
-    if mp4 is not None:
-        write_mp4(play.frames, mp4, play.fps)
-        print(mp4)
-    if gif is not None:
-        write_gif(play.frames, gif, play.fps)
-        print(gif)
+    for path, write in ((mp4, write_mp4), (gif, write_gif)):
+        if path is not None:
+            with console.status(f"writing {path}"):
+                write(play.frames, path, play.fps)
+            print(path)
     return 0
 
 

@@ -75,12 +75,15 @@ def list_names(arguments: list[str]) -> int:
 
 def doctor(arguments: list[str]) -> int:
     """Check this machine."""
-    Parser("metarl doctor", description="Check versions, devices and simulators on this machine.").parse_args(arguments)
+    Parser(
+        "metarl doctor",
+        description="Check versions, devices, drawing and simulators on this machine. What is marked -- is optional.",
+    ).parse_args(arguments)
 
     from metarl.doctor import findings
 
     healthy = True
-    for name, found, fine in findings():
-        print(f"{'ok ' if fine else 'BAD'} {name:<20}{found}")
-        healthy &= fine
+    for name, found, state in findings():
+        print(f"{state:<4}{name:<20}{found}", flush=True)
+        healthy &= state != "BAD"
     return 0 if healthy else 1
