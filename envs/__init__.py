@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from metarl.envs import metaworld, mujoco, navigation
 from metarl.envs.cues import CuedEnv, CuedTasks, has_cue, without_cue
 from metarl.envs.custom import custom
+from metarl.envs.registration import register_envs
 from metarl.errors import unknown_name
 from metarl.types import Task, TaskDistribution
 
@@ -81,3 +82,6 @@ def _family(name: str) -> Family:
     if name not in FAMILIES:
         raise unknown_name("task family", name, FAMILIES, "metarl list envs")
     return FAMILIES[name]
+
+
+register_envs()

@@ -1,27 +1,27 @@
-"""Registers metarl's environments with gymnasium, once this module is imported.
+"""The ids by which gymnasium knows metarl's environments; importing `metarl.envs` registers them.
 
-The ids are `metarl/HalfCheetahDir-v0`, `metarl/NavigationGoals-v0`, `metarl/reach-v3` and so on: one for each family of
+They are `metarl/HalfCheetahDir-v0`, `metarl/NavigationGoals-v0`, `metarl/reach-v3` and so on: one for each family of
 tasks. Gymnasium loads no plugins by itself since its version 1.0, so a program says where the ids come from:
 
     import gymnasium
-    import metarl.registration
+    import metarl
 
+    gymnasium.register_envs(metarl.envs)
     env = gymnasium.make("metarl/reach-v3", split="test", index=3)
 
-or `gymnasium.make("metarl.registration:metarl/reach-v3")`. The names are written out here, so that importing it is a
-matter of milliseconds; `metarl.envs` and simulators are imported when an environment is made.
+or `gymnasium.make("metarl.envs:metarl/reach-v3")`. The names are written out here, so that Meta-World, which has most
+of them, is imported when one of its environments is made.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium
 
-if TYPE_CHECKING:
-    from metarl.types import Task
+from metarl.types import Task
 
 _MUJOCO = "HalfCheetahDir HalfCheetahVel AntDir AntGoal HumanoidDir HopperRandParams Walker2DRandParams"
 _NAVIGATION = "goals semicircle cued_wedges rotated_wedges rotated_cued_wedges"
@@ -43,12 +43,12 @@ ENVIRONMENTS: Mapping[str, tuple[str, str]] = {
 
 
 def register_envs() -> None:
-    """Register the ids of `ENVIRONMENTS` with gymnasium; importing this module does. Twice is as good as once."""
+    """Register the ids of `ENVIRONMENTS` with gymnasium; twice is as good as once."""
     for environment, (family, name) in ENVIRONMENTS.items():
         if environment not in gymnasium.registry:
             settings = {"family": family, "name": name}
             # The checker of every first step would warn of Meta-World's three zeros where the goal is hidden.
-            gymnasium.register(environment, "metarl.registration:make", disable_env_checker=True, kwargs=settings)
+            gymnasium.register(environment, "metarl.envs.registration:make", disable_env_checker=True, kwargs=settings)
 
 
 def make(
@@ -95,13 +95,8 @@ def make(
 
 def _task(given: Task | str | Mapping[str, Any], family: str, name: str) -> Task:
     """Return the task that was given in one form or another; raises ValueError if it is not one of that name."""
-    from metarl.types import Task
-
     if not isinstance(given, Task):
         given = Task.from_json(given if isinstance(given, str) else json.dumps(dict(given)))
     if given.family != family or name not in (given.benchmark, given.name):
         raise ValueError(f"the task is {given.to_json()}; expected one of {family} {name}")
     return given
-
-
-register_envs()
