@@ -1,14 +1,12 @@
 """Pictures of MuJoCo simulations, drawn off screen. Of metarl it imports `rendering` and `errors`.
 
-All cameras of a process share one OpenGL context, so that what one of them frees is never another's. It is made at the
-first picture, by what `rendering.choose_gl` finds: unlike with MuJoCo's own `Renderer`, it does not matter what was set
-when mujoco was imported.
+A camera draws by what `rendering.choose_gl` finds when it is made: unlike with MuJoCo's own `Renderer`, it does not
+matter what was set when mujoco was imported.
 """
 
 from __future__ import annotations
 
 import atexit
-import functools
 import importlib
 import weakref
 from collections.abc import Sequence
@@ -89,15 +87,13 @@ class Camera:
     """
 
     def __init__(self, model: Any, view: View) -> None:
-        self._display = _display()
         self._model, self._view = model, view
         model.vis.quality.shadowsize = min(model.vis.quality.shadowsize, SHADOW_PIXELS)
         self._rectangle = mujoco.MjrRect(0, 0, WIDTH, HEIGHT)
         self._scene, self._options = mujoco.MjvScene(model, maxgeom=2000), mujoco.MjvOption()
         self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False  # costs as much again, and shows goals twice
-        self._context = self._display.context(model)
-        self._free = weakref.finalize(self, self._display.free, self._context)
-        self._free.atexit = False  # the display's turn
+        self._surface = _Surface(model)
+        weakref.finalize(self, self._surface.close).atexit = False  # at exit that is the surface's own business
 
     def picture(self, data: Any, lookat: FloatArray, marks: Sequence[Mark] = ()) -> NDArray[np.uint8]:
         """Return `[HEIGHT, WIDTH, 3]`, a pure function of the simulation.
@@ -107,7 +103,7 @@ class Camera:
             lookat: `[3]`, the point in the middle.
             marks: drawn beside what the model has; they shine through what is before them.
         """
-        self._display.make_current()
+        self._surface.make_current()
         camera = mujoco.MjvCamera()
         camera.lookat[:] = lookat
         camera.distance, camera.azimuth, camera.elevation = self._view
@@ -125,9 +121,9 @@ class Camera:
             self._add(mark)
         for flag in (mujoco.mjtRndFlag.mjRND_SKYBOX, mujoco.mjtRndFlag.mjRND_SHADOW):
             scene.flags[flag] = bool(categories)
-        mujoco.mjr_render(self._rectangle, scene, self._context)
+        mujoco.mjr_render(self._rectangle, scene, self._surface.context)
         pixels = np.empty((HEIGHT, WIDTH, 3), dtype=np.uint8)
-        mujoco.mjr_readPixels(pixels, None, self._rectangle, self._context)
+        mujoco.mjr_readPixels(pixels, None, self._rectangle, self._surface.context)
         return np.ascontiguousarray(pixels[::-1])  # OpenGL's first row is the lowest
 
     def _add(self, mark: Mark) -> None:
@@ -141,52 +137,33 @@ class Camera:
 
     def close(self) -> None:
         """Free what OpenGL holds; calling it twice is fine."""
-        self._free()
+        self._surface.close()
 
 
-class _Display:
-    """The OpenGL context of this process, and what MuJoCo has in it for each model."""
+class _Surface:
+    """What one camera draws on: an OpenGL context, in which MuJoCo leaves lights behind, so that none is shared."""
 
-    def __init__(self) -> None:
-        self._backend = choose_gl()
+    def __init__(self, model: Any) -> None:
+        backend = choose_gl()
         try:
-            self._gl = importlib.import_module(f"mujoco.{self._backend}").GLContext(WIDTH, HEIGHT)
+            self._gl = importlib.import_module(f"mujoco.{backend}").GLContext(WIDTH, HEIGHT)
             self._gl.make_current()
+            self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         except Exception as error:  # each backend has errors of its own
-            raise self._refusal(error) from error
-        self._contexts: weakref.WeakSet[Any] = weakref.WeakSet()
-        atexit.register(self.close)  # EGL ends at exit, too, and complains about what it then finds
-
-    def _refusal(self, error: Exception) -> UserError:
-        first, *_ = str(error).splitlines() or [""]
-        cause = f"{type(error).__name__}: {first}"
-        return UserError(f"MUJOCO_GL={self._backend} cannot draw here ({cause}); unset it to have one found that can")
+            first, *_ = str(error).splitlines() or [""]
+            raise UserError(
+                f"MUJOCO_GL={backend} cannot draw here ({type(error).__name__}: {first}); unset it to have one found"
+            ) from error
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        atexit.register(self.close)  # before EGL ends, at exit too, and complains about what it then finds
 
     def make_current(self) -> None:
         self._gl.make_current()
 
-    def context(self, model: Any) -> Any:
-        self.make_current()
-        try:
-            context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-        except mujoco.FatalError as error:
-            raise self._refusal(error) from error
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
-        self._contexts.add(context)
-        return context
-
-    def free(self, context: Any) -> None:
-        if self._gl is not None:
-            self.make_current()
-            context.free()
-
     def close(self) -> None:
-        for context in list(self._contexts):
-            self.free(context)
-        self._gl.free()
-        self._gl = None
-
-
-@functools.cache
-def _display() -> _Display:
-    return _Display()
+        if self._gl is not None:
+            atexit.unregister(self.close)
+            self.make_current()
+            self.context.free()
+            self._gl.free()
+            self._gl = None

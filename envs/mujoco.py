@@ -533,6 +533,7 @@ _FAMILIES: dict[str, _Family] = {
         alive_bonus=0.0,
         names=_names_of_ant,
         mark=lambda data, goal: [ball(np.append(goal, 0.2), 0.2)],
+        view=View(distance=8.0, azimuth=90.0, elevation=-40.0),  # so that goals at 3 m to all sides are seen
     ),
     "HumanoidDir": _ANT._replace(
         xml="humanoid.xml",
