@@ -78,9 +78,11 @@ def walk(policy, trials, state=None, rows=None):
 
 
 def zero(policy):
-    """The same policy with a mean of 0 everywhere: the middle of the action range."""
-    state = policy.agent.state_dict()
-    blank = {name: torch.zeros_like(value) if name.startswith("policy.") else value for name, value in state.items()}
+    """The same policy with a mean of 0 everywhere, the middle of the action range, and a deviation of 1/2."""
+    blank = policy.agent.state_dict()
+    for name, value in blank.items():
+        if name.startswith("policy."):
+            blank[name] = torch.full_like(value, np.log(0.5) if name.endswith("log_std") else 0.0)
     agent = build_agent(policy.config, policy.spaces, torch.device("cpu"))
     agent.load_state_dict(blank)
     return replace(policy, agent=agent, state=agent.initial_state(1))

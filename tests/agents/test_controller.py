@@ -84,15 +84,14 @@ def test_a_mean_of_zero_is_the_middle_of_the_range_and_noise_is_in_units_of_its_
     torch.manual_seed(0)
     drawn, _ = policy.predict(observations)
     torch.manual_seed(0)
-    # log σ of the parameters is 0, so that σ = 1: half the range a unit of noise, clipped at the bounds
-    expected = np.clip(
-        np.float32([-0.5, 0.25]) + np.float32([1.5, 0.25]) * torch.randn(4, 2).numpy(), [-2, 0], [1, 0.5]
-    )
-    np.testing.assert_allclose(drawn, expected, atol=1e-6)
+    # σ is 1/2: a quarter of the range a unit of noise, clipped at the bounds
+    expected = np.float32([-0.5, 0.25]) + np.float32([0.75, 0.125]) * torch.randn(4, 2).numpy()
+    np.testing.assert_allclose(drawn, np.clip(expected, [-2, 0], [1, 0.5]), atol=1e-6)
 
 
-def test_a_controller_is_a_snapshot():
-    policy, trials = make_policy("gru"), make_trials()
+@every_agent
+def test_a_controller_is_a_snapshot(name):
+    policy, trials = make_policy(name), make_trials()
     before, _ = walk(policy, trials)
     with torch.no_grad():
         for value in policy.agent.parameters().values():

@@ -15,6 +15,7 @@ from metarl.evaluation import adapt_to
 from metarl.policy import Policy, build_agent
 from metarl.sampling import collect
 from metarl.seeding import Purpose, children, seeds
+from metarl.types import Percept
 from tests.agents.deployed import make_episodes, make_policy, make_trials, walk
 
 
@@ -79,6 +80,30 @@ def test_a_saved_policy_is_the_same_when_it_is_loaded(tmp_path, name, adapted):
     more = make_episodes(seed=1, log_probs=True)
     ours, theirs = (walk(each.adapt(more), make_trials())[0] for each in (policy, loaded))
     np.testing.assert_allclose(theirs, ours, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mlp", "gru", "episodic"])
+def test_a_packed_state_goes_on_in_the_middle_of_an_episode(name):
+    agent = make_policy(name).agent
+    observations, rewards, starts = map(torch.from_numpy, make_trials(batch=1))
+    noise, active = torch.zeros(1, 1, 2), torch.ones(1, 1, dtype=torch.bool)
+
+    def live(state, steps):
+        actions = []
+        for t in steps:
+            percept = Percept(observations[t][None], rewards[t][None], starts[t][None], active)
+            action, _, state = agent.act(percept, noise, state)
+            actions.append(action)
+        return torch.cat(actions), state
+
+    _, state = live(agent.initial_state(1), range(6))  # episodes begin at 0, 4 and 8
+    packed = agent.pack(state)
+    expected, _ = live(state, range(6, 12))
+    found, _ = live(agent.unpack(packed), range(6, 12))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for wrong in ({}, {key: value[:, :-1] for key, value in packed.items()}):
+        with pytest.raises(ValueError, match=r"cannot load .*: expected shape"):
+            agent.unpack(wrong)
 
 
 def test_saving_replaces_nothing(tmp_path):
