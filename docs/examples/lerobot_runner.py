@@ -68,8 +68,10 @@ class LeRobotPolicy:
 
 
 def as_array(value: Any) -> Any:
-    """Return an array of a torch tensor, on whatever device, without importing torch; anything else as it is."""
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else value
+    """Return an array of numbers or of a torch tensor, on whatever device, without importing torch; None stays None."""
+    if hasattr(value, "detach"):
+        return value.detach().cpu().numpy()
+    return None if value is None else np.asarray(value)
 
 
 class FakeRobot:
