@@ -113,9 +113,12 @@ class Play:
                 draw.text((right, 48), word, ink, _font(19, bold=bool(solved)), anchor="rm")
             left = right + _MARGIN
         step = max(episode.steps[min(i, len(episode.steps) - 1)] for episode in (self.before, self.after))
-        draw.text((_MARGIN, height - _FOOTER / 2), self.title, _INK, _font(17), anchor="lm")
         pace = f"step {step}" + ("" if self.speed is None else f", {self.speed:.2g} × real time")
         draw.text((width - _MARGIN, height - _FOOTER / 2), pace, _QUIET, _font(15), anchor="rm")
+        title, room = self.title, width - 5 * _MARGIN - _font(15).getlength(pace)
+        while title and _font(17).getlength(title) > room:
+            title = f"{title[:-2]}…"
+        draw.text((_MARGIN, height - _FOOTER / 2), title, _INK, _font(17), anchor="lm")
         return np.asarray(frame)
 
 

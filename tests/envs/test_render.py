@@ -78,7 +78,8 @@ def test_names_of_mujoco_are_those_of_its_joints(name):
     for i in range(env.model.njnt):
         joint = env.data.joint(i)
         if len(joint.qpos) > 1:  # the free joint of the torso
-            assert found["root_z"] == joint.qpos[2] and found["root_quaternion_z"] == joint.qpos[6]
+            assert [found[f"root_quaternion_{part}"] for part in "wxyz"] == joint.qpos[3:].tolist()
+            assert found["root_z"] == joint.qpos[2]
             assert found["root_velocity_y"] == joint.qvel[1] and found["root_velocity_angular_z"] == joint.qvel[5]
         else:
             assert joint.name == "rootx" or found[joint.name] == joint.qpos[0]

@@ -87,7 +87,7 @@ def test_no_arguments_show_help(metarl):
 
 def test_unknown_words_are_answered_with_the_nearest(mistake, tmp_path):
     assert "did you mean 'train'?" in mistake("trian", "quickstart")
-    assert "train, evaluate, inspect, list, doctor" in mistake("xyzzy")
+    assert "there are train, evaluate, export, play, inspect, list, doctor" in mistake("xyzzy")
     assert "did you mean 'quickstart'?" in mistake("train", "quickstrat")
     misspelt = mistake("train", "quickstart", "--agent.inner-lrr", "0.1", "--run-dir", tmp_path / "run")
     assert misspelt == "metarl: --agent.inner-lrr: unknown setting; did you mean --agent.inner-lr?\n"
@@ -379,7 +379,7 @@ def test_doctor_looks_at_every_library_and_family(metarl, monkeypatch):
     assert status == 1 and "BAD mujoco              ZeroDivisionError" in out
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "inspect", "list", "doctor"])
+@pytest.mark.parametrize("verb", ["evaluate", "play", "inspect", "list", "doctor"])
 def test_every_verb_has_help(metarl, verb):
     status, out, _ = metarl(verb, "--help")
     assert status == 0 and f"usage: metarl {verb}" in out
