@@ -24,10 +24,10 @@ from metarl.statistics import stratified_bootstrap_ci
 from metarl.types import FloatArray
 
 # Okabe and Ito's palette for the colour-blind, without its yellow, which is too light for lines on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_DASHES = ("-", "--", ":", "-.")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_GREY = "0.55"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+GREY = "0.55"
 _LAST_ITERATIONS = 10
 _CHARACTER_INCHES = 0.075
 
@@ -80,7 +80,7 @@ def learning_curves(lines: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -
         raise ValueError("the lines hold no meta_train/return_post; train at least one iteration")
     figure = Figure(figsize=(9.0, 1.3 + 2.9 * len(measures)), layout="constrained")
     panels = figure.subplots(len(measures), 1, sharex=True, squeeze=False)[:, 0]
-    phases = (("pre", "before adaptation", _COLOURS[4]), ("post", "after adaptation", _COLOURS[0]))
+    phases = (("pre", "before adaptation", COLOURS[4]), ("post", "after adaptation", COLOURS[0]))
     for axes, measure in zip(panels, measures, strict=True):
         for phase, label, colour in phases:
             steps, values = _series(lines, f"meta_train/{measure}_{phase}")
@@ -88,14 +88,14 @@ def learning_curves(lines: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -
             axes.plot(steps, values, color=colour, linewidth=1.2, marker=dot, label=f"training tasks, {label}")
         for phase, label, _ in phases:
             steps, values = _series(lines, f"meta_test/{measure}_{phase}")
-            face = _COLOURS[1] if phase == "post" else "white"
+            face = COLOURS[1] if phase == "post" else "white"
             axes.plot(
                 steps,
                 values,
                 linestyle="none",
                 marker="o",
                 markersize=5.5 if len(steps) < 30 else 3.5,
-                color=_COLOURS[1],
+                color=COLOURS[1],
                 markerfacecolor=face,
                 label=f"held-out tasks, {label}",
             )
@@ -124,7 +124,7 @@ def continual_curves(evaluations: Sequence[Evaluation], spans: Sequence[Span], n
     handles = []
     for stage, column in enumerate(scores.T):
         there = np.isfinite(column)
-        style: dict[str, Any] = {"color": _colour(stage), "linestyle": _DASHES[stage // len(_COLOURS) % len(_DASHES)]}
+        style: dict[str, Any] = {"color": colour_of(stage), "linestyle": DASHES[stage // len(COLOURS) % len(DASHES)]}
         dot = "." if len(steps) < 60 else ""
         handles += axes.plot(steps[there], column[there], linewidth=1.1, marker=dot, markersize=4, **style)
         if stage < len(spans):
@@ -136,7 +136,7 @@ def continual_curves(evaluations: Sequence[Evaluation], spans: Sequence[Span], n
     _name_stages(axes, spans, coloured=True)
     figure.legend(
         handles,
-        [_text(name, 32) for name in names],
+        [one_line(name, 32) for name in names],
         loc="outside right upper",
         ncols=columns,
         frameon=False,
@@ -182,18 +182,18 @@ def adaptation_curves(
         handles += axes.plot(
             range(len(returns)),
             returns,
-            color=_colour(stage),
-            linestyle=_DASHES[stage // len(_COLOURS) % len(_DASHES)],
-            marker=_MARKERS[stage % len(_MARKERS)],
+            color=colour_of(stage),
+            linestyle=DASHES[stage // len(COLOURS) % len(DASHES)],
+            marker=MARKERS[stage % len(MARKERS)],
             markersize=5,
         )
     axes.set_xticks(range(max(len(returns) for _, returns in curves)))
     axes.set_xlabel(abscissa)
     axes.set_ylabel("return of an episode, training tasks")
     axes.set_title(f"last {_LAST_ITERATIONS} iterations of {'each stage' if several else 'training'}", fontsize=10)
-    _plain(axes)
+    plain(axes)
     if several:
-        labels = [_text(names[stage], 32) for stage, _ in curves]
+        labels = [one_line(names[stage], 32) for stage, _ in curves]
         figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9, handlelength=2.6)
     return figure
 
@@ -255,7 +255,7 @@ def stability_plasticity(points: Sequence[Point]) -> Figure:
     for number, members in enumerate(runs.values()):
         across = np.array([member.plasticity for member in members])
         up = np.array([member.stability for member in members])
-        several, colour = len(members) > 1, _colour(number)
+        several, colour = len(members) > 1, colour_of(number)
         if several:
             axes.scatter(across, up, s=16, color=colour, alpha=0.35, linewidths=0, gid="runs")
         mark = axes.errorbar(
@@ -263,7 +263,7 @@ def stability_plasticity(points: Sequence[Point]) -> Figure:
             up.mean(),
             xerr=_interval(across) if several else None,
             yerr=_interval(up) if several else None,
-            fmt=_MARKERS[number % len(_MARKERS)],
+            fmt=MARKERS[number % len(MARKERS)],
             color=colour,
             markersize=8,
             markeredgecolor="white",
@@ -274,8 +274,8 @@ def stability_plasticity(points: Sequence[Point]) -> Figure:
     axes.set_xlabel("plasticity: score of the last stage at its end")
     axes.set_ylabel("stability: 1 − forgetting, mean over stages")
     axes.margins(0.12)
-    _plain(axes)
-    labels = [f"{_text(label, 40)}, n = {len(members)}" for label, members in runs.items()]
+    plain(axes)
+    labels = [f"{one_line(label, 40)}, n = {len(members)}" for label, members in runs.items()]
     figure.legend(
         handles,
         labels,
@@ -300,18 +300,20 @@ def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float],
     return [steps for steps, _ in found], [value for _, value in found]
 
 
-def _colour(number: int) -> str:
-    return _COLOURS[number % len(_COLOURS)]
+def colour_of(number: int) -> str:
+    """A colour of the palette, which repeats."""
+    return COLOURS[number % len(COLOURS)]
 
 
-def _text(name: str, longest: int) -> str:
+def one_line(name: str, longest: int) -> str:
     """A name on one line, cut to its first characters; what stands between dollars is no formula."""
     name = " ".join(name.split())
     name = name if len(name) <= longest else f"{name[: longest - 1]}…"
     return name.replace("$", r"\$")
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Leave a faint grid and two axes."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -319,12 +321,12 @@ def _plain(axes: Axes) -> None:
 
 def _over_env_steps(axes: Axes, spans: Sequence[Span]) -> None:
     """Make env steps the abscissa and mark where stages begin."""
-    _plain(axes)
+    plain(axes)
     begin, end = spans[0].begin, max(spans[-1].end, spans[0].begin + 1.0)
     axes.set_xlim(begin - 0.015 * (end - begin), end + 0.015 * (end - begin))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     for span in spans[1:]:
-        axes.axvline(span.begin, color=_GREY, linewidth=0.9, linestyle="--", zorder=1, gid="stage boundary")
+        axes.axvline(span.begin, color=GREY, linewidth=0.9, linestyle="--", zorder=1, gid="stage boundary")
 
 
 def _name_stages(axes: Axes, spans: Sequence[Span], *, coloured: bool = False) -> None:
@@ -334,7 +336,7 @@ def _name_stages(axes: Axes, spans: Sequence[Span], *, coloured: bool = False) -
     begin, end = spans[0].begin, spans[-1].end
     steps_per_inch = (end - begin) / (axes.get_window_extent().width / axes.figure.dpi)
     middles = np.array([(span.begin + span.end) / 2 for span in spans])
-    labels = [_text(span.name, 26) for span in spans]
+    labels = [one_line(span.name, 26) for span in spans]
     level = max(map(len, labels)) * _CHARACTER_INCHES * steps_per_inch < np.diff(middles).min()
     top = axes.secondary_xaxis("top")
     top.set_xticks(middles if level else _apart(middles, begin, end, 0.25 * steps_per_inch), labels, fontsize=8.5)
@@ -343,7 +345,7 @@ def _name_stages(axes: Axes, spans: Sequence[Span], *, coloured: bool = False) -
     for stage, label in enumerate(top.get_xticklabels()):
         label.set(rotation=0 if level else 40, ha="center" if level else "left", rotation_mode="anchor")
         if coloured:
-            label.set_color(_colour(stage))
+            label.set_color(colour_of(stage))
 
 
 def _apart(places: FloatArray, low: float, high: float, gap: float) -> FloatArray:
@@ -375,7 +377,7 @@ def _heat_map(axes: Axes, matrix: FloatArray, names: Sequence[str], scale: tuple
     rows, columns = matrix.shape
     axes.set_facecolor("0.88")
     image = axes.imshow(np.ma.masked_invalid(matrix), cmap="cividis", vmin=low, vmax=high, aspect="auto")
-    axes.set_xticks(range(columns), [f"{number}: {_text(name, 26)}" for number, name in enumerate(names, 1)])
+    axes.set_xticks(range(columns), [f"{number}: {one_line(name, 26)}" for number, name in enumerate(names, 1)])
     axes.set_yticks(range(rows), ["before training", *(f"after stage {number}" for number in range(1, rows))])
     axes.tick_params(length=0, labelsize=8.5)
     for label in axes.get_xticklabels():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +15,7 @@ from metarl.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from metarl.comparison_plots import MethodCurve, Panel
     from metarl.config import RunConfig
     from metarl.continual import Evaluation
 
@@ -37,16 +40,18 @@ def plot(arguments: list[str]) -> int:
     parser = Parser(
         "metarl plot",
         description="Draw what runs have tracked, as PNG files in plots/ of each: learning.png; adaptation.png if "
-        "there is any; of several stages also continual.png and matrix.png. Several such runs that have finished are "
-        "compared in stability_plasticity.png, those that differ in their seed alone as one method.",
+        "there is any; evaluation_NAME.png of each report evaluation/NAME.json; of several stages also continual.png "
+        "and matrix.png. Several runs on the same tasks are compared in comparison.png, against env steps, and those "
+        "of several stages that have finished in stability_plasticity.png. Runs that differ in their seed alone are "
+        "one method.",
     )
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="what `metarl train` wrote")
     parser.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
-        help="for one run: where its figures go; for several: where stability_plasticity.png goes (plots/ of the "
-        "first run); made if need be",
+        help="for one run: where its figures go (its plots/); for several: where comparison.png and "
+        "stability_plasticity.png go (plots/ of the first run), while those of each run stay in its plots/",
     )
     options = parser.parse_args(arguments)
     paths = list({path.resolve(): path for path in map(Path, options.run_dirs)}.values())
@@ -56,7 +61,9 @@ def plot(arguments: list[str]) -> int:
         for name, figure in _figures(run):
             _save(figure, folder / name)
     if len(runs) > 1:
-        _compare(runs, options.out or runs[0].path / "plots")
+        folder = options.out or runs[0].path / "plots"
+        _compare_on_same_tasks(runs, folder)
+        _compare_sequences([run for run in runs if len(run.names) > 1], folder)
     return 0
 
 
@@ -93,64 +100,168 @@ def _figures(run: _Run) -> Iterator[tuple[str, Figure]]:
         yield "continual.png", plotting.continual_curves(run.evaluations, spans, run.names)
         pre, post = (score_matrix(run.evaluations, len(run.names), run.finished, pre=pre) for pre in (True, False))
         yield "matrix.png", plotting.score_matrices(pre, post, run.names)
+    yield from _reports(run.path / "evaluation")
 
 
-def _compare(runs: Sequence[_Run], folder: Path) -> None:
+def _reports(folder: Path) -> Iterator[tuple[str, Figure]]:
+    """Draw the reports of evaluations; a file that is none is named on stderr and left out."""
+    from metarl.report_plots import read_report, report_figure
+
+    for path in sorted(folder.glob("*.json")):
+        if path.name == "continual.json":  # what matrix.png shows
+            continue
+        try:
+            figure = report_figure(read_report(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            print(f"metarl: {path} is left out, as it is no report of `metarl evaluate`: {error}", file=sys.stderr)
+        else:
+            yield f"evaluation_{path.stem}.png", figure
+
+
+def _compare_on_same_tasks(runs: Sequence[_Run], folder: Path) -> None:
+    """Draw the learning curves of runs that share their tasks; say which runs have nothing to be compared with."""
+    from metarl.comparison_plots import comparison
+
+    groups = _grouped(runs, _tasks)
+    if alone := [str(same[0].path) for same in groups if len(same) == 1]:
+        print(f"not in comparison.png, as no other run has their tasks: {', '.join(alone)}")
+    groups = [same for same in groups if len(same) > 1]
+    titles = _numbered([_tasks_name(same[0].config) for same in groups])
+    panels = {title: drawn for title, same in zip(titles, groups, strict=True) if (drawn := _panels(same))}
+    if panels:
+        _save(comparison(panels), folder / "comparison.png")
+
+
+def _panels(runs: Sequence[_Run]) -> list[Panel]:
+    """Return the learning curves of runs on the same tasks, measure by measure, a method a curve."""
+    from metarl.comparison_plots import Panel, average_scores, method_curve
+
+    methods = _methods(runs)
+    for label, seeds in methods.items():
+        ends = [run.lines[-1]["iteration"] for run in seeds]
+        if min(ends) < max(ends):
+            shortest = seeds[ends.index(min(ends))].path
+            print(f"{label} is compared up to iteration {min(ends)}, where {shortest} ends")
+    if len(runs[0].names) > 1:
+        scores = {label: [average_scores(run.evaluations) for run in seeds] for label, seeds in methods.items()}
+        found = {
+            "score after adaptation, mean over stages": [
+                method_curve(label, each, held_out=True) for label, each in scores.items()
+            ]
+        }
+    else:
+        found = {
+            f"{measure} after adaptation": [_learning(label, seeds, measure) for label, seeds in methods.items()]
+            for measure in ("return", "success")
+        }
+    curves = {measure: [each for each in of_methods if each] for measure, of_methods in found.items()}
+    return [Panel(measure, of_methods) for measure, of_methods in curves.items() if of_methods]
+
+
+def _learning(label: str, seeds: Sequence[_Run], measure: str) -> MethodCurve | None:
+    """Return a method's curve on held-out tasks, or on those in training where runs have not been evaluated."""
+    from metarl.comparison_plots import method_curve, tracked
+
+    for split in ("meta_test", "meta_train"):
+        points = [tracked(run.lines, f"{split}/{measure}_post") for run in seeds]
+        if curve := method_curve(label, points, held_out=split == "meta_test"):
+            return curve
+    return None
+
+
+def _tasks(run: _Run) -> str:
+    """Return what the tasks of a run, and the scale of their scores if it is a sequence, are told apart by."""
+    stages = run.config.stages
+    return json.dumps([(stage.tasks.model_dump(), len(stages) > 1 and stage.score_range) for stage in stages])
+
+
+def _tasks_name(config: RunConfig) -> str:
+    """Return what tasks are called, e.g. `metaworld ML1 reach-v3, horizon 100`."""
+    first, *others = config.stages
+    if others:
+        return f"{len(config.stages)} stages, {first.name} to {others[-1].name}"
+    names = ("family", "benchmark", "name")
+    known = dict.fromkeys(str(found) for name in names if (found := getattr(first.tasks, name, None)))
+    settings = first.tasks.model_dump(exclude=set(names), exclude_defaults=True)
+    told = [
+        f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}".replace("_", " ")
+        for key, value in settings.items()
+    ]
+    return ", ".join([" ".join(known), *told])
+
+
+def _compare_sequences(runs: Sequence[_Run], folder: Path) -> None:
     """Draw the runs that have finished several stages by stability and plasticity; say which are left out."""
     from metarl import plotting
     from metarl.continual import forgetting, plasticity, score_matrix
 
-    sequences = [run for run in runs if len(run.names) > 1]
-    compared, points = [], []
-    for run in sequences:
+    places = {}
+    for run in runs:
         matrix = score_matrix(run.evaluations, len(run.names), run.finished)
         place = plasticity(matrix), 1.0 - forgetting(matrix)
         if run.finished == len(run.names) and all(map(math.isfinite, place)):
-            compared.append(run)
-            points.append(place)
+            places[run.path] = place
         else:
-            print(f"{run.path} is not compared: it has no scores of all its stages at their end yet")
-    if len(compared) > 1:
-        labelled = [plotting.Point(label, *place) for label, place in zip(_labels(compared), points, strict=True)]
-        _save(plotting.stability_plasticity(labelled), folder / "stability_plasticity.png")
+            print(f"{run.path} is not in stability_plasticity.png: it has no scores of all its stages at their end yet")
+    if len(places) > 1:
+        methods = _methods([run for run in runs if run.path in places])
+        points = [plotting.Point(label, *places[run.path]) for label, seeds in methods.items() for run in seeds]
+        _save(plotting.stability_plasticity(points), folder / "stability_plasticity.png")
 
 
-def _labels(runs: Sequence[_Run]) -> list[str]:
-    """Return the name of each run's method: its stability methods, and its directory where that says too little.
+def _grouped(runs: Iterable[_Run], key: Callable[[_Run], str]) -> list[list[_Run]]:
+    """Return the runs that have a key in common, in the order in which they were given."""
+    groups: dict[str, list[_Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return list(groups.values())
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """Return names that differ."""
+    return [name if names.count(name) == 1 else f"{name} #{number}" for number, name in enumerate(names, 1)]
+
+
+def _methods(runs: Sequence[_Run]) -> dict[str, list[_Run]]:
+    """Return the runs of each method by its name, which has the directory where it says too little by itself.
 
     Runs whose configs differ in nothing but the seed, or in what has no effect on results, are of one method.
     """
-    keys = [run.config.model_dump_json(exclude=_NOT_THE_METHOD) for run in runs]
-    members: dict[str, list[_Run]] = {}
-    for key, run in zip(keys, runs, strict=True):
-        members.setdefault(key, []).append(run)
-    folders = [_folder(same) for same in members.values()]
-    methods = [_method(same[0].config) for same in members.values()]
-    names = [
-        method if methods.count(method) == 1 else f"{method}, {folder}"
-        for method, folder in zip(methods, folders, strict=True)
-    ]
-    numbered = [name if names.count(name) == 1 else f"{name} #{number}" for number, name in enumerate(names, 1)]
-    labels = dict(zip(members, numbered, strict=True))
-    return [labels[key] for key in keys]
+    groups = _grouped(runs, lambda run: run.config.model_dump_json(exclude=_NOT_THE_METHOD))
+    methods = [_method(seeds[0].config) for seeds in groups]
+    names = methods
+    for parts in (1, 2):
+        names = [
+            name if names.count(name) == 1 else f"{method}, {_folder(seeds, parts)}"
+            for name, method, seeds in zip(names, methods, groups, strict=True)
+        ]
+    return dict(zip(_numbered(names), groups, strict=True))
 
 
 def _method(config: RunConfig) -> str:
-    """Return the stability methods of a config, e.g. `ewc 10 + replay`."""
+    """Return the agent of a config, or in a sequence what it does against forgetting, e.g. `ewc 10 + replay`."""
+    if len(config.stages) == 1:
+        return config.agent.name
     parts = [f"{each.name} {each.coef:g}" if hasattr(each, "coef") else each.name for each in config.stability]
-    return " + ".join(parts) or "fine-tuning"
+    control = {"joint": ["joint training"], "scratch": ["from scratch"]}.get(config.control, [])
+    return " + ".join([*control, *parts]) or "fine-tuning"
 
 
-def _folder(seeds: Sequence[_Run]) -> str:
-    """Return what the directories of one method's runs have in common: `ewc` of ewc_seed0 and ewc_seed1, of ewc/0."""
+def _folder(seeds: Sequence[_Run], parts: int = 1) -> str:
+    """Return what the directories of one method's runs have in common: `ewc` of ewc_seed0 and ewc_seed1, of ewc/0.
+
+    Args:
+        seeds: the runs.
+        parts: how many names of the path, the last ones.
+    """
     paths = [run.path.resolve() for run in seeds]
     stems = {
         path.name.removesuffix(str(run.config.seed)).rstrip("_-. ").removesuffix("seed").rstrip("_-. ")
         for path, run in zip(paths, seeds, strict=True)
     }
-    if len(stems) > 1:
-        return paths[0].name
-    return stems.pop() or paths[0].parent.name
+    stem = paths[0].name if len(stems) > 1 else stems.pop()
+    common = paths[0].with_name(stem) if stem else paths[0].parent
+    return "/".join(common.parts[-parts:])
 
 
 def _save(figure: Figure, path: Path) -> None:
