@@ -143,7 +143,7 @@ class MemoryController(nn.Module):
 
         Args:
             observations: `[B, O]`, raw.
-            rewards: `[B]`, of the last step; NaN: not known.
+            rewards: `[B]`, of the last step; NaN: not known. Not read where a trial begins: it would be of another one.
             episode_start: `[B]`, bool; where a trial begins an episode does.
             state: `[B, S]`, what the last step returned; zeros where a trial begins.
             noise: `[B, A]` or `[1, A]`, standard normal; None or zeros: the mean.
@@ -152,7 +152,7 @@ class MemoryController(nn.Module):
         packed, before, steps, told = split(torch.where(begun, state[:, :-1], self._initial), self._inputs)
         start = episode_start | ~begun[:, 0]
         time = torch.where(start, 0, steps)
-        rewards = torch.where(rewards.isnan(), told, rewards)
+        rewards = torch.where(begun[:, 0] & ~rewards.isnan(), rewards, told)
         now = observations[:, self._entries]
         inputs = normalized(self._inputs(now, before, rewards, start, time), self._shift, self._scale)
         features, memory = self._policy.trunk.step(inputs, unpack(packed, self._like, fixed=True))

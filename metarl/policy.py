@@ -91,8 +91,8 @@ class Policy:
             episode_start: `[B]`, bool, where an episode begins; the memory of a trial lives on. Where a trial begins
                 an episode does, too.
             deterministic: the mean instead of a draw (from torch's global generator).
-            reward: a number or `[B]`, of the last step. An agent with a memory takes it as average if it is not told;
-                it knows by itself where a trial begins, and the last one of recorded episodes.
+            reward: a number or `[B]`, of the last step. An agent with a memory takes it as average if it is not told.
+                It is not read where a trial begins; there the agent knows the last one of recorded episodes.
 
         Returns:
             Actions `[A]` or `[B, A]`, float32, within the bounds of the action space, and the next state.
@@ -134,6 +134,9 @@ class Policy:
                 f"state has shape {before.shape}; expected {(batch, self._controller.state_size)}: what predict "
                 "returned, or None where a trial begins"
             )
+        begun = before[:, -1]
+        if not ((begun == 0.0) | (begun == 1.0)).all():
+            raise ValueError("state is not what predict returned: its last entry says neither 0, a trial begins, nor 1")
         rewards = _each("reward", np.asarray(np.nan if reward is None else reward, dtype=np.float32), batch)
         starts = np.asarray(False if episode_start is None else episode_start, dtype=np.bool_)
         if np.isinf(rewards).any():
@@ -250,6 +253,7 @@ class Policy:
 
     def _log_probs(self, rollout: Rollout, trajectories: Sequence[Trajectory]) -> torch.Tensor:
         missing = sum(trajectory.log_probs is None for trajectory in trajectories)
+        missing *= not self.has_memory  # which reads no log-probabilities
         if not missing:
             log_probs = torch.zeros_like(rollout.rewards)
         else:

@@ -24,6 +24,7 @@ _SEAL_KEY = b"metarl.sha256"
 # The last entry of the model's metadata_props, as protobuf writes it: what is appended to a message is part of it.
 _SEAL = b"\x72\x51\x0a" + bytes([len(_SEAL_KEY)]) + _SEAL_KEY + b"\x12\x40"
 _SEAL_BYTES = len(_SEAL) + 64
+_EXTERNAL = b"\n\x08location"  # the key by which a tensor names the file that holds it
 
 
 def seal(model: bytes) -> bytes:
@@ -37,6 +38,8 @@ def _check_seal(data: bytes, name: str) -> None:
         raise ValueError(f"{name} is no complete file of `metarl export`: it does not end in its hash; export it again")
     if tail[len(_SEAL) :] != hashlib.sha256(body).hexdigest().encode():
         raise ValueError(f"{name} is not what `metarl export` wrote: its hash differs; copy or export it again")
+    if _EXTERNAL in body:
+        raise ValueError(f"{name} refers to other files, as no file of `metarl export` does; export it again")
 
 
 class OnnxPolicy:
@@ -75,11 +78,13 @@ class OnnxPolicy:
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
             self.metadata: dict[str, Any] = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA_KEY])
             found = self.metadata["format"]
-            sizes = (len(self.metadata["observation_names"]), len(self.metadata["action_names"]))
-            self.observation_size, self.action_size = sizes
-            self.state_size = int(self.metadata["state_size"])
+            if found == FORMAT:  # another one may say it otherwise
+                sizes = (len(self.metadata["observation_names"]), len(self.metadata["action_names"]))
+                self.observation_size, self.action_size = sizes
+                self.state_size = int(self.metadata["state_size"])
         except Exception as error:  # onnxruntime has a class of its own for everything that is wrong with a model
-            raise ValueError(f"{name} is no model of `metarl export`: {type(error).__name__}: {error}") from error
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"  # onnxruntime ends with the reason
+            raise ValueError(f"{name} is no model of `metarl export`: {said}") from error
         if found != FORMAT:
             raise ValueError(f"{name} has format {found}; this metarl.runtime reads format {FORMAT}: use a newer one")
         expected: dict[str, int | None] = {"observations": self.observation_size, "noise": self.action_size}
@@ -90,6 +95,7 @@ class OnnxPolicy:
             raise ValueError(f"{name} has inputs {given}; its own description says {expected}")
         self._outputs = ["actions", "next_state"] if self.state_size else ["actions"]
         self._rng = np.random.default_rng(seed)
+        self.run(np.zeros((1, self.observation_size), np.float32))  # the first run takes longest: not within a tick
 
     def _inputs(self) -> list[Any]:
         return [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
@@ -118,7 +124,7 @@ class OnnxPolicy:
             state: `[B, S]`, what the last call returned; None, or zeros, where a trial begins.
             episode_start: `[B]`, where an episode begins; the memory of a trial lives on.
             deterministic: the mean instead of a draw.
-            reward: a number or `[B]`, of the last step; None or NaN: not known.
+            reward: a number or `[B]`, of the last step; None or NaN: not known. Not read where a trial begins.
 
         Returns:
             Actions `[A]` or `[B, A]` within their bounds, and the next state.
@@ -168,6 +174,9 @@ class OnnxPolicy:
                 f"state has shape {feed['state'].shape}; expected {(batch, self.state_size)}: what predict returned, "
                 "or None where a trial begins"
             )
+        begun = feed["state"][:, -1]
+        if not ((begun == 0.0) | (begun == 1.0)).all():
+            raise ValueError("state is not what predict returned: its last entry says neither 0, a trial begins, nor 1")
         actions, following = self._session.run(self._outputs, feed)
         return actions, following
 
@@ -221,17 +230,20 @@ class ControlLoop:
 
     A tick has a fault where the observation is not finite or out of range, the policy raises, or its action is not
     finite: then the last action is held, or the safe one is sent, and the memory stays as it was. `swap` may be called
-    from another thread: the new policy takes over at the next tick, as a whole.
+    from another thread, the rest is for the thread that calls `step`: the new policy takes over at the next tick, as a
+    whole. A memory is told what the policy wanted, not what a limit or a fault made of it.
 
     Args:
         policy: an `OnnxPolicy` or a `metarl.Policy`.
-        safe_action: `[A]`, sent at faults before there is an action to hold, and at all of them with `on_fault="safe"`.
+        safe_action: `[A]`, what the robot does before the first tick, e.g. stand still. Sent at faults before there is
+            an action to hold, and at all of them with `on_fault="safe"`.
         on_fault: `hold` the last action, `safe`, or `raise` what was wrong.
+        max_held: faults in a row for which an action is held; then the safe one is sent. None: forever.
         observation_low: `[O]` or a number, least values that are believed; None: any.
         observation_high: `[O]` or a number, greatest values.
-        max_change: `[A]` or a number, how much an action may differ from the last one; None: any. Safe actions are
-            limited, too: choose `on_fault="safe"` and a limit that fit together.
-        deadline_s: a tick that takes longer is counted; its action is returned all the same. None: none is counted.
+        max_change: `[A]` or a number, how much an action may differ from the last one, a tick; None: any. Safe actions
+            are limited, too, and so is the first one, from the safe one.
+        deadline_s: a call of `step` that takes longer is counted; its action is returned all the same. None: none is.
         deterministic: act without noise.
         clock: seconds.
 
@@ -249,6 +261,7 @@ class ControlLoop:
         safe_action: ArrayLike,
         *,
         on_fault: Literal["hold", "safe", "raise"] = "hold",
+        max_held: int | None = None,
         observation_low: ArrayLike | None = None,
         observation_high: ArrayLike | None = None,
         max_change: ArrayLike | None = None,
@@ -260,17 +273,23 @@ class ControlLoop:
             raise ValueError(f"on_fault is {on_fault!r}; expected hold, safe or raise")
         if deadline_s is not None and not deadline_s > 0:
             raise ValueError(f"deadline_s is {deadline_s}; expected more than 0")
+        if max_held is not None and max_held < 0:
+            raise ValueError(f"max_held is {max_held}; expected at least 0")
         self._policy, self._sizes = policy, (policy.observation_size, policy.action_size)
         self._safe = _sized("safe_action", safe_action, policy.action_size)
         self._low = None if observation_low is None else _sized("observation_low", observation_low, self._sizes[0])
         self._high = None if observation_high is None else _sized("observation_high", observation_high, self._sizes[0])
+        if self._low is not None and self._high is not None and not (self._low <= self._high).all():
+            raise ValueError(f"observation_low is {observation_low!r}, above observation_high {observation_high!r}")
+        if not np.isfinite(self._safe).all():
+            raise ValueError(f"safe_action is {safe_action!r}; expected finite numbers")
         self._max_change = None if max_change is None else _sized("max_change", max_change, policy.action_size)
         if self._max_change is not None and not (self._max_change > 0).all():
             raise ValueError(f"max_change is {max_change!r}; expected more than 0")
         self._on_fault, self._deadline_s, self._deterministic, self._clock = on_fault, deadline_s, deterministic, clock
         self._lock = threading.Lock()
         self._waiting: Predictor | None = None
-        self._last: NDArray[np.float32] | None = None
+        self._last, self._max_held, self._faults_in_a_row = self._safe, max_held, 0
         self.counts, self.last_fault = Counts(), ""
         self.begin_trial()
 
@@ -292,6 +311,10 @@ class ControlLoop:
         sizes = (policy.observation_size, policy.action_size)
         if sizes != self._sizes:
             raise ValueError(f"the new policy has (observation, action) sizes {sizes}; the loop's has {self._sizes}")
+        for field in ("action_low", "action_high", "observation_names", "action_names", "control_period_s"):
+            old, new = (getattr(each, "metadata", {}).get(field) for each in (self._policy, policy))
+            if None not in (old, new) and old != new:
+                raise ValueError(f"the new policy has {field} {new}; the loop's has {old}")
         with self._lock:
             self._waiting = policy
 
@@ -300,9 +323,11 @@ class ControlLoop:
 
         Args:
             observation: `[O]`.
-            reward: of the last tick, for a policy with a memory; None: not known.
+            reward: of the last tick, also that of the episode before, for a policy with a memory; None: not known.
+                Where a trial begins it is not read, since it belongs to what came before.
         """
         began = self._clock()
+        self.counts.ticks += 1
         with self._lock:
             new, self._waiting = self._waiting, None
         if new is not None:
@@ -316,15 +341,16 @@ class ControlLoop:
             self.last_fault = f"{type(error).__name__}: {error}"
             if self._on_fault == "raise":
                 raise
-            action = self._safe if self._on_fault == "safe" or self._last is None else self._last
+            self._faults_in_a_row += 1
+            held_enough = self._max_held is not None and self._faults_in_a_row > self._max_held
+            action = self._safe if self._on_fault == "safe" or held_enough else self._last
         else:
-            self._state, self._starts = state, False
-        if self._max_change is not None and self._last is not None:
+            self._state, self._starts, self._faults_in_a_row = state, False, 0
+        if self._max_change is not None:
             limited = np.clip(action, self._last - self._max_change, self._last + self._max_change)
             self.counts.limited += bool((limited != action).any())
             action = limited
         self._last = action.copy()
-        self.counts.ticks += 1
         if self._deadline_s is not None and self._clock() - began > self._deadline_s:
             self.counts.deadline_misses += 1
         return action.copy()
@@ -335,6 +361,8 @@ class ControlLoop:
         sensed = np.asarray(observation, np.float32)
         if sensed.shape != self._sizes[:1]:
             raise ValueError(f"observation has shape {sensed.shape}; expected ({self._sizes[0]},)")
+        if not np.isfinite(sensed).all():
+            raise ValueError(f"entry {int(np.flatnonzero(~np.isfinite(sensed))[0])} of the observation is not finite")
         beyond = np.zeros(len(sensed), np.bool_)
         if self._low is not None:
             beyond |= ~(sensed >= self._low)

@@ -75,6 +75,17 @@ def test_where_a_trial_begins_an_episode_does(name):
     assert np.abs(walk(policy, (observations, rewards, starts))[0] - told)[4:].max() > 1e-4
 
 
+@every_memory
+def test_a_reward_is_not_read_where_a_trial_begins(name):
+    policy, (observations, rewards, starts) = make_policy(name), make_trials()
+    expected, _ = walk(policy, (observations, rewards, starts))
+    rewards = rewards.copy()
+    rewards[0] = 7.0  # of another trial
+    np.testing.assert_array_equal(walk(policy, (observations, rewards, starts))[0], expected)
+    rewards[1] = 7.0
+    assert np.abs(walk(policy, (observations, rewards, starts))[0] - expected)[1:].max() > 1e-4
+
+
 @every_agent
 def test_a_mean_of_zero_is_the_middle_of_the_range_and_noise_is_in_units_of_its_deviation(name):
     policy = zero(make_policy(name))

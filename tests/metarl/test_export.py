@@ -196,6 +196,11 @@ def test_foreign_and_newer_files_are_refused(exported, tmp_path):
     for name in ("foreign.onnx", "text.onnx"):
         with pytest.raises(ValueError, match=rf"{name} is no complete file of `metarl export`"):
             OnnxPolicy(tmp_path / name)
+    with pytest.raises(ValueError, match=r"elsewhere\.onnx refers to other files"):
+        elsewhere = onnx.load(path)
+        onnx.external_data_helper.convert_model_to_external_data(elsewhere, location="x.bin", size_threshold=0)
+        (tmp_path / "elsewhere.onnx").write_bytes(seal(elsewhere.SerializeToString()))
+        OnnxPolicy(tmp_path / "elsewhere.onnx")
     with pytest.raises(ValueError, match="is no model of `metarl export`: KeyError"):
         OnnxPolicy(seal(foreign.SerializeToString()))
     with pytest.raises(ValueError, match="is no model of `metarl export`"):
@@ -206,6 +211,8 @@ def test_foreign_and_newer_files_are_refused(exported, tmp_path):
         OnnxPolicy(relabelled(path, lambda told: {**told, "observation_names": ["x"]}))
     with pytest.raises(ValueError, match="its own description says"):
         OnnxPolicy(relabelled(path, lambda told: {**told, "state_size": 5}))
+    with pytest.raises(ValueError, match="has format 2"):  # which may describe itself by other words
+        OnnxPolicy(relabelled(path, lambda told: {"format": 2}))
     OnnxPolicy(relabelled(path, lambda told: told))  # what these leave as it is can be read
 
 
@@ -218,6 +225,7 @@ def test_foreign_and_newer_files_are_refused(exported, tmp_path):
         ({"reward": np.zeros(2)}, r"rewards has shape \(2,\); expected one for each of 1 observation"),
         ({"episode_start": np.zeros(2, bool)}, r"episode_start has shape \(2,\)"),
         ({"state": np.zeros((1, 3), np.float32)}, r"state has shape \(1, 3\); expected \(1, "),
+        ({"state": np.full((1, 16), np.nan, np.float32)}, "state is not what predict returned"),
     ],
 )
 def test_bad_input_is_told_in_a_line(exported, told, message):

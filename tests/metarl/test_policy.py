@@ -1,7 +1,5 @@
 """The policy that users hold, of an agent with a memory: predicting, recording and adapting within a trial."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -12,6 +10,7 @@ from metarl.config import RunConfig
 from metarl.errors import UserError
 from metarl.evaluation import evaluate
 from metarl.policy import Policy, build_agent
+from metarl.types import Percept
 
 AGENT = {"name": "rl2", "trial_episodes": 3, "encoder_sizes": [8], "memory": {"name": "gru", "size": 8}}
 
@@ -95,7 +94,9 @@ def test_adapting_to_a_recorded_trial_leads_to_the_state_that_recording_it_did(p
     assert adapted.adapted and not policy.adapted and reward != 0.0
     twice = policy.adapt(trajectories[:1]).adapt(trajectories[1:])
     observation = np.array([0.1, -0.2])
-    lived, _ = replace(policy, state=state).predict(observation, deterministic=True, reward=reward)
+    told, start = torch.full((1, 1), reward), torch.ones(1, 1, dtype=torch.bool)
+    percept = Percept(torch.from_numpy(observation).float()[None, None], told, start, start)
+    lived = policy.agent.act(percept, torch.zeros(1, 1, 2), state)[0][0, 0].clamp(-1.0, 1.0)
     for _ in range(2):
         for reader in (adapted, twice):
             read, _ = reader.predict(observation, deterministic=True)  # the last reward is that of the recording

@@ -54,7 +54,7 @@ def test_memory_and_rewards_are_carried_from_tick_to_tick():
 @pytest.mark.parametrize(
     ("observation", "reason"),
     [
-        ([np.nan, 0.0], "ValueError: entry 0 of the observation is nan, out of its range"),
+        ([np.nan, 0.0], "ValueError: entry 0 of the observation is not finite"),
         ([0.0, 7.0], "entry 1 of the observation is 7, out of its range"),
         ([0.0, -7.0], "entry 1 of the observation is -7, out of its range"),
         ([0.0, 0.0, 0.0], r"observation has shape (3,); expected (2,)"),
@@ -70,16 +70,35 @@ def test_a_fault_holds_the_last_action_and_leaves_the_memory_alone(observation, 
 
 
 def test_a_nan_is_a_fault_without_ranges():
-    class Checking(Counting):
-        def predict(self, observation, *rest):
-            if not np.isfinite(observation).all():
-                raise ValueError("observation holds NaN")
-            return super().predict(observation, *rest)
-
-    loop = ControlLoop(Checking(), safe_action=0.0)
+    policy = Counting()
+    loop = ControlLoop(policy, safe_action=0.0)
     loop.step(ONE)
-    loop.step([np.nan, 0.0])
-    assert loop.counts.faults == 1 and loop.last_fault == "ValueError: observation holds NaN"
+    loop.step([0.0, np.nan])
+    assert loop.counts.faults == 1 and loop.last_fault == "ValueError: entry 1 of the observation is not finite"
+    assert len(policy.told) == 1  # it was not even asked
+
+
+def test_the_last_action_is_held_for_so_many_faults_in_a_row():
+    loop = ControlLoop(Counting(), safe_action=-9.0, max_held=2)
+    broken = [np.nan, 0.0]
+    actions = [float(loop.step(each)[0]) for each in (ONE, broken, broken, broken, ONE, broken)]
+    assert actions == [1.0, 1.0, 1.0, -9.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("action_high", [2.0]), ("action_names", ["wrist"]), ("control_period_s", 0.01)]
+)
+def test_a_policy_for_another_robot_does_not_take_over(field, value):
+    same = {"action_high": [1.0], "action_names": ["elbow"], "control_period_s": 0.02}
+    policies = [Counting() for _ in range(3)]
+    for policy, metadata in zip(
+        policies, (same, {**same, "control_period_s": None}, {**same, field: value}), strict=True
+    ):
+        policy.metadata = metadata
+    loop = ControlLoop(policies[0], safe_action=0.0)
+    loop.swap(policies[1])
+    with pytest.raises(ValueError, match=f"the new policy has {field}"):
+        loop.swap(policies[2])
 
 
 def test_faults_send_the_safe_action_or_raise():
@@ -88,7 +107,7 @@ def test_faults_send_the_safe_action_or_raise():
     loud = ControlLoop(Counting(), safe_action=0.0, on_fault="raise", observation_high=5.0)
     with pytest.raises(ValueError, match="entry 0 of the observation is 9"):
         loud.step([9.0, 0.0])
-    assert loud.counts.faults == 1
+    assert (loud.counts.ticks, loud.counts.faults) == (1, 1)
 
 
 @pytest.mark.parametrize("action", [np.array([np.nan], np.float32), np.array([np.inf], np.float32)])
@@ -100,9 +119,9 @@ def test_an_action_that_is_not_finite_is_a_fault(action):
 def test_actions_change_by_no_more_than_the_limit():
     policy = Counting()
     loop = ControlLoop(policy, safe_action=0.0, max_change=0.75, on_fault="safe", observation_high=50.0)
-    # wanted 4, 4, 0, safe 0: the first action has none before it
-    actions = [float(loop.step(each)[0]) for each in ([4.0, 0.0], [0.0, 0.0], [-4.0, 0.0], [99.0, 0.0])]
-    assert actions == [4.0, 4.0, 3.25, 2.5] and loop.counts.limited == 2
+    # wanted 1, 1, 1, safe 0; the first one starts from the safe one
+    actions = [float(loop.step(each)[0]) for each in ([1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [99.0, 0.0])]
+    assert actions == [0.75, 1.0, 1.0, 0.25] and loop.counts.limited == 2
 
 
 def test_ticks_beyond_the_deadline_are_counted():
@@ -173,6 +192,12 @@ def test_an_action_is_the_callers_own():
         ({"safe_action": [0.0, 0.0]}, r"safe_action is \[0.0, 0.0\]; expected a number or 1 of them"),
         ({"safe_action": np.nan}, "safe_action is nan"),
         ({"observation_low": [0.0]}, r"observation_low is \[0.0\]; expected a number or 2 of them"),
+        ({"safe_action": np.inf}, "safe_action is inf; expected finite numbers"),
+        (
+            {"observation_low": 1.0, "observation_high": [2.0, 0.5]},
+            "observation_low is 1.0, above",
+        ),
+        ({"max_held": -1}, "max_held is -1; expected at least 0"),
         ({"max_change": 0.0}, "max_change is 0.0; expected more than 0"),
         ({"deadline_s": 0.0}, "deadline_s is 0.0; expected more than 0"),
         ({"on_fault": "stop"}, "on_fault is 'stop'; expected hold, safe or raise"),
