@@ -5,12 +5,14 @@ Must not import torch, environments or agents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from metarl.continual import Evaluation
@@ -21,6 +23,7 @@ from metarl.types import FloatArray
 Points = Mapping[int, tuple[float, float]]
 """What one run reached: iteration → env steps and value."""
 
+_Key = tuple[str, int, bool]
 _MANY_POINTS = 30
 
 
@@ -78,22 +81,23 @@ def comparison(groups: Mapping[str, Sequence[Panel]]) -> Figure:
     columns = max(len(panels) for panels in groups.values())
     curves = [curve for panels in groups.values() for panel in panels for curve in panel.curves]
     labels = list(dict.fromkeys(curve.label for curve in curves))
-    longest = max(len(_entry(curve)) for curve in curves)
-    in_legend = 1 if longest > 50 else 2 if longest > 24 else 3
-    legend_inches = 0.35 + 0.2 * -(-len({_entry(curve) for curve in curves}) // in_legend)
-    figure = Figure(figsize=(9.0 if columns > 1 else 7.0, 3.3 * len(groups) + legend_inches), layout="constrained")
+    entries = {_key(curve): _entry(curve) for curve in curves}
+    longest = max(map(len, entries.values()))
+    in_legend = 1 if longest > 44 else 2 if longest > 22 else 3
+    legend_inches = 0.35 + 0.2 * math.ceil(len(entries) / in_legend)
+    figure = Figure(figsize=(9.0 if columns > 1 else 8.0, 3.3 * len(groups) + legend_inches), layout="constrained")
     grid = figure.add_gridspec(len(groups), columns)
-    handles: dict[str, Any] = {}
+    lines: dict[_Key, Line2D] = {}
     for row, (tasks, panels) in enumerate(groups.items()):
         for column, panel in enumerate(panels):
             axes = figure.add_subplot(grid[row, column])
             for curve in panel.curves:
-                handles.setdefault(_entry(curve), _draw(axes, curve, labels.index(curve.label)))
+                lines[_key(curve)] = _draw(axes, curve, labels.index(curve.label))
             plain(axes)
             axes.set_ylabel(panel.measure)
             axes.set_xlabel("env steps")
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-            end = max(curve.env_steps[-1] for curve in panel.curves)
+            end = max(1.0, *(curve.env_steps[-1] for curve in panel.curves))
             axes.set_xlim(-0.02 * end, 1.02 * end)
             if panel.measure.startswith("success"):
                 axes.set_ylim(-0.04, 1.04)
@@ -101,8 +105,8 @@ def comparison(groups: Mapping[str, Sequence[Panel]]) -> Figure:
                 axes.set_title(one_line(tasks, 90), loc="left", fontsize=10.5)
     which = "held-out tasks" + ("" if all(curve.held_out for curve in curves) else " where nothing else is said")
     figure.legend(
-        list(handles.values()),
-        list(handles),
+        list(lines.values()),
+        [entries[key] for key in lines],
         loc="outside lower center",
         ncols=in_legend,
         frameon=False,
@@ -114,13 +118,18 @@ def comparison(groups: Mapping[str, Sequence[Panel]]) -> Figure:
     return figure
 
 
+def _key(curve: MethodCurve) -> _Key:
+    """What curves of one entry in the legend have in common."""
+    return curve.label, len(curve.values), curve.held_out
+
+
 def _entry(curve: MethodCurve) -> str:
     """What the legend says of a curve."""
-    name = f"{one_line(curve.label, 60)}, n = {len(curve.values)}"
+    name = f"{one_line(curve.label, 70)}, n = {len(curve.values)}"
     return name if curve.held_out else f"{name} (training tasks)"
 
 
-def _draw(axes: Axes, curve: MethodCurve, number: int) -> Any:
+def _draw(axes: Axes, curve: MethodCurve, number: int) -> Line2D:
     """Draw a curve; returns its line."""
     steps, mean = curve.env_steps, curve.values.mean(axis=0)
     every = max(1, len(steps) // 10) if len(steps) > _MANY_POINTS else 1

@@ -1,5 +1,6 @@
 """Figures hold what they claim, and `metarl plot` writes them."""
 
+import importlib
 import io
 import json
 from types import SimpleNamespace
@@ -10,9 +11,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from metarl import plotting
+from metarl import comparison_plots, plotting
 from metarl.cli import main
-from metarl.cli.plot import _method
+from metarl.cli.plot import _method, _methods, _Run, _tasks_name
 from metarl.config import RunConfig, dump_config
 from metarl.continual import evaluations
 from metarl.plotting import Point, Span
@@ -285,7 +286,7 @@ def test_plot_of_several_runs(metarl, four_runs, monkeypatch):
     assert (status, err) == (0, "")
     files = ("learning.png", "adaptation.png", "continual.png", "matrix.png")
     expected = [run / "plots" / name for run in four_runs for name in files]
-    expected.append(four_runs[0] / "plots" / "stability_plasticity.png")
+    expected += [four_runs[0] / "plots" / name for name in ("comparison.png", "stability_plasticity.png")]
     assert out.split() == list(map(str, expected))
     for path in expected:
         image = imread(path)
@@ -302,7 +303,8 @@ def test_plot_of_several_runs(metarl, four_runs, monkeypatch):
 
 def test_plot_out(metarl, four_runs, tmp_path):
     assert metarl("plot", *four_runs[1:3], "--out", tmp_path / "new" / "figures")[0] == 0
-    assert [path.name for path in (tmp_path / "new" / "figures").iterdir()] == ["stability_plasticity.png"]
+    compared = sorted(path.name for path in (tmp_path / "new" / "figures").iterdir())
+    assert compared == ["comparison.png", "stability_plasticity.png"]
     assert (four_runs[1] / "plots" / "matrix.png").exists()
     _, out, _ = metarl("plot", four_runs[0], f"{four_runs[0]}/", "--out", tmp_path / "one")  # the same run twice
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
@@ -339,7 +341,7 @@ def test_plot_amid_training(metarl, four_runs, tmp_path):
     halfway = write_run(tmp_path / "halfway", [line for line in made_up() if line["iteration"] < 6])
     status, out, _ = metarl("plot", halfway, *four_runs[:1])
     assert status == 0
-    assert f"{halfway} is not compared: " in out
+    assert f"{halfway} is not in stability_plasticity.png: " in out
     assert (halfway / "plots" / "matrix.png").exists()
     assert not (halfway / "plots" / "stability_plasticity.png").exists()
     begun = write_run(tmp_path / "begun", made_up()[:2])  # one iteration
@@ -370,7 +372,178 @@ def test_mistakes_are_told_in_one_line(metarl, tmp_path, four_runs):
         assert err.count("\n") == 1
 
 
+REPORT = {
+    "protocol": "metarl", "split": "test", "held_out": True, "env_steps": 100, "adaptation_steps": 1,
+    "rollouts_per_task": 2, "tasks": [{"name": "goals", "returns": [1.0, 2.0], "success": [None, None]}],
+    "aggregate": {"return_pre": {"mean": 1.0}, "return_post": {"mean": 2.0}},
+    "phases": [{"return": {"mean": 1.0}}, {"return": {"mean": 2.0}}],
+}  # fmt: skip
+
+
+def test_plot_draws_the_reports_of_evaluations(metarl, tmp_path):
+    run = write_run(tmp_path / "run", made_up(["one"]), ["one"])
+    folder = run / "evaluation"
+    folder.mkdir()
+    (folder / "test.json").write_text(json.dumps(REPORT))
+    (folder / "train.json").write_text(json.dumps({**REPORT, "split": "train"}))
+    (folder / "continual.json").write_text('{"stages": []}')
+    (folder / "notes.txt").write_text("")
+    status, out, err = metarl("plot", run, "--out", tmp_path / "figures")
+    assert (status, err) == (0, "")
+    expected = ["learning.png", "adaptation.png", "evaluation_test.png", "evaluation_train.png"]
+    assert out.split() == [str(tmp_path / "figures" / name) for name in expected]
+    assert imread(tmp_path / "figures" / "evaluation_test.png").std() > 0.01
+
+
+def test_damaged_reports_are_named_and_the_rest_is_drawn(metarl, tmp_path):
+    run = write_run(tmp_path / "run", made_up(["one"]), ["one"])
+    folder = run / "evaluation"
+    folder.mkdir()
+    (folder / "a.json").write_text(json.dumps(REPORT)[:100])
+    (folder / "b.json").write_text('{"algorithm": "sac"}')
+    (folder / "c.json").write_bytes(b"\xff\xfe")
+    (folder / "d.json").mkdir()
+    (folder / "e.json").write_text(json.dumps({**REPORT, "aggregate": {}}))
+    (folder / "f.json").write_text(json.dumps(REPORT))
+    status, out, err = metarl("plot", run)
+    assert status == 0
+    assert [path.rpartition("/")[2] for path in out.split()] == ["learning.png", "adaptation.png", "evaluation_f.png"]
+    lines = err.splitlines()
+    assert len(lines) == 5
+    for line, name in zip(lines, "abcde", strict=True):
+        assert line.startswith(f"metarl: {folder / name}.json is left out")
+
+
+def single(path, tasks, agent="maml_ppo", seed=0, iterations=4, evaluate_until=4, success=True):
+    """A run of one stage; held-out returns are ten times the iteration plus the seed."""
+    lines = []
+    for k in range(1, iterations + 1):
+        place = {"iteration": k, "stage": 0, "env_steps": 100 * k}
+        lines.append({**place, "meta_train/return_pre": 0.0, "meta_train/return_post": -float(k)})
+        if k <= evaluate_until:
+            solved = {"meta_test/success_post": k / 4} if success else {}
+            lines.append({**place, "meta_test/return_post": 10.0 * k + seed, **solved})
+    path.mkdir(parents=True)
+    config = RunConfig(seed=seed, agent={"name": agent}, stages=[{"iterations": 4, "tasks": tasks}])
+    (path / "config.yaml").write_text(dump_config(config))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+GOALS = {"family": "navigation", "name": "goals"}
+REACH = {"family": "metaworld", "benchmark": "ML1", "name": "reach-v3", "horizon": 100}
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """What comparison.png is drawn of; the figures of each run are left out, to be fast."""
+    seen = {}
+    monkeypatch.setattr(importlib.import_module("metarl.cli.plot"), "_figures", lambda run: [])
+    draw = comparison_plots.comparison
+    monkeypatch.setattr(comparison_plots, "comparison", lambda groups: seen.update(groups) or draw(groups))
+    return seen
+
+
+def test_runs_on_the_same_tasks_are_compared(metarl, tmp_path, compared):
+    runs = [
+        single(tmp_path / "maml_0", GOALS, seed=0),
+        single(tmp_path / "maml_1", GOALS, seed=1),
+        single(tmp_path / "rl2", GOALS, "rl2"),
+        single(tmp_path / "reach_0", REACH, success=False),
+        single(tmp_path / "reach_1", REACH, evaluate_until=0, agent="rl2"),
+        single(tmp_path / "alone", {**REACH, "horizon": 50}),
+    ]
+    status, out, err = metarl("plot", *runs, "--out", tmp_path / "figures")
+    assert (status, err) == (0, "")
+    assert f"not in comparison.png, as no other run has their tasks: {tmp_path / 'alone'}\n" in out
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["comparison.png"]
+    assert list(compared) == ["navigation goals", "metaworld ML1 reach-v3, horizon 100"]
+    returns, success = compared["navigation goals"]
+    assert (returns.measure, success.measure) == ("return after adaptation", "success after adaptation")
+    maml, rl2 = returns.curves
+    assert (maml.label, maml.held_out, rl2.label) == ("maml_ppo", True, "rl2")
+    np.testing.assert_array_equal(maml.env_steps, [100, 200, 300, 400])
+    np.testing.assert_array_equal(maml.values, [[10, 20, 30, 40], [11, 21, 31, 41]])
+    np.testing.assert_array_equal(success.curves[1].values, [[0.25, 0.5, 0.75, 1]])
+    (returns,) = compared["metaworld ML1 reach-v3, horizon 100"]  # no success there
+    # Without evaluations there is the training curve.
+    assert [(curve.label, curve.held_out) for curve in returns.curves] == [("maml_ppo", True), ("rl2", False)]
+    np.testing.assert_array_equal(returns.curves[1].values, [[-1, -2, -3, -4]])
+
+
+def test_seeds_are_compared_as_far_as_all_have_come(metarl, tmp_path, compared):
+    runs = [single(tmp_path / f"run_{seed}", GOALS, seed=seed, iterations=4 - 2 * seed) for seed in (0, 1)]
+    _, out, _ = metarl("plot", *runs)
+    assert f"maml_ppo is compared up to iteration 2, where {runs[1]} ends\n" in out
+    (curve,) = compared["navigation goals"][0].curves
+    np.testing.assert_array_equal(curve.values, [[10, 20], [11, 21]])
+
+
+def test_runs_on_other_tasks_each_are_not_compared(metarl, tmp_path):
+    runs = [single(tmp_path / "a", GOALS), single(tmp_path / "b", REACH)]
+    status, out, _ = metarl("plot", *runs)
+    assert status == 0
+    assert f"no other run has their tasks: {runs[0]}, {runs[1]}\n" in out
+    assert not (runs[0] / "plots" / "comparison.png").exists()
+
+
+def test_sequences_are_compared_by_the_mean_of_their_scores(metarl, four_runs, compared):
+    metarl("plot", *four_runs)
+    ((title, panels),) = compared.items()
+    assert title == "3 stages, reach to pick-place"
+    (panel,) = panels
+    assert panel.measure == "score after adaptation, mean over stages"
+    assert [curve.values.shape for curve in panel.curves] == [(2, 7), (2, 7)]  # 7 evaluations of 2 seeds
+    # Before training all are 0.1. At the end the last is at 0.8, the others have kept a part once and twice.
+    for curve, kept in zip(panel.curves, (0.9, 0.2), strict=True):
+        np.testing.assert_allclose(curve.values[:, 0], 0.1, rtol=0, atol=0.01)
+        np.testing.assert_allclose(curve.values[:, -1], 0.8 * (1 + kept + kept**2) / 3, rtol=0, atol=0.01)
+
+
 def test_methods_have_names():
-    ewc, replay = SimpleNamespace(name="ewc", coef=10.0), SimpleNamespace(name="replay")
-    assert _method(SimpleNamespace(stability=(ewc, replay))) == "ewc 10 + replay"
-    assert _method(SimpleNamespace(stability=())) == "fine-tuning"
+    ewc, replay, one = SimpleNamespace(name="ewc", coef=10.0), SimpleNamespace(name="replay"), SimpleNamespace()
+
+    def named(stability=(), control="none", stages=(one, one)):
+        agent = SimpleNamespace(name="rl2")
+        return _method(SimpleNamespace(stability=stability, control=control, stages=stages, agent=agent))
+
+    assert named((ewc, replay)) == "ewc 10 + replay"
+    assert named() == "fine-tuning"
+    assert named(control="joint") == "joint training"
+    assert named((replay,), control="scratch") == "from scratch + replay"
+    assert named(stages=(one,)) == "rl2"
+
+
+def test_methods_of_one_name_are_told_apart_by_their_directories(tmp_path):
+    def run(folder, lr, seed, agent="maml_ppo"):
+        config = RunConfig(seed=seed, agent={"name": agent, "inner_lr": lr})
+        return _Run(tmp_path / folder, config, [], [], 0)
+
+    runs = [run("fast_0", 0.2, 0), run("fast_1", 0.2, 1), run("slow/seed3", 0.1, 3), run("anil", 0.1, 0, "anil")]
+    methods = _methods(runs)
+    assert {label: [seed.path.name for seed in seeds] for label, seeds in methods.items()} == {
+        "maml_ppo, fast": ["fast_0", "fast_1"],
+        "maml_ppo, slow": ["seed3"],
+        "anil": ["anil"],
+    }
+    assert list(_methods([run("a/maml_0", 0.1, 0), run("b/maml_0", 0.2, 0)])) == [
+        "maml_ppo, a/maml",
+        "maml_ppo, b/maml",
+    ]
+    assert list(_methods([run("a/0", 0.1, 0), run("a/1", 0.2, 1)])) == [
+        f"maml_ppo, {tmp_path.name}/a #1",
+        f"maml_ppo, {tmp_path.name}/a #2",
+    ]
+
+
+def test_tasks_have_names():
+    def named(**tasks):
+        return _tasks_name(RunConfig(stages=[{"tasks": tasks}]))
+
+    assert named(**GOALS) == "navigation goals"
+    assert named(**REACH) == "metaworld ML1 reach-v3, horizon 100"
+    assert named(family="mujoco", name="HalfCheetahVel", velocity=[0, 1]) == "mujoco HalfCheetahVel, velocity 0.0 1.0"
+    assert named(family="metaworld", benchmark="custom", names=["reach-v3", "push-v3"]) == (
+        "metaworld custom, names reach-v3 push-v3"
+    )
+    assert named(family="custom") == "custom"

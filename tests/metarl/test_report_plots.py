@@ -1,7 +1,6 @@
 """Figures of evaluation reports hold the report's numbers, and what is no report is refused in one line."""
 
 import copy
-import io
 import itertools
 import json
 
@@ -57,7 +56,7 @@ REPORT = {
 def drawn(report):
     """Read a report as from its file, draw it, and lay it out."""
     figure = report_figure(read_report(json.dumps(report).encode()))
-    figure.savefig(io.BytesIO(), dpi=50)
+    figure.draw_without_rendering()
     return figure
 
 
