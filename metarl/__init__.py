@@ -31,7 +31,7 @@ _NAMES = {
     "Rollout": "metarl.types",
     "Trajectory": "metarl.types",
 }
-_MODULES = ("baseline", "envs", "evaluation")
+_MODULES = ("baseline", "envs", "evaluation", "play", "runtime", "sb3")
 
 __all__ = [*_NAMES, *_MODULES]
 

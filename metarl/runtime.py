@@ -365,9 +365,9 @@ class ControlLoop:
             raise ValueError(f"entry {int(np.flatnonzero(~np.isfinite(sensed))[0])} of the observation is not finite")
         beyond = np.zeros(len(sensed), np.bool_)
         if self._low is not None:
-            beyond |= ~(sensed >= self._low)
+            beyond |= sensed < self._low
         if self._high is not None:
-            beyond |= ~(sensed <= self._high)
+            beyond |= sensed > self._high
         if beyond.any():
             worst = int(np.flatnonzero(beyond)[0])
             raise ValueError(f"entry {worst} of the observation is {sensed[worst]:g}, out of its range")

@@ -50,23 +50,27 @@ def _named(name: str, like: Any) -> TaskDistribution:
     return distribution(family, **options, **FAMILIES[family].names()[name])
 
 
-def task_of(config: RunConfig, name: str, split: str = "test") -> Task:
-    """Return one task by a name as `reach-v3`, the first of that class, or `reach-v3:7`, the one with index 7.
+def task_of(config: RunConfig, name: str | None = None, split: str = "test", stage: str | None = None) -> Task:
+    """Return one task: `reach-v3` is the first of that class, `reach-v3:7` the one with index 7 among them.
 
     Args:
         config: of the run, whose options the task has.
-        name: of a class of the run's tasks, or anything that `distribution_of` understands.
+        name: of a class of the run's tasks, or anything that `distribution_of` understands; None: the run's first task.
         split: `test` or `train`.
+        stage: name of the stage; the last one if None.
 
     Raises:
         UserError: there is no such task.
     """
+    if name is None:
+        return _split(distribution_of(config, None, stage), split)[0]
     wanted, _, number = name.partition(":")
     if number and not number.isdigit():
         raise UserError(f"task {name!r}: expected a number behind the colon, e.g. {wanted}:3")
-    own = distribution_of(config)
-    found = [task for task in _split(own, split) if task.name == wanted]
-    found = found or _split(distribution_of(config, wanted), split)
+    found: list[Task] = []
+    if config.stages[-1].tasks.family in FAMILIES:
+        found = [task for task in _split(distribution_of(config, None, stage), split) if task.name == wanted]
+    found = found or _split(distribution_of(config, wanted, stage), split)
     index = int(number or 0)
     if index >= len(found):
         raise UserError(f"there is no {name}; the {split} split has {len(found)} of {wanted}, counted from 0")

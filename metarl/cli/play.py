@@ -20,10 +20,11 @@ def play(arguments: list[str]) -> int:
         "memory, the first and the last episode of one trial are shown. Both begin from the same seed.",
     )
     parser.add_argument("run_dir", help="what `metarl train` wrote")
-    parser.add_argument("--task", metavar="NAME", help="another task or benchmark than the run was trained on")
+    parser.add_argument(
+        "--task", metavar="TASK", help="which task, e.g. reach-v3 or reach-v3:7, of this run or another (its first one)"
+    )
     parser.add_argument("--stage", metavar="NAME", help="the tasks of another stage of the run, by its name (the last)")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="of which tasks (test)")
-    parser.add_argument("--index", type=not_negative, metavar="I", help="which of the tasks, from 0 (0)")
     parser.add_argument("--seed", type=not_negative, default=0, help="of both episodes and all actions (0)")
     parser.add_argument("--deterministic", action="store_true", help="show mean actions instead of draws")
     parser.add_argument("--video", metavar="FILE.mp4", type=Path, help="where the MP4 goes; then there is no GIF")
@@ -40,20 +41,15 @@ def play(arguments: list[str]) -> int:
     from rich.console import Console
 
     from metarl.envs import FAMILIES, make
-    from metarl.evaluation import distribution_of
     from metarl.play import play as played
     from metarl.policy import load
     from metarl.rendering import check_mp4, write_gif, write_mp4
+    from metarl.tasks import task_of
 
     policy = load(options.run_dir)
     if options.task is None and any(stage.tasks.family not in FAMILIES for stage in policy.config.stages):
         raise UserError("the run has custom tasks: play one from Python with metarl.play.play(metarl.load(…), env)")
-    distribution = distribution_of(policy.config, options.task, options.stage)
-    tasks = distribution.test_tasks if options.split == "test" else distribution.train_tasks
-    index = options.index or 0
-    if index >= len(tasks):
-        raise UserError(f"--index {index}: there are {len(tasks)} {options.split} tasks, 0 to {len(tasks) - 1}")
-    task = tasks[index]
+    task = task_of(policy.config, options.task, options.split, options.stage)
     mp4, gif = _files(options, task.name)
     if mp4 is not None:
         check_mp4()
@@ -95,8 +91,9 @@ def _files(options: argparse.Namespace, name: str) -> tuple[Path | None, Path | 
     if mp4 is not None and mp4.suffix.lower() == ".gif" and gif is None:
         mp4, gif = None, mp4
     if mp4 is None and gif is None:
-        parts = ["play", name, *([str(options.index)] if options.index is not None else ())]
-        stem = Path(options.run_dir) / "plots" / "_".join([*parts, *(["train"] if options.split == "train" else ())])
+        _, _, index = (options.task or "").partition(":")
+        parts = ["play", name, index, "train" if options.split == "train" else ""]
+        stem = Path(options.run_dir) / "plots" / "_".join(filter(None, parts))
         mp4, gif = stem.with_name(f"{stem.name}.mp4"), stem.with_name(f"{stem.name}.gif")
     for flag, path, suffix in (("--video", mp4, ".mp4"), ("--gif", gif, ".gif")):
         if path is None:

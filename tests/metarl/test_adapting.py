@@ -16,7 +16,7 @@ from metarl.policy import Policy, build_agent
 from metarl.sampling import collect
 from metarl.seeding import Purpose, children, seeds
 from metarl.types import Percept
-from tests.agents.deployed import make_episodes, make_policy, make_trials, walk
+from tests.agents.deployed import AGENTS, make_episodes, make_policy, make_trials, walk
 
 
 def test_steps_and_rates_of_adapting_are_the_ones_asked_for():
@@ -104,6 +104,19 @@ def test_a_packed_state_goes_on_in_the_middle_of_an_episode(name):
     for wrong in ({}, {key: value[:, :-1] for key, value in packed.items()}):
         with pytest.raises(ValueError, match=r"cannot load .*: expected shape"):
             agent.unpack(wrong)
+
+
+def test_an_agent_with_a_memory_adapts_to_a_task_by_one_trial():
+    goals = metarl.envs.distribution("navigation", name="goals", horizon=5, num_train=7, num_test=6)
+    spaces = Spaces(2, (-1.0, -1.0), (1.0, 1.0))
+    policy = make_policy("gru", spaces, agent={**AGENTS["gru"], "observation_entries": [0, 1], "trial_episodes": 3})
+    adapted = adapt_to(policy, goals.test_tasks[2], seed=5)
+    envs = make_envs(goals, 1, 0)
+    (phase,) = children(seeds(5, Purpose.EVALUATION_ROLLOUTS), 1)
+    trial = collect(envs, policy.agent, policy.state, [goals.test_tasks[2]], 1, [phase])
+    assert trial.env_steps == 15  # of all its episodes
+    expected = policy.agent.pack(policy.agent.adapt(policy.state, trial))
+    torch.testing.assert_close(policy.agent.pack(adapted.state), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_saving_replaces_nothing(tmp_path):

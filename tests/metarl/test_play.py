@@ -296,7 +296,7 @@ def test_play_writes_both_files(runs, metarl_command, agent, printed):
 
 
 def test_play_chooses_the_task_the_stage_and_the_files(runs, metarl_command, tmp_path):
-    flags = ["--task", "semicircle", "--index", 2, "--split", "train", "--speed", 20]
+    flags = ["--task", "semicircle:2", "--split", "train", "--speed", 20]
     status, out, _ = metarl_command("play", runs / "maml", *flags)
     assert status == 0 and "plots/play_semicircle_2_train.gif" in out and "plots/play_semicircle_2_train.mp4" in out
     for number, (flags, names) in enumerate(
@@ -326,7 +326,7 @@ def test_mistakes_are_told_in_one_line(runs, mistake, tmp_path, monkeypatch):
     assert "holds no run" in mistake(tmp_path)
     assert "did you mean 'goals'?" in mistake(run, "--task", "gaols")
     assert "the run has no stage 'other'" in mistake(run, "--stage", "other")
-    assert "--index 100: there are 100 test tasks, 0 to 99" in mistake(run, "--index", 100)
+    assert "there is no goals:100; the test split has 100 of goals" in mistake(run, "--task", "goals:100")
     assert "the agent was trained for" in mistake(run, "--task", "cued_wedges")
     assert "--video a.avi: expected a file that ends in .mp4" in mistake(run, "--video", "a.avi")
     assert "--gif a.mp4: expected a file that ends in .gif" in mistake(run, "--gif", "a.mp4")
@@ -364,7 +364,6 @@ def test_help_names_every_flag(metarl_command):
         "--task",
         "--stage",
         "--split",
-        "--index",
         "--seed",
         "--deterministic",
         "--video",

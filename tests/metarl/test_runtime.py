@@ -181,9 +181,14 @@ def test_swapping_from_another_thread_never_mixes_two_policies():
 
 
 def test_an_action_is_the_callers_own():
-    loop = ControlLoop(Counting(action=np.array([0.5], np.float32)), safe_action=0.0, observation_high=5.0)
+    buffer = np.array([0.5], np.float32)
+    loop = ControlLoop(Counting(action=buffer), safe_action=0.0, observation_high=5.0)
     loop.step(ONE)[:] = 77.0
+    buffer[:] = 88.0  # a policy may write all its actions to one place
     assert float(loop.step([9.0, 0.0])[0]) == 0.5
+    safe = ControlLoop(Counting(), safe_action=0.25, on_fault="safe", observation_high=5.0)
+    safe.step([9.0, 0.0])[:] = 77.0
+    assert float(safe.step([9.0, 0.0])[0]) == 0.25
 
 
 @pytest.mark.parametrize(
