@@ -72,7 +72,7 @@ class PerEnvironment(BaseModel):
     model_config = _CHECKED
 
     success_mean: float
-    success_per_class: dict[str, float]
+    success_per_class: dict[str, float] = Field(min_length=1)
 
 
 class OfficialReport(PerEnvironment):
@@ -158,21 +158,22 @@ def _official(report: OfficialReport) -> Figure:
         ("per environment", ours, {"color": COLOURS[0], "marker": "o"}),
         ("as Meta-World counts", report, {"color": COLOURS[1], "marker": "D", "markerfacecolor": "white"}),
     )
+    rows = ["mean of classes"] * (len(names) > 1) + [one_line(name, 32) for name in names]
     series = []
     for label, figures, look in counted:
-        values = [figures.success_mean, *(figures.success_per_class.get(name) for name in names)]
+        values = [figures.success_mean, *(figures.success_per_class.get(name) for name in names)][-len(rows) :]
         estimates = [None if value is None else Estimate(mean=value) for value in values]
-        series.append(_Series(label, look, estimates, [()] * len(values)))
-    inches = _inches(len(names) + 1, len(series))
+        series.append(_Series(label, look, estimates, [()] * len(rows)))
+    inches = _inches(len(rows), len(series))
     figure = Figure(figsize=(9.0, 1.8 + inches), layout="constrained")
     axes = figure.subplots()
-    _rows(axes, ["mean of classes", *(one_line(name, 32) for name in names)], series)
+    _rows(axes, rows, series)
     _measured(axes.set_xlabel, axes.set_xlim, "success")
     _legend(
         figure,
         series,
         f"Meta-World's own evaluation on {report.split} tasks, after {_steps(report.env_steps)} env steps of training\n"
-        f"{report.adaptation_episodes} episode(s) to adapt on, then {report.evaluation_episodes} are counted; "
+        f"{_count(report.adaptation_episodes, 'episode')} to adapt on, then {report.evaluation_episodes} are counted; "
         "Meta-World counts the first of a class to finish,\nand solved ones finish early",
     )
     return figure
@@ -274,6 +275,7 @@ def _rows(axes: Axes, names: Sequence[str], series: Sequence[_Series]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labeltop=not roomy)
     if len(names) > 1:
         axes.get_yticklabels()[0].set_fontweight("bold")
         axes.axhline(0.5, color=GREY, linewidth=0.9)
@@ -334,12 +336,17 @@ def _legend(figure: Figure, series: Sequence[_Series], title: str) -> None:
 
 
 def _title(report: EvaluationReport, several: bool, roomy: bool) -> str:
-    kind = "held-out tasks" if report.held_out else f"{report.split} tasks (NOT held out)"
-    count = f"{report.rollouts_per_task} {'episode' if report.adaptation_steps else 'trial'}(s) each"
+    what, note = ("held-out task", "") if report.held_out else (f"{report.split} task", " (NOT held out)")
+    tasks = f"{_count(len(report.tasks), what)}{note}"
+    count = _count(report.rollouts_per_task, "episode" if report.adaptation_steps else "trial") + " each"
     shown = "means, 95 % bootstrap intervals over tasks" if several else "means; one task a class has no interval"
     if several and roomy:
         shown += "; faint dots: tasks"
-    return f"{len(report.tasks)} {kind}, {count}, after {_steps(report.env_steps)} env steps of training\n{shown}"
+    return f"{tasks}, {count}, after {_steps(report.env_steps)} env steps of training\n{shown}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _steps(env_steps: int) -> str:

@@ -113,7 +113,8 @@ def _reports(folder: Path) -> Iterator[tuple[str, Figure]]:
         try:
             figure = report_figure(read_report(path.read_bytes()))
         except (OSError, ValueError) as error:
-            print(f"metarl: {path} is left out, as it is no report of `metarl evaluate`: {error}", file=sys.stderr)
+            cause = getattr(error, "strerror", None) or error
+            print(f"metarl: {path} is left out, it holds no report of `metarl evaluate`: {cause}", file=sys.stderr)
         else:
             yield f"evaluation_{path.stem}.png", figure
 

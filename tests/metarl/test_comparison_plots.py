@@ -60,18 +60,18 @@ def test_runs_meet_at_the_iterations_that_all_have():
 
 
 def test_mean_and_band_over_runs_by_hand():
-    # Of two runs half of all resamples are one run twice: the interval of the mean ends at the runs.
-    two, one = curve("rl2", [[1.0, 4.0], [3.0, 8.0]]), curve("maml_ppo", [[2.0, 2.5]], [150.0, 300.0])
-    figure = drawn({"navigation goals": [Panel("return after adaptation", [two, one])]})
+    # Of three runs 1/27 = 3.7 % of all resamples are the least one three times: the interval of the mean ends there.
+    three, one = curve("rl2", [[1.0, 4.0], [5.0, 9.0], [3.0, 8.0]]), curve("maml_ppo", [[2.0, 2.5]], [150.0, 300.0])
+    figure = drawn({"navigation goals": [Panel("return after adaptation", [three, one])]})
     (axes,) = figure.axes
     assert (axes.get_title(loc="left"), axes.get_xlabel()) == ("navigation goals", "env steps")
     assert axes.get_ylabel() == "return after adaptation"
     rl2, maml = axes.lines
-    np.testing.assert_array_equal(rl2.get_xydata(), [[100, 2], [200, 6]])
+    np.testing.assert_array_equal(rl2.get_xydata(), [[100, 3], [200, 7]])
     np.testing.assert_array_equal(maml.get_xydata(), [[150, 2], [300, 2.5]])
     (band,) = axes.collections
-    np.testing.assert_allclose(interval(band), [[100, 1, 3], [200, 4, 8]])
-    assert legend_of(figure) == ["rl2, n = 2", "maml_ppo, n = 1"]
+    np.testing.assert_allclose(interval(band), [[100, 1, 5], [200, 4, 9]])
+    assert legend_of(figure) == ["rl2, n = 3", "maml_ppo, n = 1"]
     assert figure.legends[0].get_title().get_text().startswith("held-out tasks; mean, and 95 % bootstrap interval")
 
 

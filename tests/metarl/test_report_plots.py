@@ -152,7 +152,7 @@ def test_an_agent_with_a_memory_and_without_it():
     xy, reach = marks(classes.containers[2])
     np.testing.assert_allclose(xy, [[0.5, 0.1]])  # the third of four: 0.8 · (2.5/4 − 1/2) below
     np.testing.assert_allclose(reach[..., 0], [[0.4, 0.6]])
-    assert "2 held-out tasks, 2 trial(s) each, after 1.6M env steps" in figure.legends[0].get_title().get_text()
+    assert "2 held-out tasks, 2 trials each, after 1.6M env steps" in figure.legends[0].get_title().get_text()
 
 
 def test_returns_where_success_is_not_defined():
@@ -235,8 +235,11 @@ def test_an_official_report_shows_both_counts():
     np.testing.assert_allclose(ours[0].get_xydata(), [[0.5, -0.2], [0.75, 0.8], [0.25, 1.8]])
     np.testing.assert_allclose(official[0].get_xydata(), [[0.75, 0.2], [1.0, 1.2], [0.5, 2.2]])
     title = figure.legends[0].get_title().get_text()
-    assert "10 episode(s) to adapt on, then 3 are counted" in title
+    assert "10 episodes to adapt on, then 3 are counted" in title
     assert "after 2M env steps" in title
+    one_class = drawn({**OFFICIAL, "success_per_class": {"reach-v3": 0.5}})
+    assert texts(one_class.axes[0].get_yticklabels()) == ["reach-v3"]
+    np.testing.assert_allclose([each[0].get_xydata()[:, 0] for each in one_class.axes[0].containers], [[0.25], [0.5]])
 
 
 def test_what_evaluate_writes_is_drawn():
