@@ -275,7 +275,7 @@ def run_command(words, clone, store):
         metarl(small(rest), status=2 if rest[0] == "play" and not can_draw() else 0)
     elif program == "python":
         provide(text, clone, store)
-        process([sys.executable, *rest, *SMALL_SCRIPTS.get(rest[0], "").split()])
+        run_here(*rest, *SMALL_SCRIPTS.get(rest[0], "").split())
     else:
         assert program in STAND_INS, f"{text}: nothing here knows how to run {program}; see STAND_INS"
         if program == "tensorboard":
@@ -284,15 +284,31 @@ def run_command(words, clone, store):
 
 
 def run_python(block, clone, store, capsys):
-    """Run a Python block as a script; returns what it printed. It is a process of its own if it may start others."""
+    """Run a Python block as a script; returns what it printed. It is a process of its own if it starts others."""
     provide(block.text, clone, store)
     path = clone / (block.title or "example.py")
     path.write_text(block.text, encoding="utf-8")
-    if "__main__" in block.text:
+    if "__main__" in block.text and '"num_workers": 0' not in block.text:
         return process([sys.executable, path.name])
     capsys.readouterr()
-    runpy.run_path(str(path), run_name="__main__")
+    run_here(path)
     return capsys.readouterr().out
+
+
+def run_here(path, *arguments):
+    """Run a Python script in this process, which has imported most of what it needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *arguments])
+        patch.syspath_prepend(Path.cwd())
+        before = set(sys.modules)
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as ended:
+            assert not ended.code, f"{shlex.join(sys.argv)}: exit status {ended.code}"
+        finally:
+            for name in set(sys.modules) - before:
+                if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == Path.cwd():
+                    del sys.modules[name]  # a file of this page
 
 
 def joined(blocks):
