@@ -39,24 +39,11 @@ def small(name):
 
 
 @pytest.fixture
-def metarl(capsys):
-    """Run a command: exit status, stdout, stderr."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as error:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return error.value.code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def mistake(metarl):
+def mistake(command):
     """Run a command that must be refused: its one line."""
 
     def run(*arguments):
-        status, out, err = metarl(*arguments)
+        status, out, err = command(*arguments)
         assert status == 2, (out, err)
         assert out == "" and err.startswith("metarl: ") and len(err.splitlines()) == 1 and "Traceback" not in err
         return err
@@ -77,12 +64,12 @@ def trained(tmp_path_factory):
 # Words that are not understood
 
 
-def test_no_arguments_show_help(metarl):
-    status, out, err = metarl()
+def test_no_arguments_show_help(command):
+    status, out, err = command()
     assert status == 2 and err == ""
     for verb in ("train", "evaluate", "inspect", "list", "doctor"):
         assert f"\n  {verb} " in out
-    assert metarl("--help") == (0, out, "")
+    assert command("--help") == (0, out, "")
 
 
 def test_unknown_words_are_answered_with_the_nearest(mistake, tmp_path):
@@ -136,12 +123,12 @@ def test_debug_shows_where(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_failure_that_is_not_the_users_has_status_1(metarl, monkeypatch, tmp_path):
+def test_a_failure_that_is_not_the_users_has_status_1(command, monkeypatch, tmp_path):
     def broken(*args, **kwargs):
         raise RuntimeError("the first line\nand a second")
 
     monkeypatch.setattr("metarl.training.train", broken)
-    status, _, err = metarl("train", "navigation_maml_ppo", *SMALL, "--run-dir", tmp_path)
+    status, _, err = command("train", "navigation_maml_ppo", *SMALL, "--run-dir", tmp_path)
     assert (status, err) == (1, "metarl: RuntimeError: the first line (--debug shows where)\n")
     with pytest.raises(RuntimeError, match="second"):
         main(["train", "navigation_maml_ppo", *SMALL, "--run-dir", str(tmp_path), "--debug"])
@@ -151,13 +138,13 @@ def test_a_failure_that_is_not_the_users_has_status_1(metarl, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("name", embedded_configs())
-def test_every_embedded_config_trains(metarl, tmp_path, name):
+def test_every_embedded_config_trains(command, tmp_path, name):
     run_dir = tmp_path / name
     stages, written = len(load_config(name).stages), len(yaml.safe_load(find_config(name).read_text())["stages"])
     later = [f"--stages.{i}.{setting}" for i in range(1, written) for setting in ("tasks.horizon=5", "iterations=1")]
     if name.startswith("cw"):  # all ten are trained in test_continual_world.py
         later, stages = ["--stages.0.for-each", "{name: [reach-v3, push-v3]}"], 2
-    status, out, err = metarl("train", name, *small(name), *later, "--run-dir", run_dir)
+    status, out, err = command("train", name, *small(name), *later, "--run-dir", run_dir)
     assert status == 0, err
     assert "finished: " in out and str(run_dir) in out
     first, evaluation, *_ = [line for line in read_metrics(run_dir) if line["iteration"]]
@@ -169,33 +156,33 @@ def test_every_embedded_config_trains(metarl, tmp_path, name):
     assert load_latest(run_dir / "checkpoints").position.iteration == stages
 
 
-def test_flags_reach_the_run(metarl, tmp_path):
+def test_flags_reach_the_run(command, tmp_path):
     flags = words("--num-workers 1 --seed=5 --agent.inner-lr 0.25 --agent.hidden-sizes 6 4 --max-minutes 5")
-    status, _, err = metarl("train", "navigation_maml_ppo", *SMALL, *flags, "--run-dir", tmp_path)
+    status, _, err = command("train", "navigation_maml_ppo", *SMALL, *flags, "--run-dir", tmp_path)
     assert status == 0, err
     config = load_config(tmp_path / "config.yaml")
     assert (config.num_workers, config.seed, config.agent.inner_lr) == (1, 5, 0.25)
     assert config.agent.hidden_sizes == (6, 4) and config.stages[0].tasks.horizon == 5
 
 
-def test_a_run_goes_to_runs_by_the_name_of_its_config(metarl, tmp_path, monkeypatch):
+def test_a_run_goes_to_runs_by_the_name_of_its_config(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("stages: [{tasks: {family: navigation}}]")
-    assert metarl("train", "mine.yaml", *SMALL)[0] == 0
+    assert command("train", "mine.yaml", *SMALL)[0] == 0
     assert (tmp_path / "runs" / "mine" / "metrics.jsonl").is_file()
 
 
-def test_stopping_and_going_on(metarl, mistake, tmp_path):
+def test_stopping_and_going_on(command, mistake, tmp_path):
     arguments = ["train", "navigation_maml_ppo", *SMALL, "--stages.0.iterations", 3, "--run-dir", tmp_path / "run"]
-    status, out, _ = metarl(*arguments, "--max-iterations", 2)
+    status, out, _ = command(*arguments, "--max-iterations", 2)
     assert status == 0 and "stopped; go on with --resume" in out
     refused = mistake(*arguments)
     assert "already holds a run" in refused and "--resume" in refused and "--overwrite" in refused
     assert "agent.gamma" in mistake(*arguments, "--resume", "--agent.gamma", "0.5")
-    status, out, _ = metarl(*arguments, "--resume")
+    status, out, _ = command(*arguments, "--resume")
     assert status == 0 and "finished" in out
     assert [line["iteration"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 3]
-    assert metarl(*arguments, "--overwrite", "--max-iterations", 1)[0] == 0
+    assert command(*arguments, "--overwrite", "--max-iterations", 1)[0] == 0
     assert [line["iteration"] for line in read_metrics(tmp_path / "run")] == [1]
 
 
@@ -206,8 +193,8 @@ def test_a_directory_that_cannot_be_written(mistake, tmp_path):
 
 
 @pytest.mark.parametrize("name", [[], ["navigation_maml_ppo"]])
-def test_help_shows_settings_with_their_defaults(metarl, name):
-    status, out, _ = metarl("train", *name, "--help")
+def test_help_shows_settings_with_their_defaults(command, name):
+    status, out, _ = command("train", *name, "--help")
     assert status == 0
     for flag in ("--run-dir", "--resume", "--overwrite", "--max-iterations", "--seed", "--agent.inner-lr"):
         assert flag in out
@@ -218,9 +205,9 @@ def test_help_shows_settings_with_their_defaults(metarl, name):
     assert str(iterations) in out.partition("--stages.0.iterations")[2][:200]
 
 
-def test_help_shows_the_settings_of_the_agent_that_a_flag_names(metarl):
+def test_help_shows_the_settings_of_the_agent_that_a_flag_names(command):
     flags = ["--agent.name", "imaml", "--agent.outer.name", "trpo"]
-    status, out, _ = metarl("train", "navigation_maml_ppo", *flags, "--help")
+    status, out, _ = command("train", "navigation_maml_ppo", *flags, "--help")
     assert status == 0
     for flag in ("--agent.proximal", "--agent.outer.cg-iterations"):
         assert flag in out
@@ -230,10 +217,10 @@ def test_help_shows_the_settings_of_the_agent_that_a_flag_names(metarl):
 # The other verbs
 
 
-def test_evaluate_writes_the_report_and_shows_it(metarl, trained, tmp_path):
+def test_evaluate_writes_the_report_and_shows_it(command, trained, tmp_path):
     path = tmp_path / "below" / "report.json"
     arguments = ["evaluate", trained, "--num-tasks", 3, "--adaptation-steps", 2, "--num-workers", 0, "--json", path]
-    status, out, err = metarl(*arguments)
+    status, out, err = command(*arguments)
     assert status == 0, err
     report = json.loads(path.read_text())
     assert report.keys() >= {
@@ -249,7 +236,7 @@ def test_evaluate_writes_the_report_and_shows_it(metarl, trained, tmp_path):
     mean = report["aggregate"]["return_pre"]["mean"]
     assert f"{mean:.1f} [" in out
     again = tmp_path / "again.json"
-    metarl(*arguments[:-1], again)
+    command(*arguments[:-1], again)
     assert again.read_text() == path.read_text()
 
 
@@ -262,8 +249,8 @@ def remembering(tmp_path_factory):
     return run_dir
 
 
-def test_evaluate_shows_the_episodes_of_a_trial_and_an_ablation(metarl, remembering):
-    status, out, err = metarl("evaluate", remembering, "--num-tasks", 2, "--num-workers", 0, "--ablate", "reward")
+def test_evaluate_shows_the_episodes_of_a_trial_and_an_ablation(command, remembering):
+    status, out, err = command("evaluate", remembering, "--num-tasks", 2, "--num-workers", 0, "--ablate", "reward")
     assert status == 0, err
     for row in ("episode 1", "episode 3", "without reward, episode 3", "without reward, gain", "untrained, episode 1"):
         assert row in out
@@ -272,9 +259,9 @@ def test_evaluate_shows_the_episodes_of_a_trial_and_an_ablation(metarl, remember
 
 
 @pytest.mark.slow
-def test_evaluate_by_the_official_protocol(metarl, remembering):
+def test_evaluate_by_the_official_protocol(command, remembering):
     flags = ("--official", "--num-evals", 1, "--adaptation-episodes", 2)
-    status, out, err = metarl("evaluate", remembering, *flags)
+    status, out, err = command("evaluate", remembering, *flags)
     assert status == 0, err
     assert "as Meta-World counts" in out and "biased" in out
     report = json.loads((remembering / "evaluation" / "official_test.json").read_text())
@@ -294,16 +281,16 @@ def test_evaluations_that_do_not_go_together_are_refused(mistake, trained, remem
     assert "agent.observation_entries holds 7; observations have entries 0 to 1" in refused
 
 
-def test_evaluate_on_other_tasks(metarl, mistake, trained):
+def test_evaluate_on_other_tasks(command, mistake, trained):
     small = ["--num-tasks", 2, "--rollouts-per-task", 1, "--num-workers", 0]
-    status, out, _ = metarl("evaluate", trained, "--split", "train", *small)
+    status, out, _ = command("evaluate", trained, "--split", "train", *small)
     assert status == 0 and "train tasks (NOT held out)" in out
     assert json.loads((trained / "evaluation" / "train.json").read_text())["held_out"] is False
-    status, out, _ = metarl("evaluate", trained, "--tasks", "semicircle", *small)
+    status, out, _ = command("evaluate", trained, "--tasks", "semicircle", *small)
     report = json.loads((trained / "evaluation" / "semicircle_test.json").read_text())
     assert status == 0 and {row["name"] for row in report["tasks"]} == {"semicircle"}
     assert "did you mean 'semicircle'?" in mistake("evaluate", trained, "--tasks", "semicircel")
-    assert "report " in metarl("inspect", trained)[1]
+    assert "report " in command("inspect", trained)[1]
 
 
 def test_evaluate_on_tasks_of_other_spaces_is_refused(mistake, trained):
@@ -323,21 +310,21 @@ def test_what_is_no_run_is_refused(mistake, tmp_path):
 
 
 @pytest.fixture
-def two_checkpoints(metarl, tmp_path):
+def two_checkpoints(command, tmp_path):
     flags = ["--stages.0.iterations", "3", "--checkpoint-every-iterations", "1"]
     arguments = ["train", "navigation_maml_ppo", *SMALL, *flags, "--run-dir", tmp_path / "run"]
-    assert metarl(*arguments, "--max-iterations", 2)[0] == 0
+    assert command(*arguments, "--max-iterations", 2)[0] == 0
     return arguments, tmp_path / "run" / "checkpoints"
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(metarl, two_checkpoints, caplog):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(command, two_checkpoints, caplog):
     arguments, checkpoints = two_checkpoints
     (checkpoints / "000002" / "agent.safetensors").write_bytes(b"text")
-    status, out, _ = metarl("inspect", checkpoints.parent)
+    status, out, _ = command("inspect", checkpoints.parent)
     assert status == 0 and "20 env steps" in out
     assert "000002" in caplog.text  # never silently
     caplog.clear()
-    status, _, _ = metarl(*arguments, "--resume")
+    status, _, _ = command(*arguments, "--resume")
     assert status == 0 and [line["iteration"] for line in read_metrics(checkpoints.parent)] == [1, 2, 3, 3]
     assert "000002" in caplog.text
 
@@ -350,38 +337,38 @@ def test_a_run_without_a_valid_checkpoint_is_refused_with_reasons(mistake, two_c
         assert "000001" in refused and "000002" in refused and "hash" in refused
 
 
-def test_inspect_shows_what_a_run_holds(metarl, trained):
-    status, out, _ = metarl("inspect", trained)
+def test_inspect_shows_what_a_run_holds(command, trained):
+    status, out, _ = command("inspect", trained)
     assert status == 0
     for text in ("maml_ppo, K = 1", "observations 2, actions 2", "1 iterations", "20 env steps", "return_post"):
         assert text in out
 
 
-def test_list_shows_names_with_their_purpose(metarl):
+def test_list_shows_names_with_their_purpose(command):
     for what, names in (
         ("configs", embedded_configs()),
         ("agents", ["maml_ppo", "fomaml", "multi_task"]),
         ("envs", ["ML10", "ML45", "reach-v3", "HalfCheetahVel", "goals"]),
     ):
-        status, out, _ = metarl("list", what)
+        status, out, _ = command("list", what)
         words = [line.split(maxsplit=1) for line in out.splitlines()]
         assert status == 0 and {word[0] for word in words} >= set(names)
         assert all(len(word) == 2 for word in words)
 
 
-def test_doctor_looks_at_every_library_and_family(metarl, monkeypatch):
-    status, out, _ = metarl("doctor")
+def test_doctor_looks_at_every_library_and_family(command, monkeypatch):
+    status, out, _ = command("doctor")
     assert status == 0 and "BAD" not in out
     for name in ("python", "torch", "gpu", "navigation", "mujoco", "metaworld"):
         assert f"ok  {name} " in out
     monkeypatch.setattr("metarl.doctor._steps_per_second", lambda family, options: 1 / 0)
-    status, out, _ = metarl("doctor")
+    status, out, _ = command("doctor")
     assert status == 1 and "BAD mujoco              ZeroDivisionError" in out
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "play", "inspect", "list", "doctor"])
-def test_every_verb_has_help(metarl, verb):
-    status, out, _ = metarl(verb, "--help")
+def test_every_verb_has_help(command, verb):
+    status, out, _ = command(verb, "--help")
     assert status == 0 and f"usage: metarl {verb}" in out
 
 
@@ -405,7 +392,7 @@ def test_output_that_nobody_reads_is_no_traceback():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_resume_goes_on_as_if_nothing_had_been(metarl, tmp_path, number, status):
+def test_a_signal_saves_and_resume_goes_on_as_if_nothing_had_been(command, tmp_path, number, status):
     def arguments(name):
         flags = ["--stages.0.iterations", "100000", "--run-dir", str(tmp_path / name)]
         return ["train", "navigation_maml_ppo", *SMALL, *flags]
@@ -426,7 +413,7 @@ def test_a_signal_saves_and_resume_goes_on_as_if_nothing_had_been(metarl, tmp_pa
     done = load_latest(stopped / "checkpoints").position.iteration
     assert done >= 2 and read_metrics(stopped)[-1]["iteration"] == done
     for resumed in ([*arguments("stopped"), "--resume"], arguments("whole")):
-        code, _, err = metarl(*resumed, "--max-iterations", done + 2)
+        code, _, err = command(*resumed, "--max-iterations", done + 2)
         assert code == 0, err
     assert [line["iteration"] for line in read_metrics(stopped)] == list(range(1, done + 3))
     ours, theirs = (load_latest(tmp_path / name / "checkpoints").state for name in ("stopped", "whole"))

@@ -3,7 +3,6 @@
 import pytest
 
 import metarl
-from metarl.cli import main
 from metarl.evaluation import adapt_to
 from metarl.policy import load
 from metarl.runtime import OnnxPolicy
@@ -20,19 +19,13 @@ def run_dir(tmp_path_factory):
     return path
 
 
-def command(*words):
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return ended.value.code
-
-
-def test_a_run_is_exported_before_and_after_adapting(run_dir, tmp_path, capsys):
+def test_a_run_is_exported_before_and_after_adapting(command, run_dir, tmp_path):
     plain, adapted = tmp_path / "plain.onnx", tmp_path / "folder" / "adapted.onnx"
-    assert command("export", run_dir, plain) == 0
-    assert f"{plain}: before adaptation, " in capsys.readouterr().out
+    status, said, _ = command("export", run_dir, plain)
+    assert status == 0 and f"{plain}: before adaptation, " in said
     options = ("--adapt-on", "goals:2", "--seed", 3, "--rollouts-per-task", 4)
-    assert command("export", run_dir, adapted, *options) == 0
-    assert f"{adapted}: adapted to goals 2 (test), " in capsys.readouterr().out
+    status, said, _ = command("export", run_dir, adapted, *options)
+    assert status == 0 and f"{adapted}: adapted to goals 2 (test), " in said
     policy, observation = load(run_dir), [0.2, -0.1]
     task = task_of(policy.config, "goals:2")
     expected = {plain: policy, adapted: adapt_to(policy, task, rollouts_per_task=4, seed=3)}
@@ -61,8 +54,7 @@ def test_a_run_is_exported_before_and_after_adapting(run_dir, tmp_path, capsys):
         (["{run}"], "the following arguments are required: FILE.onnx"),
     ],
 )
-def test_mistakes_are_told_in_a_line(run_dir, tmp_path, monkeypatch, capsys, words, message):
+def test_mistakes_are_told_in_a_line(command, run_dir, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
-    assert command("export", *(word.replace("{run}", str(run_dir)) for word in words)) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and not list(tmp_path.glob("*.onnx"))
+    status, _, error = command("export", *(word.replace("{run}", str(run_dir)) for word in words))
+    assert status == 2 and message in error and error.count("\n") == 1 and not list(tmp_path.glob("*.onnx"))

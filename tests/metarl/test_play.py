@@ -40,24 +40,11 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture
-def metarl_command(capsys):
-    """Run a command: exit status, stdout, stderr."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as error:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return error.value.code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def mistake(metarl_command):
+def mistake(command):
     """Run `metarl play` with a mistake: its one line."""
 
     def run(*arguments):
-        status, out, err = metarl_command("play", *arguments)
+        status, out, err = command("play", *arguments)
         assert (status, out) == (2, ""), err
         assert err.startswith("metarl: ") and len(err.splitlines()) == 1
         return err
@@ -273,8 +260,8 @@ def frames_in(path):
 
 
 @pytest.mark.parametrize(("agent", "printed"), [("maml", "goals"), ("rl2", "goals"), ("cued", "wedge-3")])
-def test_play_writes_both_files(runs, metarl_command, agent, printed):
-    status, out, err = metarl_command("play", runs / agent)
+def test_play_writes_both_files(runs, command, agent, printed):
+    status, out, err = command("play", runs / agent)
     assert (status, err) == (0, "")
     mp4, gif = (runs / agent / "plots" / f"play_{printed}.{suffix}" for suffix in ("mp4", "gif"))
     before, after, *files = out.splitlines()
@@ -295,9 +282,9 @@ def test_play_writes_both_files(runs, metarl_command, agent, printed):
         assert all(" ".join(line[4:]) in ("solved", "not solved") for line in words)
 
 
-def test_play_chooses_the_task_the_stage_and_the_files(runs, metarl_command, tmp_path):
+def test_play_chooses_the_task_the_stage_and_the_files(runs, command, tmp_path):
     flags = ["--task", "semicircle:2", "--split", "train", "--speed", 20]
-    status, out, _ = metarl_command("play", runs / "maml", *flags)
+    status, out, _ = command("play", runs / "maml", *flags)
     assert status == 0 and "plots/play_semicircle_2_train.gif" in out and "plots/play_semicircle_2_train.mp4" in out
     for number, (flags, names) in enumerate(
         (
@@ -309,14 +296,14 @@ def test_play_chooses_the_task_the_stage_and_the_files(runs, metarl_command, tmp
     ):
         folder = tmp_path / str(number)
         paths = [folder / word if "." in word else word for word in flags]
-        status, out, err = metarl_command("play", runs / "cued", "--stage", "wedge 1", *PACE, *paths)
+        status, out, err = command("play", runs / "cued", "--stage", "wedge 1", *PACE, *paths)
         assert (status, err) == (0, "") and out.splitlines()[2:] == [str(folder / name) for name in names]
         assert sorted(path.name for path in folder.iterdir()) == names
 
 
-def test_play_is_repeated_by_its_seed(runs, metarl_command, tmp_path):
+def test_play_is_repeated_by_its_seed(runs, command, tmp_path):
     def returns(seed):
-        return metarl_command("play", runs / "rl2", "--seed", seed, "--gif", tmp_path / "a.gif")[1]
+        return command("play", runs / "rl2", "--seed", seed, "--gif", tmp_path / "a.gif")[1]
 
     assert returns(3) == returns(3) != returns(4)
 
@@ -357,8 +344,8 @@ def test_custom_tasks_are_played_from_python(runs, mistake, tmp_path):
     assert "metarl.play.play" in mistake(tmp_path)
 
 
-def test_help_names_every_flag(metarl_command):
-    status, out, _ = metarl_command("play", "--help")
+def test_help_names_every_flag(command):
+    status, out, _ = command("play", "--help")
     assert status == 0
     for flag in (
         "--task",

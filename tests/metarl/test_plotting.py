@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from metarl import comparison_plots, plotting
-from metarl.cli import main
 from metarl.cli.plot import _method, _methods, _Run, _tasks_name
 from metarl.config import RunConfig, dump_config
 from metarl.continual import evaluations
@@ -247,19 +246,6 @@ def test_stability_plasticity_by_hand():
     np.testing.assert_allclose(dots.get_offsets(), [[0.4, 0.9], [0.6, 1.0]])
 
 
-@pytest.fixture
-def metarl(capsys):
-    """Run a command: exit status, stdout, stderr."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as error:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return error.value.code, captured.out, captured.err
-
-    return run
-
-
 def write_run(path, lines, names=NAMES, iterations=4, **settings):
     config = RunConfig(stages=[{"name": name, "iterations": iterations} for name in names], **settings)
     path.mkdir(parents=True)
@@ -278,11 +264,11 @@ def four_runs(tmp_path):
     ]
 
 
-def test_plot_of_several_runs(metarl, four_runs, monkeypatch):
+def test_plot_of_several_runs(command, four_runs, monkeypatch):
     seen = []
     draw = plotting.stability_plasticity
     monkeypatch.setattr(plotting, "stability_plasticity", lambda points: seen.extend(points) or draw(points))
-    status, out, err = metarl("plot", *four_runs)
+    status, out, err = command("plot", *four_runs)
     assert (status, err) == (0, "")
     files = ("learning.png", "adaptation.png", "continual.png", "matrix.png")
     expected = [run / "plots" / name for run in four_runs for name in files]
@@ -301,12 +287,12 @@ def test_plot_of_several_runs(metarl, four_runs, monkeypatch):
         assert point.stability == pytest.approx(1 - 0.8 * (2 - kept - kept**2) / 3, abs=0.02)
 
 
-def test_plot_out(metarl, four_runs, tmp_path):
-    assert metarl("plot", *four_runs[1:3], "--out", tmp_path / "new" / "figures")[0] == 0
+def test_plot_out(command, four_runs, tmp_path):
+    assert command("plot", *four_runs[1:3], "--out", tmp_path / "new" / "figures")[0] == 0
     compared = sorted(path.name for path in (tmp_path / "new" / "figures").iterdir())
     assert compared == ["comparison.png", "stability_plasticity.png"]
     assert (four_runs[1] / "plots" / "matrix.png").exists()
-    _, out, _ = metarl("plot", four_runs[0], f"{four_runs[0]}/", "--out", tmp_path / "one")  # the same run twice
+    _, out, _ = command("plot", four_runs[0], f"{four_runs[0]}/", "--out", tmp_path / "one")  # the same run twice
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
         "adaptation.png",
         "continual.png",
@@ -316,7 +302,7 @@ def test_plot_out(metarl, four_runs, tmp_path):
     assert len(out.split()) == 4
 
 
-def test_plot_tells_the_matrices_apart(metarl, tmp_path, monkeypatch):
+def test_plot_tells_the_matrices_apart(command, tmp_path, monkeypatch):
     seen = []
     draw = plotting.score_matrices
 
@@ -325,36 +311,36 @@ def test_plot_tells_the_matrices_apart(metarl, tmp_path, monkeypatch):
         return draw(pre, post, names)
 
     monkeypatch.setattr(plotting, "score_matrices", spy)
-    assert metarl("plot", write_run(tmp_path / "run", LINES))[0] == 0
+    assert command("plot", write_run(tmp_path / "run", LINES))[0] == 0
     ((pre, post),) = seen
     np.testing.assert_allclose(post[[1, 2, 3], [0, 1, 2]], 0.8, rtol=0, atol=0.011)
     np.testing.assert_allclose(pre, post / 2, rtol=0, atol=1e-12)
 
 
-def test_plot_of_one_stage(metarl, tmp_path):
+def test_plot_of_one_stage(command, tmp_path):
     run = write_run(tmp_path / "run", made_up(["one"], steps=0), ["one"])
-    _, out, _ = metarl("plot", run)
+    _, out, _ = command("plot", run)
     assert out.split() == [str(run / "plots" / "learning.png")]
 
 
-def test_plot_amid_training(metarl, four_runs, tmp_path):
+def test_plot_amid_training(command, four_runs, tmp_path):
     halfway = write_run(tmp_path / "halfway", [line for line in made_up() if line["iteration"] < 6])
-    status, out, _ = metarl("plot", halfway, *four_runs[:1])
+    status, out, _ = command("plot", halfway, *four_runs[:1])
     assert status == 0
     assert f"{halfway} is not in stability_plasticity.png: " in out
     assert (halfway / "plots" / "matrix.png").exists()
     assert not (halfway / "plots" / "stability_plasticity.png").exists()
     begun = write_run(tmp_path / "begun", made_up()[:2])  # one iteration
-    assert metarl("plot", begun)[0] == 0
+    assert command("plot", begun)[0] == 0
 
 
-def test_plot_of_an_old_run_without_scores(metarl, tmp_path):
+def test_plot_of_an_old_run_without_scores(command, tmp_path):
     lines = [{key: value for key, value in line.items() if "continual" not in key} for line in made_up()]
-    _, out, _ = metarl("plot", write_run(tmp_path / "old", lines))
+    _, out, _ = command("plot", write_run(tmp_path / "old", lines))
     assert [path.rpartition("/")[2] for path in out.split()] == ["learning.png", "adaptation.png"]
 
 
-def test_mistakes_are_told_in_one_line(metarl, tmp_path, four_runs):
+def test_mistakes_are_told_in_one_line(command, tmp_path, four_runs):
     empty = write_run(tmp_path / "empty", [])
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -365,7 +351,7 @@ def test_mistakes_are_told_in_one_line(metarl, tmp_path, four_runs):
         ((four_runs[0], "--out", blocked / "below"), "choose another folder with --out"),
         ((), "metarl plot --help"),
     ):
-        status, out, err = metarl("plot", *arguments)
+        status, out, err = command("plot", *arguments)
         assert (status, out) == (2, "")
         assert message in err
         assert err.startswith("metarl: ")
@@ -380,7 +366,7 @@ REPORT = {
 }  # fmt: skip
 
 
-def test_plot_draws_the_reports_of_evaluations(metarl, tmp_path):
+def test_plot_draws_the_reports_of_evaluations(command, tmp_path):
     run = write_run(tmp_path / "run", made_up(["one"]), ["one"])
     folder = run / "evaluation"
     folder.mkdir()
@@ -388,14 +374,14 @@ def test_plot_draws_the_reports_of_evaluations(metarl, tmp_path):
     (folder / "train.json").write_text(json.dumps({**REPORT, "split": "train"}))
     (folder / "continual.json").write_text('{"stages": []}')
     (folder / "notes.txt").write_text("")
-    status, out, err = metarl("plot", run, "--out", tmp_path / "figures")
+    status, out, err = command("plot", run, "--out", tmp_path / "figures")
     assert (status, err) == (0, "")
     expected = ["learning.png", "adaptation.png", "evaluation_test.png", "evaluation_train.png"]
     assert out.split() == [str(tmp_path / "figures" / name) for name in expected]
     assert imread(tmp_path / "figures" / "evaluation_test.png").std() > 0.01
 
 
-def test_damaged_reports_are_named_and_the_rest_is_drawn(metarl, tmp_path):
+def test_damaged_reports_are_named_and_the_rest_is_drawn(command, tmp_path):
     run = write_run(tmp_path / "run", made_up(["one"]), ["one"])
     folder = run / "evaluation"
     folder.mkdir()
@@ -405,7 +391,7 @@ def test_damaged_reports_are_named_and_the_rest_is_drawn(metarl, tmp_path):
     (folder / "d.json").mkdir()
     (folder / "e.json").write_text(json.dumps({**REPORT, "aggregate": {}}))
     (folder / "f.json").write_text(json.dumps(REPORT))
-    status, out, err = metarl("plot", run)
+    status, out, err = command("plot", run)
     assert status == 0
     assert [path.rpartition("/")[2] for path in out.split()] == ["learning.png", "adaptation.png", "evaluation_f.png"]
     lines = err.splitlines()
@@ -444,7 +430,7 @@ def compared(monkeypatch):
     return seen
 
 
-def test_runs_on_the_same_tasks_are_compared(metarl, tmp_path, compared):
+def test_runs_on_the_same_tasks_are_compared(command, tmp_path, compared):
     runs = [
         single(tmp_path / "maml_0", GOALS, seed=0),
         single(tmp_path / "maml_1", GOALS, seed=1),
@@ -453,7 +439,7 @@ def test_runs_on_the_same_tasks_are_compared(metarl, tmp_path, compared):
         single(tmp_path / "reach_1", REACH, evaluate_until=0, agent="rl2"),
         single(tmp_path / "alone", {**REACH, "horizon": 50}),
     ]
-    status, out, err = metarl("plot", *runs, "--out", tmp_path / "figures")
+    status, out, err = command("plot", *runs, "--out", tmp_path / "figures")
     assert (status, err) == (0, "")
     assert f"not in comparison.png, as no other run has their tasks: {tmp_path / 'alone'}\n" in out
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["comparison.png"]
@@ -471,24 +457,24 @@ def test_runs_on_the_same_tasks_are_compared(metarl, tmp_path, compared):
     np.testing.assert_array_equal(returns.curves[1].values, [[-1, -2, -3, -4]])
 
 
-def test_seeds_are_compared_as_far_as_all_have_come(metarl, tmp_path, compared):
+def test_seeds_are_compared_as_far_as_all_have_come(command, tmp_path, compared):
     runs = [single(tmp_path / f"run_{seed}", GOALS, seed=seed, iterations=4 - 2 * seed) for seed in (0, 1)]
-    _, out, _ = metarl("plot", *runs)
+    _, out, _ = command("plot", *runs)
     assert f"maml_ppo is compared up to iteration 2, where {runs[1]} ends\n" in out
     (curve,) = compared["navigation goals"][0].curves
     np.testing.assert_array_equal(curve.values, [[10, 20], [11, 21]])
 
 
-def test_runs_on_other_tasks_each_are_not_compared(metarl, tmp_path):
+def test_runs_on_other_tasks_each_are_not_compared(command, tmp_path):
     runs = [single(tmp_path / "a", GOALS), single(tmp_path / "b", REACH)]
-    status, out, _ = metarl("plot", *runs)
+    status, out, _ = command("plot", *runs)
     assert status == 0
     assert f"no other run has their tasks: {runs[0]}, {runs[1]}\n" in out
     assert not (runs[0] / "plots" / "comparison.png").exists()
 
 
-def test_sequences_are_compared_by_the_mean_of_their_scores(metarl, four_runs, compared):
-    metarl("plot", *four_runs)
+def test_sequences_are_compared_by_the_mean_of_their_scores(command, four_runs, compared):
+    command("plot", *four_runs)
     ((title, panels),) = compared.items()
     assert title == "3 stages, reach to pick-place"
     (panel,) = panels

@@ -1,0 +1,18 @@
+"""What tests of metarl share."""
+
+import pytest
+
+from metarl.cli import main
+
+
+@pytest.fixture
+def command(capsys):
+    """Run a command: exit status, stdout, stderr."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as error:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return error.value.code, captured.out, captured.err
+
+    return run
