@@ -142,6 +142,17 @@ def small_training(config, *flags):
 # How a command runs
 
 
+@pytest.fixture(autouse=True)
+def whole_names(monkeypatch):
+    """Let flags be written out: argparse takes a part of a name, which is a slip of the pen on a page."""
+    begin = argparse.ArgumentParser.__init__
+
+    def begin_strictly(self, *arguments, **more):
+        begin(self, *arguments, **{**more, "allow_abbrev": False})
+
+    monkeypatch.setattr(argparse.ArgumentParser, "__init__", begin_strictly)
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
     """Where the workers of a test run keep the runs that they have trained."""
