@@ -204,8 +204,8 @@ class Policy:
 
         Args:
             trajectories: at least one episode, best from `record`. Others are accepted: without `log_probs` those of
-            this policy are used, as if it had collected them; actions that were clipped make for a shorter step than
-            the one that was trained. The last observation of an episode stands for the one after it.
+                this policy are used, as if it had collected them; actions that were clipped make for a shorter step
+                than the one that was trained. The last observation of an episode stands for the one after it.
             steps: gradient steps on these episodes. Training makes each of its steps on fresh ones: to adapt as in
                 training, record and adapt in turns.
             inner_lr: step size instead of that of training; the step is scaled in proportion, so that learned rates
@@ -340,7 +340,7 @@ def load(run_dir: str | Path, device: str = "cpu") -> Policy:
 
     Raises:
         UserError: no such device; no run there, or nothing in it can be loaded; the message names what was rejected,
-        and why.
+            and why.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():

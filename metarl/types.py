@@ -44,7 +44,7 @@ class Task:
         index: the number of the task within (benchmark, split, name).
         seed: the seed of the distribution that the task came from.
         options: what else the environment is built with, e.g. `{"horizon": 100}`; kept sorted, so that equal tasks
-        are equal.
+            are equal.
     """
 
     family: str
