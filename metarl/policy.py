@@ -113,7 +113,10 @@ class Policy:
 
     def _checked(self, observation: NDArray[Any]) -> NDArray[np.float32]:
         """Return observations as the agent reads them, `[O]` or `[B, O]`; raises ValueError."""
-        observations, size = np.asarray(observation, dtype=np.float32), self.spaces.observation_size
+        given, size = np.asarray(observation), self.spaces.observation_size
+        if given.dtype.kind not in "fiub":
+            raise ValueError(f"observation has dtype {given.dtype}; expected numbers")
+        observations = given.astype(np.float32)
         if observations.ndim not in (1, 2) or observations.shape[-1] != size:
             raise ValueError(f"observation has shape {observations.shape}; expected ({size},) or (batch, {size})")
         if not np.isfinite(observations).all():

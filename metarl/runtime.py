@@ -132,7 +132,10 @@ class OnnxPolicy:
         Raises:
             ValueError: wrong shape, NaN or infinity.
         """
-        observations = np.asarray(observation, np.float32)
+        given = np.asarray(observation)
+        if given.dtype.kind not in "fiub":
+            raise ValueError(f"observation has dtype {given.dtype}; expected numbers")
+        observations = given.astype(np.float32)
         if observations.ndim not in (1, 2) or observations.shape[-1] != self.observation_size:
             size = self.observation_size
             raise ValueError(f"observation has shape {observations.shape}; expected ({size},) or (batch, {size})")

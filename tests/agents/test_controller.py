@@ -144,6 +144,8 @@ def test_the_scale_of_rewards_is_told(name):
 @pytest.mark.parametrize(
     ("told", "message"),
     [
+        ({"observation": {"x": 1.0}}, "observation has dtype object; expected numbers"),
+        ({"observation": ["0", "1", "2"]}, "observation has dtype <U1; expected numbers"),
         ({"observation": np.zeros(4)}, r"observation has shape \(4,\); expected \(3,\) or \(batch, 3\)"),
         ({"observation": np.zeros((1, 2, 3))}, r"observation has shape \(1, 2, 3\)"),
         ({"observation": np.array([0.0, np.nan, 0.0])}, "observation holds NaN or infinity"),

@@ -219,6 +219,8 @@ def test_foreign_and_newer_files_are_refused(exported, tmp_path):
 @pytest.mark.parametrize(
     ("told", "message"),
     [
+        ({"observation": {"x": 1.0}}, "observation has dtype object; expected numbers"),
+        ({"observation": ["0", "1", "2"]}, "observation has dtype <U1; expected numbers"),
         ({"observation": np.zeros(4)}, r"observation has shape \(4,\); expected \(3,\) or \(batch, 3\)"),
         ({"observation": [0.0, float("nan"), 0.0]}, "observation holds NaN or infinity"),
         ({"reward": np.inf}, "reward is infinite"),
