@@ -32,7 +32,9 @@ def runs(tmp_path_factory):
     for kind, agent in AGENTS.items():
         stage = {"tasks": {"family": "navigation", "name": "goals", "horizon": 10}, "iterations": 1}
         metarl.train({**TRAINING, "agent": agent, "stages": [stage]}, run_dir=folder / kind)
-        metarl.load(folder / kind).export(folder / f"{kind}.onnx")
+        policy = metarl.load(folder / kind)
+        task = metarl.evaluation.distribution_of(policy.config).test_tasks[0]
+        policy.export(folder / f"{kind}.onnx", metarl.envs.make(task))
     return folder
 
 
@@ -83,6 +85,22 @@ def test_the_control_loop_keeps_its_policy_when_the_new_file_is_bad(runs, tmp_pa
     assert done.stderr.startswith("kept the old policy: new.onnx is no complete file") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("arguments", "length"), [((), 10), (("--episode-ticks", "4"), 4)])
+def test_the_control_loop_begins_episodes_as_long_as_those_of_training(runs, monkeypatch, arguments, length):
+    example, starts = load("control_loop"), []
+
+    class Told(OnnxPolicy):
+        def predict(self, observation, state, episode_start, *rest):
+            starts.append(bool(episode_start[0]))
+            return super().predict(observation, state, episode_start, *rest)
+
+    monkeypatch.setattr(example, "OnnxPolicy", Told)
+    command = ["control_loop.py", runs / "rl2.onnx", "--seconds", "0.25", "--rate", "100", "--fault-every", "0"]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), *arguments])
+    example.main()
+    assert len(starts) == 25 and np.flatnonzero(starts).tolist() == list(range(0, 25, length))
+
+
 def test_ticks_are_due_at_absolute_times_and_missed_ones_are_left_out(monkeypatch):
     example, now, waited = load("control_loop"), [100.0], []
 
@@ -104,6 +122,46 @@ def test_ticks_are_due_at_absolute_times_and_missed_ones_are_left_out(monkeypatc
     seconds, left_out = example.run(loop, robot, 1.0, 4)
     assert (seconds, left_out) == (5.75, 2)
     assert waited == [1.0, 0.5]
+
+
+def test_the_ros_nodes_commands_go_to_zero_as_it_says(runs):
+    core = load("ros2_node").PolicyNode(str(runs / "maml.onnx"), lambda line: None)
+    policy = OnnxPolicy(runs / "maml.onnx")
+    ends = np.array([policy.action_high[0], policy.action_low[1]], np.float32)
+    core.loop.swap(stand_in(policy, lambda observation, state, *_: (ends, state)))
+    for _ in range(5):  # as many ticks to the ends of the range, while observations come
+        core.on_observation(SimpleNamespace(data=[0.1, 0.2]))
+        core.tick()
+    commands = np.array([core.tick() for _ in range(7)])  # and none comes
+    expected = np.array([1, 1, 0.8, 0.6, 0.4, 0.2, 0])  # the third goes down by 0.2, and four more
+    np.testing.assert_allclose(commands / ends, np.stack([expected, expected], 1), atol=1e-6)
+
+
+def stand_in(policy, predict):
+    """A policy with a memory of one number that takes over from the node's."""
+    ends = {"action_low": policy.action_low, "action_high": policy.action_high}
+    return SimpleNamespace(observation_size=2, action_size=2, reset=lambda: np.zeros(1), predict=predict, **ends)
+
+
+def test_the_ros_node_is_told_of_episodes_and_trials(runs):
+    example, told = load("ros2_node"), []
+    core = example.PolicyNode(str(runs / "rl2.onnx"), lambda line: None)
+    node = example.DryNode()
+    kinds = dict.fromkeys(("Empty", "Float32", "Float32MultiArray", "Float64MultiArray", "String"), SimpleNamespace)
+    example.connect(core, node, SimpleNamespace(**kinds), 0.02, qos=1)
+
+    def predict(observation, state, episode_start, *_):
+        told.append((bool(episode_start[0]), float(state[0])))
+        return np.zeros(2, np.float32), state + 1.0
+
+    core.loop.swap(stand_in(OnnxPolicy(runs / "rl2.onnx"), predict))
+    node.callbacks["observation"](SimpleNamespace(data=[0.1, 0.2]))
+    for topic in (None, None, "begin_episode", None, "begin_trial", None):
+        if topic:
+            node.callbacks[topic](SimpleNamespace())
+            node.callbacks["observation"](SimpleNamespace(data=[0.1, 0.2]))
+        node.callbacks["tick"]()
+    assert told == [(True, 0.0), (False, 1.0), (True, 2.0), (False, 3.0), (True, 0.0), (False, 1.0)]
 
 
 def test_the_ros_node_runs_dry(runs):
@@ -184,6 +242,7 @@ RCLPY = {
     "std_msgs/msg.py": """
         from types import SimpleNamespace
 
+        class Empty(SimpleNamespace): ...
         class Float32(SimpleNamespace): ...
         class Float32MultiArray(SimpleNamespace): ...
         class Float64MultiArray(SimpleNamespace): ...
@@ -230,6 +289,18 @@ def test_the_lerobot_runner_sends_named_joints(runs):
     assert len(lines) == 2
     for episode, line in enumerate(lines):
         assert re.fullmatch(rf"episode {episode}: 3 actions sent; the last: {last}", line)
+
+
+def test_the_lerobot_runners_episodes_are_as_long_as_those_of_training(runs):
+    lines = printed(run(EXAMPLES / "lerobot_runner.py", runs / "rl2.onnx", "--episodes", "1", cwd=runs)).splitlines()
+    assert [line.split(";")[0] for line in lines] == ["episode 0: 10 actions sent"]
+
+
+def test_a_file_without_names_is_one_line(runs, tmp_path):
+    metarl.load(runs / "maml").export(tmp_path / "nameless.onnx")
+    done = run(EXAMPLES / "lerobot_runner.py", "nameless.onnx", cwd=tmp_path)
+    said = "the file does not name observations and actions; export it with an environment that does"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"lerobot_runner.py: {said}\n")
 
 
 def test_lerobots_tensors_and_arrays_are_treated_alike(runs):

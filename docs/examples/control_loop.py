@@ -6,6 +6,10 @@
 `--watch` names a file that another process writes when it has adapted, e.g. docs/examples/adapt_on_recordings.py. It is
 loaded beside the loop as soon as it is there, and whenever it changes. The robot is a stand-in: put a driver of your
 own, with the same `read` and `write`, in its place. Needs numpy, onnxruntime and metarl/runtime.py alone.
+
+For a policy with a memory the loop begins an episode of the same task whenever the trained horizon is over. A driver
+that puts the robot back to where it starts calls `loop.begin_episode()` then, and `loop.begin_trial()` for another
+task.
 """
 
 from __future__ import annotations
@@ -89,23 +93,26 @@ def main() -> None:
     parser.add_argument("--watch", type=Path, help="a file with a policy that takes over when it is there or changes")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rate", type=float, help="in Hz; that of the file if not given, or 50")
+    parser.add_argument(
+        "--episode-ticks", type=int, help="of an episode; for a memory its trained horizon if not given"
+    )
     parser.add_argument("--fault-every", type=int, default=25, help="readings; 0: none is broken")
     options = parser.parse_args()
     try:
         policy = OnnxPolicy(options.policy)
+        period_s = 1.0 / options.rate if options.rate else policy.metadata["control_period_s"] or 0.02
+        loop = ControlLoop(
+            policy,
+            safe_action=np.zeros(policy.action_size),  # velocities: stand still
+            on_fault="hold",
+            observation_low=-10.0,
+            observation_high=10.0,
+            max_change=0.2 * (policy.action_high - policy.action_low) / 2,
+            deadline_s=period_s,
+            episode_ticks=options.episode_ticks,
+        )
     except (OSError, ValueError, ImportError) as error:
         parser.exit(2, f"control_loop.py: {error}\n")
-    period_s = 1.0 / options.rate if options.rate else policy.metadata["control_period_s"] or 0.02
-    half_range = (np.array(policy.metadata["action_high"]) - np.array(policy.metadata["action_low"])) / 2
-    loop = ControlLoop(
-        policy,
-        safe_action=np.zeros(policy.action_size),  # velocities: stand still
-        on_fault="hold",
-        observation_low=-10.0,
-        observation_high=10.0,
-        max_change=0.2 * half_range,
-        deadline_s=period_s,
-    )
     robot = Robot(policy.observation_size, policy.action_size, period_s, options.fault_every)
     stop = threading.Event()
     watcher = threading.Thread(target=watch, args=(options.watch, loop, stop)) if options.watch else None

@@ -6,7 +6,8 @@
 LeRobot needs an older torch than metarl, so the policy comes as an ONNX file: this runs in LeRobot's own environment
 with onnxruntime and metarl/runtime.py added. The robot here is a stand-in with the interface of LeRobot's robots. To
 use a real one, hand `run_episode` a connected `lerobot.robots.Robot` with the joints that the policy was trained on, in
-the same units; `KEYS` says how they are called.
+the same units; `KEYS` says how they are called. For a policy with a memory let episodes be as long as in its training,
+as they are here unless `--steps` says otherwise: beyond that it gets worse.
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ class LeRobotPolicy:
     """What LeRobot's scripts ask of a policy; numpy arrays and torch tensors go in, and the same kind comes out.
 
     LeRobot calls `reset` before each episode. For a policy with a memory these are episodes of one task, which it gets
-    to know better from one to the next; call `new_task` where it shall forget.
+    to know better from one to the next, for about as many as it was trained with; call `new_task` where it shall
+    forget.
 
     Args:
         policy: an exported one.
+
+    Raises:
+        ValueError: the file does not name observations and actions.
     """
 
     def __init__(self, policy: OnnxPolicy) -> None:
         self._policy = policy
+        if None in (policy.metadata["observation_names"], policy.metadata["action_names"]):
+            raise ValueError("the file does not name observations and actions; export it with an environment that does")
         self.observation_keys = [KEYS.format(name) for name in policy.metadata["observation_names"]]
         self.action_keys = [KEYS.format(name) for name in policy.metadata["action_names"]]
         self.new_task()
@@ -127,16 +134,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="An exported policy behind LeRobot's interface.")
     parser.add_argument("policy", type=Path, help="what `metarl export` wrote")
     parser.add_argument("--episodes", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=50, help="of an episode")
+    parser.add_argument(
+        "--steps", type=int, help="of an episode; for a memory its trained horizon if not given, else 50"
+    )
     options = parser.parse_args()
     try:
         exported = OnnxPolicy(options.policy)
+        policy = LeRobotPolicy(exported)
     except (OSError, ValueError, ImportError) as error:
         parser.exit(2, f"lerobot_runner.py: {error}\n")
-    policy = LeRobotPolicy(exported)
+    trial = exported.metadata["trial"]  # of training, for a policy with a memory
+    steps = options.steps or (trial and trial["horizon"]) or 50
     robot = FakeRobot(policy.observation_keys, policy.action_keys)
     for episode in range(options.episodes):
-        sent = run_episode(robot, policy, options.steps, exported.metadata["control_period_s"] or 1 / 30)
+        sent = run_episode(robot, policy, steps, exported.metadata["control_period_s"] or 1 / 30)
         last = ", ".join(f"{name} {value:.3f}" for name, value in sent[-1].items())
         print(f"episode {episode}: {len(sent)} actions sent; the last: {last}")
 

@@ -5,10 +5,15 @@
     python docs/examples/ros2_node.py --dry-run policy.onnx --new-model adapted.onnx
 
 It subscribes to `observation` (std_msgs/Float32MultiArray, in the order of the model's `observation_names`), `reward`
-(Float32, of the last command, for models with a memory) and `new_model` (String, the path of a file that takes over,
-e.g. adapted to a new task), and publishes `command` (Float64MultiArray, as the forward controllers of ros2_control take
-it) once a control period: the model's, or the parameter `period_s`. Nothing is published before the first observation.
-Zeros are when none has come for three ticks; when the node stops nothing is: let the controller below time out.
+(Float32, of the last command) and `new_model` (String, the path of a file that takes over, e.g. adapted to a new task),
+and publishes `command` (Float64MultiArray, as the forward controllers of ros2_control take it) once a control period:
+the model's, or the parameter `period_s`. Nothing is published before the first observation. When none has come for
+three ticks commands go to zero, by a fifth of half their range a tick: from the end of a symmetric range that takes
+five ticks. When the node stops nothing is published: let the controller below time out.
+
+A model with a memory needs `reward`, and two topics more (Empty): `begin_episode`, after the robot was put back to
+where it starts, with the same task, and `begin_trial`, for another task. Without them an episode begins whenever the
+horizon that the model was trained with is over.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ class PolicyNode:
     def __init__(self, model: str, report: Callable[[str], Any]) -> None:
         policy = OnnxPolicy(Path(model))
         self.period_s: float | None = policy.metadata["control_period_s"]
-        half_range = (np.array(policy.metadata["action_high"]) - np.array(policy.metadata["action_low"])) / 2
+        half_range = (policy.action_high - policy.action_low) / 2
         self.loop = ControlLoop(policy, np.zeros(policy.action_size), on_fault="safe", max_change=0.2 * half_range)
         self.observation_size, self._report = policy.observation_size, report
         self._observation: Any = None
@@ -62,6 +67,14 @@ class PolicyNode:
             self.loop.swap(OnnxPolicy(Path(message.data)))
         except (OSError, ValueError) as error:
             self._report(f"kept the old model: {error}")
+
+    def on_begin_episode(self, _message: Any) -> None:
+        """Let an episode of the same task begin with the next tick."""
+        self.loop.begin_episode()
+
+    def on_begin_trial(self, _message: Any) -> None:
+        """Let a trial of another task begin with the next tick: a memory begins anew."""
+        self.loop.begin_trial()
 
     def tick(self) -> list[float] | None:
         """Return the command of one tick; None before the first observation."""
@@ -89,6 +102,8 @@ def connect(core: PolicyNode, node: Any, messages: Any, period_s: float, qos: An
 
     node.create_subscription(messages.Float32MultiArray, "observation", core.on_observation, qos)
     node.create_subscription(messages.Float32, "reward", core.on_reward, qos)
+    node.create_subscription(messages.Empty, "begin_episode", core.on_begin_episode, 1)
+    node.create_subscription(messages.Empty, "begin_trial", core.on_begin_trial, 1)
     node.create_subscription(messages.String, "new_model", core.on_new_model, 1, callback_group=load_group)
     node.create_timer(period_s, tick)
 
@@ -151,7 +166,7 @@ def dry_run(model: str, new_model: str | None) -> None:
     except (OSError, ValueError, ImportError) as error:
         stop(str(error))
     node, rng = DryNode(), np.random.default_rng(0)
-    names = ("Float32", "Float32MultiArray", "Float64MultiArray", "String")
+    names = ("Empty", "Float32", "Float32MultiArray", "Float64MultiArray", "String")
     connect(core, node, SimpleNamespace(**dict.fromkeys(names, SimpleNamespace)), core.period_s or 0.02, qos=1)
     node.callbacks["tick"]()  # before the first observation: nothing is published
     for tick in range(100):
