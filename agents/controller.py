@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +36,11 @@ class _Bounds(nn.Module):
         self.high: Tensor
         self.centre: Tensor
         self.half_range: Tensor
-        ends = {"low": low, "high": high, "centre": (high + low) / 2, "half_range": (high - low) / 2}
+        # Rounded inwards: an action at a bound of float64 must not lie beyond it.
+        least, most = low.astype(np.float32), high.astype(np.float32)
+        least = np.where(least < low, np.nextafter(least, np.float32(np.inf)), least)
+        most = np.where(most > high, np.nextafter(most, np.float32(-np.inf)), most)
+        ends = {"low": least, "high": most, "centre": (high + low) / 2, "half_range": (high - low) / 2}
         for name, value in ends.items():
             self.register_buffer(name, torch.from_numpy(value).float())
 
@@ -57,6 +62,7 @@ class MlpController(nn.Module):
     Attributes:
         state_size: S, of what is remembered: 0.
         reward_scale: of rewards that it reads: none.
+        observation_scale: mean and standard deviation of observations, `[O]`, by which it normalises them.
     """
 
     state_size = 0
@@ -69,6 +75,8 @@ class MlpController(nn.Module):
         self._policy, self._normalizer = policy, normalizer.to("cpu")
         self._params = {name: value.detach().cpu().clone() for name, value in params.items()}
         self._bounds = _Bounds(low, high)
+        deviation = self._normalizer.variance.sqrt().clamp_min(self._normalizer.floor)
+        self.observation_scale = self._normalizer.mean.numpy(), deviation.numpy()
 
     def forward(self, observations: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return actions `[B, A]`, in the units of the action space.
@@ -98,12 +106,14 @@ class MemoryController(nn.Module):
         shift: `[I]`, of inputs.
         scale: `[I]`.
         initial: the packed state `[1, S − 1]` where a trial begins, which is not empty where episodes have been read.
+        observation_size: O.
         low: `[A]`, of the action space.
         high: `[A]`.
 
     Attributes:
         state_size: S.
         reward_scale: mean and standard deviation by which it normalises rewards.
+        observation_scale: the same of observations, `[O]`; 0 and 1 for entries that it does not see.
     """
 
     def __init__(
@@ -114,6 +124,7 @@ class MemoryController(nn.Module):
         shift: Tensor,
         scale: Tensor,
         initial: Tensor,
+        observation_size: int,
         low: FloatArray,
         high: FloatArray,
     ) -> None:
@@ -128,7 +139,11 @@ class MemoryController(nn.Module):
         for name, value in (("entries", entries), ("shift", shift), ("scale", scale), ("initial", initial)):
             self.register_buffer(f"_{name}", value.detach().cpu().clone())
         self.state_size = initial.shape[1] + 1
-        reward = len(inputs.entries) + inputs.action_size  # its place among the inputs
+        mean, deviation = np.zeros(observation_size), np.ones(observation_size)
+        seen, count = self._entries.numpy(), len(inputs.entries)
+        mean[seen], deviation[seen] = self._shift[:count].numpy(), 1.0 / self._scale[:count].numpy()
+        self.observation_scale = mean, deviation
+        reward = count + inputs.action_size  # its place among the inputs
         self.reward_scale: dict[str, float] | None = {"mean": float(shift[reward]), "std": float(1.0 / scale[reward])}
 
     def forward(

@@ -89,7 +89,11 @@ class Rl2:
                 f"agent.observation_entries holds {max(entries)}; observations have entries 0 to {observation_size - 1}"
             )
         self.config, self.device, self.seed, self.iteration = config, device, seed, 0
-        self.trial_episodes, self.action_size = config.trial_episodes, action_size
+        self.trial_episodes, self.observation_size, self.action_size = (
+            config.trial_episodes,
+            observation_size,
+            action_size,
+        )
         self.inputs = Inputs(entries, action_size, config.input_differences, config.input_time)
         self._entries = torch.tensor(entries, device=device)
         generator = torch.Generator().manual_seed(seed)
@@ -215,7 +219,8 @@ class Rl2:
     def controller(self, state: Recall, low: FloatArray, high: FloatArray) -> MemoryController:
         """One control step of a trial that begins with what `state` remembers; see `Agent.controller`."""
         initial = self.pack(state)["recall"]
-        return MemoryController(self.policy, self.inputs, self._entries, self._shift, self._scale, initial, low, high)
+        parts = self.inputs, self._entries, self._shift, self._scale, initial, self.observation_size
+        return MemoryController(self.policy, *parts, low, high)
 
     def pack(self, state: Recall) -> dict[str, Tensor]:
         """All that is known as one tensor; see `Agent.pack`."""

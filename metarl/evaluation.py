@@ -98,7 +98,7 @@ def evaluate(
     if not tasks:
         raise ValueError("no tasks to evaluate on; expected at least one")
     if policy.adapted:
-        raise ValueError(
+        raise UserError(
             "the policy is adapted already, and evaluating adapts by itself; give the agent before adaptation"
         )
     config, by_memory = policy.config, policy.agent.adaptation_steps == 0
@@ -278,7 +278,9 @@ def adapt_to(
     seed: int | None = None,
     make: Callable[[Task], gymnasium.Env[Any, Any]] = make_env,
 ) -> Policy:
-    """Return the policy adapted to a task as in training: K steps, each on fresh episodes, or one trial remembered.
+    """Return the policy adapted to a task as in training: K steps, each on fresh episodes.
+
+    An agent with a memory reads all episodes of a trial but the last, which is the one that it acts in then.
 
     Args:
         policy: before adaptation.
@@ -288,8 +290,10 @@ def adapt_to(
         make: builds the environment of a task.
 
     Raises:
-        UserError: the task does not fit the agent.
+        UserError: the task does not fit the agent, or the policy is adapted already.
     """
+    if policy.adapted:
+        raise UserError("the policy is adapted already; give the agent before adaptation")
     agent, config = policy.agent, policy.config
     root = seeds(config.seed if seed is None else seed, Purpose.EVALUATION_ROLLOUTS)
     count = 1 if policy.has_memory else rollouts_per_task or config.rollouts_per_task
@@ -298,7 +302,10 @@ def adapt_to(
     try:
         _check_sizes(policy, envs)
         for phase in children(root, max(1, agent.adaptation_steps)):
-            state = agent.adapt(state, collect(envs, agent, state, [task], count, [phase]))
+            rollout = collect(envs, agent, state, [task], count, [phase])
+            if agent.trial_episodes > 1:
+                rollout = replace(rollout, valid=rollout.valid & (rollout.episode < agent.trial_episodes - 1))
+            state = agent.adapt(state, rollout)
     finally:
         envs.close()
     return replace(policy, state=state, adapted=True)

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,8 +28,6 @@ from metarl.runtime import FORMAT, METADATA_KEY, OnnxPolicy, seal
 from metarl.types import Controller, Task
 
 if TYPE_CHECKING:
-    import gymnasium
-
     from metarl.policy import Policy
 
 OPSET = 18
@@ -45,31 +44,45 @@ def describe(
     """Return what an exported file tells of itself; see `Policy.export`.
 
     Returns:
-        `{"format", "agent", "adapted", "task", "observation_names", "action_names", "action_low", "action_high",
-        "control_period_s", "reward": {"mean", "std"} or null, "state_size", "env_steps", "config_sha256", "versions"}`;
-        `task` is what the policy was adapted to, `reward` the scale on which the graph reads rewards, which it is told
-        in the environment's own units.
+        `{"format", "agent", "adapted", "task", "observation_size", "action_size", "state_size", "observation_names",
+        "action_names", "action_low", "action_high", "control_period_s", "reward": {"mean", "std"}, "trial":
+        {"episodes", "horizon"}, "env_steps", "config_sha256", "versions"}`, null where unknown. `task` is what it was
+        adapted to, `reward` the scale on which the graph reads rewards, which it is told in the environment's own
+        units, `trial` what a memory was trained on: so many episodes of so many steps.
     """
     spaces, bare = policy.spaces, None if env is None else env.unwrapped
+    if env is not None:
+        found = env.observation_space.shape, env.action_space.shape
+        expected = (spaces.observation_size,), (spaces.action_size,)
+        if found != expected:
+            raise ValueError(f"the environment has observations and actions of {found}; the policy's are {expected}")
+        box, (low, high) = env.action_space, spaces.action_bounds
+        if not isinstance(box, gymnasium.spaces.Box) or [*box.low, *box.high] != [*low, *high]:
+            raise ValueError(f"actions of the environment are {box}; the policy's are bounded by {low} and {high}")
     sizes = {"observation": spaces.observation_size, "action": spaces.action_size}
-    names = {}
+    names = {f"{kind}_names": getattr(bare, f"{kind}_names", None) for kind in sizes}
     for kind, size in sizes.items():
-        listed = getattr(bare, f"{kind}_names", None) or [f"{kind}_{i}" for i in range(size)]
-        if len(listed) != size:
+        listed = names[f"{kind}_names"]
+        if listed is not None and len(listed) != size:
             raise ValueError(f"the environment names {len(listed)} entries of its {kind}s; the policy has {size}")
-        names[f"{kind}_names"] = list(listed)
     period = getattr(bare, "dt", None) if control_period_s is None else control_period_s
-    controller = policy.agent.controller(policy.state, *spaces.action_bounds)
+    if period is not None and not period > 0:
+        raise ValueError(f"control_period_s is {period}; expected more than 0")
+    about = task or getattr(bare, "task", None)
+    horizon = dict(getattr(about, "options", ())).get("horizon")
+    controller = policy.controller
     return {
         "format": FORMAT,
         "agent": policy.config.agent.name,
         "adapted": policy.adapted,
         "task": None if task is None else json.loads(task.to_json()),
-        **names,
+        **{f"{kind}_size": size for kind, size in sizes.items()},
+        **{field: None if listed is None else list(listed) for field, listed in names.items()},
         "action_low": list(spaces.action_low),
         "action_high": list(spaces.action_high),
         "control_period_s": None if period is None else float(period),
         "reward": controller.reward_scale,
+        "trial": {"episodes": policy.agent.trial_episodes, "horizon": horizon} if policy.has_memory else None,
         "state_size": controller.state_size,
         "env_steps": policy.env_steps,
         "config_sha256": config_hash(policy.config),
@@ -109,8 +122,8 @@ def _serialized(controller: Any, metadata: dict[str, Any]) -> bytes:
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
         raise UserError(f'exporting needs {error.name}: pip install "metarl[onnx]"') from error
-    observations = torch.zeros(_BATCH, len(metadata["observation_names"]))
-    noise = torch.zeros(_BATCH, len(metadata["action_names"]))
+    observations = torch.zeros(_BATCH, metadata["observation_size"])
+    noise = torch.zeros(_BATCH, metadata["action_size"])
     inputs, outputs = {"observations": observations}, ["actions"]
     if metadata["state_size"]:
         inputs |= {"rewards": torch.zeros(_BATCH), "episode_start": torch.zeros(_BATCH, dtype=torch.bool)}
@@ -171,13 +184,17 @@ def _difference(controller: Any, exported: OnnxPolicy, metadata: dict[str, Any],
     """Return the greatest difference between their actions in trials of random inputs, in halves of the range."""
     rng = np.random.default_rng(0)
     half_range = (np.array(metadata["action_high"]) - np.array(metadata["action_low"])) / 2
-    sizes = len(metadata["observation_names"]), len(metadata["action_names"])
+    mean, deviation = controller.observation_scale  # what a policy meets lies there
+    scale = controller.reward_scale or {"mean": 0.0, "std": 1.0}
+    sizes = metadata["observation_size"], metadata["action_size"]
     state = torch.zeros(rows, metadata["state_size"])
     theirs: NDArray[np.float32] | None = None
     differences = []
     for step in range(_STEPS):
-        observations, noise = (rng.standard_normal((rows, size), np.float32) for size in sizes)
-        rewards = np.where(rng.uniform(size=rows) < 0.2, np.nan, rng.standard_normal(rows)).astype(np.float32)
+        normal, noise = (rng.standard_normal((rows, size), np.float32) for size in sizes)
+        observations = (mean + deviation * normal).astype(np.float32)
+        rewards = (scale["mean"] + scale["std"] * rng.standard_normal(rows)).astype(np.float32)
+        rewards[rng.uniform(size=rows) < 0.2] = np.nan
         start = rng.uniform(size=rows) < (1.0 if step == 0 else 0.2)
         inputs = [torch.from_numpy(observations)]
         if metadata["state_size"]:

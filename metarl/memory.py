@@ -140,7 +140,7 @@ def pack(state: State) -> Tensor:
     parts = []
     for part in state:
         if isinstance(part, History):
-            history = part.window()
+            history = part if part.fixed else part.window()
             room = (0, 0, 0, part.context - history.longest)
             parts += [F.pad(kept, room).flatten(1) for kept in (history.keys, history.values)]
             parts.append(history.lengths.to(history.keys.dtype)[:, None])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from metarl import agents
 from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, Spaces, load_latest
@@ -23,9 +24,10 @@ from metarl.checkpoint import save as save_checkpoint
 from metarl.config import RunConfig, dump_config, load_config
 from metarl.errors import UserError
 from metarl.export import describe, write_onnx
+from metarl.runtime import check_actions, checked_memory, checked_observations
 from metarl.sampling import rollout_arrays, scale_actions
 from metarl.seeding import Purpose, integer_seed
-from metarl.types import Agent, Controller, Percept, Rollout, Task, Trajectory
+from metarl.types import Agent, Controller, FloatArray, Percept, Rollout, Task, Trajectory
 
 _LOG = logging.getLogger(__name__)
 _ADAPTED = "adapted"  # the part of a checkpoint that holds an adaptation state
@@ -74,13 +76,23 @@ class Policy:
         """A."""
         return self.spaces.action_size
 
+    @property
+    def action_low(self) -> FloatArray:
+        """`[A]`."""
+        return self.spaces.action_bounds[0]
+
+    @property
+    def action_high(self) -> FloatArray:
+        """`[A]`."""
+        return self.spaces.action_bounds[1]
+
     def predict(
         self,
-        observation: NDArray[Any],
+        observation: ArrayLike,
         state: NDArray[np.float32] | None = None,
-        episode_start: NDArray[np.bool_] | None = None,
+        episode_start: ArrayLike | None = None,
         deterministic: bool = False,
-        reward: float | NDArray[Any] | None = None,
+        reward: ArrayLike | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Choose actions; the signature of stable-baselines3, and the last reward for agents that read it.
 
@@ -100,59 +112,26 @@ class Policy:
         Raises:
             ValueError: wrong shape, NaN or infinity.
         """
-        observations = self._checked(observation)
+        observations = checked_observations(observation, self.observation_size)
         batch = torch.from_numpy(observations if observations.ndim == 2 else observations[None])
         noise = None if deterministic else torch.randn(len(batch), self.spaces.action_size)
         with torch.inference_mode():
             if self.has_memory:
-                actions, after = self._controller(batch, *self._told(len(batch), state, episode_start, reward), noise)
+                told = checked_memory(len(batch), self.controller.state_size, state, episode_start, reward)
+                actions, after = self.controller(batch, *map(torch.from_numpy, told), noise)
                 state = after.numpy()
             else:
-                actions = self._controller(batch, noise)
-        return (actions if observations.ndim == 2 else actions[0]).numpy(), state
-
-    def _checked(self, observation: NDArray[Any]) -> NDArray[np.float32]:
-        """Return observations as the agent reads them, `[O]` or `[B, O]`; raises ValueError."""
-        given, size = np.asarray(observation), self.spaces.observation_size
-        if given.dtype.kind not in "fiub":
-            raise ValueError(f"observation has dtype {given.dtype}; expected numbers")
-        observations = given.astype(np.float32)
-        if observations.ndim not in (1, 2) or observations.shape[-1] != size:
-            raise ValueError(f"observation has shape {observations.shape}; expected ({size},) or (batch, {size})")
-        if not np.isfinite(observations).all():
-            raise ValueError("observation holds NaN or infinity; check the sensors before calling predict")
-        return observations
-
-    def _told(
-        self,
-        batch: int,
-        state: NDArray[Any] | None,
-        episode_start: NDArray[np.bool_] | None,
-        reward: float | NDArray[Any] | None,
-    ) -> tuple[torch.Tensor, ...]:
-        """Return rewards `[B]`, episode starts `[B]` and the state `[B, S]`; raises ValueError."""
-        before = self.reset(batch) if state is None else np.asarray(state, dtype=np.float32)
-        if before.shape != (batch, self._controller.state_size):
-            raise ValueError(
-                f"state has shape {before.shape}; expected {(batch, self._controller.state_size)}: what predict "
-                "returned, or None where a trial begins"
-            )
-        begun = before[:, -1]
-        if not ((begun == 0.0) | (begun == 1.0)).all():
-            raise ValueError("state is not what predict returned: its last entry says neither 0, a trial begins, nor 1")
-        rewards = _each("reward", np.asarray(np.nan if reward is None else reward, dtype=np.float32), batch)
-        starts = np.asarray(False if episode_start is None else episode_start, dtype=np.bool_)
-        if np.isinf(rewards).any():
-            raise ValueError("reward is infinite; expected a number, or None where it is not known")
-        told = rewards, _each("episode_start", starts, batch), before
-        return tuple(map(torch.from_numpy, told))
+                actions = self.controller(batch, noise)
+        chosen: NDArray[np.float32] = (actions if observations.ndim == 2 else actions[0]).numpy()
+        check_actions(chosen)
+        return chosen, state
 
     def reset(self, batch: int = 1) -> NDArray[np.float32]:
         """Return the state with which `batch` trials begin: zeros `[B, S]`, where S is 0 without a memory.
 
         What a policy has read in recorded episodes is part of it and not of the state.
         """
-        return np.zeros((batch, self._controller.state_size), np.float32)
+        return np.zeros((batch, self.controller.state_size), np.float32)
 
     @property
     def has_memory(self) -> bool:
@@ -160,7 +139,8 @@ class Policy:
         return self.agent.adaptation_steps == 0
 
     @functools.cached_property
-    def _controller(self) -> Controller:
+    def controller(self) -> Controller:
+        """One control step as a function of tensors, on the CPU: what `predict` runs and `export` writes."""
         return self.agent.controller(self.state, *self.spaces.action_bounds)
 
     def record(self, env: gymnasium.Env[Any, Any], episodes: int) -> list[Trajectory]:
@@ -186,12 +166,12 @@ class Policy:
         observation, _ = env.reset()
         ended = False
         while not ended:
-            sensed = torch.from_numpy(self._checked(observation)).view(1, 1, -1)
+            sensed = torch.from_numpy(checked_observations(observation, self.observation_size)).view(1, 1, -1)
             told, start = torch.full((1, 1), reward), torch.full((1, 1), not steps)
             noise = torch.randn(1, 1, self.spaces.action_size)
             drawn, log_probs, state = self.agent.act(Percept(sensed, told, start, torch.ones_like(start)), noise, state)
             actions = drawn[0, 0].double().numpy()
-            action = scale_actions(np.clip(actions, -1.0, 1.0), *bounds).astype(np.float32)
+            action = scale_actions(np.clip(actions, -1.0, 1.0), *bounds).astype(env.action_space.dtype)
             following, gained, terminated, truncated, _ = env.step(action)
             reward = float(gained)
             steps.append(
@@ -217,7 +197,7 @@ class Policy:
         Raises:
             ValueError: no trajectory, sizes that do not fit, or steps and rates for an agent that has none.
         """
-        if steps < 1 or (inner_lr is not None and not inner_lr > 0):
+        if steps < 1 or (inner_lr is not None and not 0 < inner_lr < math.inf):
             raise ValueError(f"steps is {steps}, inner_lr is {inner_lr}; expected at least 1 and more than 0")
         if self.has_memory and (steps != 1 or inner_lr is not None):
             raise ValueError(
@@ -226,6 +206,11 @@ class Policy:
         rollout, state = self._rollout(trajectories), self.state
         for _ in range(steps):
             state = self.agent.adapt(state, rollout, inner_lr)
+        if not self.has_memory and not all(bool(part.isfinite().all()) for part in self.agent.pack(state).values()):
+            raise ValueError(
+                "adapting led to numbers that are not finite; look at the log_probs and rewards of the episodes, or "
+                "lower inner_lr"
+            )
         return replace(self, state=state, adapted=True)
 
     def _rollout(self, trajectories: Sequence[Trajectory]) -> Rollout:
@@ -240,6 +225,8 @@ class Policy:
             found = (trajectory.observations.shape[1], trajectory.actions.shape[1])
             if found != sizes:
                 raise ValueError(f"trajectory {n} has (observation, action) sizes {found}; the agent expects {sizes}")
+            if (trajectory.terminated | trajectory.truncated)[:-1].any():
+                raise ValueError(f"trajectory {n} ends before its last step; hand over one for each episode")
             length = len(trajectory.rewards)
             where = (0, n, slice(length))
             arrays["observations"][where] = trajectory.observations
@@ -315,14 +302,7 @@ class Policy:
             UserError: the packages of the extra `onnx` are missing, or the file cannot be written.
             ValueError: the environment has other sizes than the policy.
         """
-        write_onnx(self._controller, Path(path), describe(self, env, task, control_period_s))
-
-
-def _each(name: str, value: NDArray[Any], batch: int) -> NDArray[Any]:
-    """Return what is told of each of B observations, `[B]`; raises ValueError."""
-    if value.shape not in ((), (1,), (batch,)):
-        raise ValueError(f"{name} has shape {value.shape}; expected one for each of {batch} observation(s)")
-    return value if value.shape == (batch,) else np.full(batch, value)
+        write_onnx(self.controller, Path(path), describe(self, env, task, control_period_s))
 
 
 def resolve_device(device: str) -> torch.device:

@@ -42,6 +42,55 @@ def _check_seal(data: bytes, name: str) -> None:
         raise ValueError(f"{name} refers to other files, as no file of `metarl export` does; export it again")
 
 
+def checked_observations(observation: ArrayLike, size: int) -> NDArray[np.float32]:
+    """Return observations as a policy reads them, `[O]` or `[B, O]`; raises ValueError."""
+    given = np.asarray(observation)
+    if given.dtype.kind not in "fiub":
+        raise ValueError(f"observation has dtype {given.dtype}; expected numbers")
+    if given.ndim not in (1, 2) or given.shape[-1] != size:
+        raise ValueError(f"observation has shape {given.shape}; expected ({size},) or (batch, {size})")
+    observations = given.astype(np.float32)
+    if not np.isfinite(observations).all():
+        raise ValueError("observation holds NaN or infinity; check the sensors before calling predict")
+    return observations
+
+
+def checked_memory(
+    batch: int, state_size: int, state: ArrayLike | None, episode_start: ArrayLike | None, reward: ArrayLike | None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32]]:
+    """Return what a memory is told beside observations: rewards `[B]`, episode starts `[B]`, the state `[B, S]`.
+
+    Raises:
+        ValueError: a shape does not fit, the reward is infinite, or the state is none that `predict` returned.
+    """
+    rewards = _each("reward", np.asarray(np.nan if reward is None else reward, np.float32), batch)
+    starts = _each("episode_start", np.asarray(False if episode_start is None else episode_start, np.bool_), batch)
+    before = np.zeros((batch, state_size), np.float32) if state is None else np.asarray(state, np.float32)
+    if np.isinf(rewards).any():
+        raise ValueError("reward is infinite; expected a number, or None where it is not known")
+    if before.shape != (batch, state_size):
+        raise ValueError(
+            f"state has shape {before.shape}; expected {(batch, state_size)}: what predict returned, or None where a "
+            "trial begins"
+        )
+    begun = before[:, -1]
+    if not ((begun == 0.0) | (begun == 1.0)).all():
+        raise ValueError("state is not what predict returned: its last entry says neither 0, a trial begins, nor 1")
+    return rewards, starts, before
+
+
+def _each(name: str, value: NDArray[Any], batch: int) -> NDArray[Any]:
+    if value.shape not in ((), (1,), (batch,)):
+        raise ValueError(f"{name} has shape {value.shape}; expected one for each of {batch} observation(s)")
+    return value if value.shape == (batch,) else np.full(batch, value)
+
+
+def check_actions(actions: NDArray[np.float32]) -> None:
+    """Raise ValueError for actions that are not finite."""
+    if not np.isfinite(actions).all():
+        raise ValueError("the action is not finite: observation or state are far from all that the policy has met")
+
+
 class OnnxPolicy:
     """A policy from an ONNX file, with the `predict` of `metarl.Policy`.
 
@@ -56,6 +105,8 @@ class OnnxPolicy:
         observation_size: O.
         action_size: A.
         state_size: S, of what is remembered; 0 without a memory.
+        action_low: `[A]`.
+        action_high: `[A]`.
 
     Raises:
         ValueError: the file is damaged, not of `metarl export`, or of a newer format.
@@ -79,9 +130,11 @@ class OnnxPolicy:
             self.metadata: dict[str, Any] = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA_KEY])
             found = self.metadata["format"]
             if found == FORMAT:  # another one may say it otherwise
-                sizes = (len(self.metadata["observation_names"]), len(self.metadata["action_names"]))
-                self.observation_size, self.action_size = sizes
-                self.state_size = int(self.metadata["state_size"])
+                sizes = (int(self.metadata[f"{kind}_size"]) for kind in ("observation", "action", "state"))
+                self.observation_size, self.action_size, self.state_size = sizes
+                self.action_low, self.action_high = (
+                    np.array(self.metadata[f"action_{end}"], np.float64) for end in ("low", "high")
+                )
         except Exception as error:  # onnxruntime has a class of its own for everything that is wrong with a model
             said = f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"  # onnxruntime ends with the reason
             raise ValueError(f"{name} is no model of `metarl export`: {said}") from error
@@ -132,20 +185,13 @@ class OnnxPolicy:
         Raises:
             ValueError: wrong shape, NaN or infinity.
         """
-        given = np.asarray(observation)
-        if given.dtype.kind not in "fiub":
-            raise ValueError(f"observation has dtype {given.dtype}; expected numbers")
-        observations = given.astype(np.float32)
-        if observations.ndim not in (1, 2) or observations.shape[-1] != self.observation_size:
-            size = self.observation_size
-            raise ValueError(f"observation has shape {observations.shape}; expected ({size},) or (batch, {size})")
-        if not np.isfinite(observations).all():
-            raise ValueError("observation holds NaN or infinity; check the sensors before calling predict")
+        observations = checked_observations(observation, self.observation_size)
         single = observations.ndim == 1
         if single:
             observations = observations[None]
         noise = None if deterministic else self._rng.standard_normal((len(observations), self.action_size), np.float32)
         actions, state = self.run(observations, state, episode_start, noise, reward)
+        check_actions(actions)
         return actions[0] if single else actions, state
 
     def run(
@@ -162,24 +208,8 @@ class OnnxPolicy:
             feed["noise"] = noise
         if not self.state_size:
             return self._session.run(self._outputs, feed)[0], state
-        batch = len(observations)
-        told = (("rewards", rewards, np.nan, np.float32), ("episode_start", episode_start, False, np.bool_))
-        for name, value, default, dtype in told:
-            array = np.asarray(default if value is None else value, dtype)
-            if array.shape not in ((), (1,), (batch,)):
-                raise ValueError(f"{name} has shape {array.shape}; expected one for each of {batch} observation(s)")
-            feed[name] = np.full(batch, array) if array.shape != (batch,) else array
-        if np.isinf(feed["rewards"]).any():
-            raise ValueError("reward is infinite; expected a number, or None where it is not known")
-        feed["state"] = self.reset(batch) if state is None else np.asarray(state, np.float32)
-        if feed["state"].shape != (batch, self.state_size):
-            raise ValueError(
-                f"state has shape {feed['state'].shape}; expected {(batch, self.state_size)}: what predict returned, "
-                "or None where a trial begins"
-            )
-        begun = feed["state"][:, -1]
-        if not ((begun == 0.0) | (begun == 1.0)).all():
-            raise ValueError("state is not what predict returned: its last entry says neither 0, a trial begins, nor 1")
+        told = checked_memory(len(observations), self.state_size, state, episode_start, rewards)
+        feed |= zip(("rewards", "episode_start", "state"), told, strict=True)
         actions, following = self._session.run(self._outputs, feed)
         return actions, following
 
@@ -194,6 +224,14 @@ class Predictor(Protocol):
     @property
     def action_size(self) -> int:
         """A."""
+
+    @property
+    def action_low(self) -> NDArray[np.float64]:
+        """`[A]`."""
+
+    @property
+    def action_high(self) -> NDArray[np.float64]:
+        """`[A]`."""
 
     def reset(self) -> NDArray[np.float32]:
         """Return the state with which a trial begins."""
@@ -246,6 +284,9 @@ class ControlLoop:
         observation_high: `[O]` or a number, greatest values.
         max_change: `[A]` or a number, how much an action may differ from the last one, a tick; None: any. Safe actions
             are limited, too, and so is the first one, from the safe one.
+        episode_ticks: ticks after which an episode begins by itself, as `begin_episode`: a memory that has learned from
+            episodes of some length does not know how to go on beyond it. None: the horizon in the policy's metadata
+            where it has a memory and they tell it, else never.
         deadline_s: a call of `step` that takes longer is counted; its action is returned all the same. None: none is.
         deterministic: act without noise.
         clock: seconds.
@@ -268,6 +309,7 @@ class ControlLoop:
         observation_low: ArrayLike | None = None,
         observation_high: ArrayLike | None = None,
         max_change: ArrayLike | None = None,
+        episode_ticks: int | None = None,
         deadline_s: float | None = None,
         deterministic: bool = True,
         clock: Callable[[], float] = time.perf_counter,
@@ -276,6 +318,8 @@ class ControlLoop:
             raise ValueError(f"on_fault is {on_fault!r}; expected hold, safe or raise")
         if deadline_s is not None and not deadline_s > 0:
             raise ValueError(f"deadline_s is {deadline_s}; expected more than 0")
+        if episode_ticks is not None and episode_ticks < 1:
+            raise ValueError(f"episode_ticks is {episode_ticks}; expected at least 1")
         if max_held is not None and max_held < 0:
             raise ValueError(f"max_held is {max_held}; expected at least 0")
         self._policy, self._sizes = policy, (policy.observation_size, policy.action_size)
@@ -284,8 +328,10 @@ class ControlLoop:
         self._high = None if observation_high is None else _sized("observation_high", observation_high, self._sizes[0])
         if self._low is not None and self._high is not None and not (self._low <= self._high).all():
             raise ValueError(f"observation_low is {observation_low!r}, above observation_high {observation_high!r}")
-        if not np.isfinite(self._safe).all():
-            raise ValueError(f"safe_action is {safe_action!r}; expected finite numbers")
+        if not ((policy.action_low <= self._safe) & (self._safe <= policy.action_high)).all():
+            raise ValueError(
+                f"safe_action is {safe_action!r}; expected within {policy.action_low} and {policy.action_high}"
+            )
         self._max_change = None if max_change is None else _sized("max_change", max_change, policy.action_size)
         if self._max_change is not None and not (self._max_change > 0).all():
             raise ValueError(f"max_change is {max_change!r}; expected more than 0")
@@ -293,17 +339,18 @@ class ControlLoop:
         self._lock = threading.Lock()
         self._waiting: Predictor | None = None
         self._last, self._max_held, self._faults_in_a_row = self._safe, max_held, 0
+        self._episode_ticks = episode_ticks
         self.counts, self.last_fault = Counts(), ""
         self.begin_trial()
 
     def begin_trial(self) -> None:
         """Forget the task: a memory begins anew, and so does the next episode."""
         self._state: NDArray[np.float32] | None = self._policy.reset()
-        self._starts = True
+        self.begin_episode()
 
     def begin_episode(self) -> None:
         """Let an episode of the same task begin with the next tick; a memory lives on."""
-        self._starts = True
+        self._elapsed_ticks = 0
 
     def swap(self, policy: Predictor) -> None:
         """Let another policy take over at the next tick, at the beginning of its trial; safe from other threads.
@@ -314,10 +361,16 @@ class ControlLoop:
         sizes = (policy.observation_size, policy.action_size)
         if sizes != self._sizes:
             raise ValueError(f"the new policy has (observation, action) sizes {sizes}; the loop's has {self._sizes}")
-        for field in ("action_low", "action_high", "observation_names", "action_names", "control_period_s"):
+        for end in ("action_low", "action_high"):
+            old, new = (getattr(each, end).tolist() for each in (self._policy, policy))
+            if old != new:
+                raise ValueError(f"the new policy has {end} {new}; the loop's has {old}")
+        for field in ("observation_names", "action_names", "control_period_s"):
             old, new = (getattr(each, "metadata", {}).get(field) for each in (self._policy, policy))
-            if None not in (old, new) and old != new:
-                raise ValueError(f"the new policy has {field} {new}; the loop's has {old}")
+            if old is not None and new is not None and old != new:
+                if isinstance(old, list):
+                    old, new = next(pair for pair in zip(old, new, strict=True) if pair[0] != pair[1])
+                raise ValueError(f"the new policy has {new!r} among its {field}; the loop's has {old!r}")
         with self._lock:
             self._waiting = policy
 
@@ -348,7 +401,8 @@ class ControlLoop:
             held_enough = self._max_held is not None and self._faults_in_a_row > self._max_held
             action = self._safe if self._on_fault == "safe" or held_enough else self._last
         else:
-            self._state, self._starts, self._faults_in_a_row = state, False, 0
+            self._state, self._faults_in_a_row = state, 0
+            self._elapsed_ticks += 1
         if self._max_change is not None:
             limited = np.clip(action, self._last - self._max_change, self._last + self._max_change)
             self.counts.limited += bool((limited != action).any())
@@ -357,6 +411,12 @@ class ControlLoop:
         if self._deadline_s is not None and self._clock() - began > self._deadline_s:
             self.counts.deadline_misses += 1
         return action.copy()
+
+    def _ticks_an_episode(self) -> int | None:
+        if self._episode_ticks is not None:
+            return self._episode_ticks
+        trial = getattr(self._policy, "metadata", {}).get("trial")
+        return trial["horizon"] if trial else None
 
     def _act(
         self, observation: ArrayLike, reward: float | None
@@ -374,7 +434,10 @@ class ControlLoop:
         if beyond.any():
             worst = int(np.flatnonzero(beyond)[0])
             raise ValueError(f"entry {worst} of the observation is {sensed[worst]:g}, out of its range")
-        action, state = self._policy.predict(sensed, self._state, np.array([self._starts]), self._deterministic, reward)
+        if self._elapsed_ticks == self._ticks_an_episode():
+            self.begin_episode()
+        starts = np.array([self._elapsed_ticks == 0])
+        action, state = self._policy.predict(sensed, self._state, starts, self._deterministic, reward)
         if not np.isfinite(action).all():
             raise ValueError(f"the policy's action {action} is not finite")
         return action, state

@@ -68,7 +68,7 @@ def task_of(config: RunConfig, name: str | None = None, split: str = "test", sta
     if number and not number.isdigit():
         raise UserError(f"task {name!r}: expected a number behind the colon, e.g. {wanted}:3")
     found: list[Task] = []
-    if config.stages[-1].tasks.family in FAMILIES:
+    if all(each.tasks.family in FAMILIES for each in config.stages):
         found = [task for task in _split(distribution_of(config, None, stage), split) if task.name == wanted]
     found = found or _split(distribution_of(config, wanted, stage), split)
     index = int(number or 0)

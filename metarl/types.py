@@ -332,6 +332,9 @@ class Controller(Protocol):
     reward_scale: dict[str, float] | None
     """`mean` and `std` by which rewards are normalised inside; None where none are read."""
 
+    observation_scale: tuple[FloatArray, FloatArray]
+    """Mean and standard deviation by which observations are normalised inside, both `[O]`."""
+
     def __call__(self, observations: torch.Tensor, *rest: torch.Tensor | None) -> Any:
         """Return actions `[B, A]`, in the units of the action space, for raw observations `[B, O]`.
 

@@ -21,13 +21,14 @@ def export(arguments: list[str]) -> int:
     parser.add_argument(
         "--adapt-on", metavar="TASK", help="adapt to a task first, as in training, e.g. reach-v3 or reach-v3:7"
     )
+    parser.add_argument("--stage", metavar="NAME", help="whose TASK, and whose cue (the last)")
     parser.add_argument("--split", choices=("test", "train"), help="which TASK (test)")
     parser.add_argument("--rollouts-per-task", type=positive, help="episodes of a phase to adapt on (as in training)")
     parser.add_argument("--seed", type=not_negative, help="of the episodes to adapt on (the run's)")
     options = parser.parse_args(arguments)
     if options.file.suffix != ".onnx":
         raise UserError(f"{options.file} does not end in .onnx; name the file so, e.g. policy.onnx")
-    for name in ("split", "rollouts_per_task", "seed"):
+    for name in ("stage", "split", "rollouts_per_task", "seed"):
         if options.adapt_on is None and getattr(options, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} needs --adapt-on; see metarl export --help")
     return _export(options)
@@ -42,8 +43,12 @@ def _export(options: argparse.Namespace) -> int:
     from metarl.tasks import distribution_of, task_of
 
     policy, task = load(options.run_dir), None
-    if options.adapt_on:
-        task = task_of(policy.config, options.adapt_on, options.split or "test")
+    if options.adapt_on is not None:
+        if policy.adapted:
+            raise UserError(f"{options.run_dir} holds a policy that is adapted already; leave --adapt-on out")
+        if policy.has_memory and options.rollouts_per_task is not None:
+            raise UserError(f"{policy.config.agent.name} reads one trial; leave --rollouts-per-task out")
+        task = task_of(policy.config, options.adapt_on, options.split or "test", options.stage)
     console = Console()
     with console.status("adapting and exporting" if task else "exporting"):
         env = None
@@ -55,6 +60,7 @@ def _export(options: argparse.Namespace) -> int:
         if env is not None:
             env.close()
     size = options.file.stat().st_size
-    adapted = f"adapted to {task.name} {task.index} ({task.split})" if task else "before adaptation"
+    adapted = "adapted" if policy.adapted else "before adaptation"
+    adapted += f" to {task.name} {task.index} ({task.split})" if task else ""
     console.print(f"{options.file}: {adapted}, {size:,} bytes, equal to torch", highlight=False, soft_wrap=True)
     return 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from metarl.checkpoint import Spaces
 from metarl.memory import History, pack, unpack
 from metarl.types import Percept
 from tests.agents.deployed import AGENTS, SPACES, make_episodes, make_policy, make_trials, walk, zero
@@ -50,7 +51,7 @@ def test_predicting_is_acting_after_adapting(name):
 def test_zeros_begin_a_trial_and_rows_are_on_their_own(name):
     policy, trials = make_policy(name), make_trials()
     whole, state = walk(policy, trials)
-    assert state.shape == policy.reset(4).shape == (4, policy._controller.state_size) and not policy.reset(4).any()
+    assert state.shape == policy.reset(4).shape == (4, policy.controller.state_size) and not policy.reset(4).any()
     again, _ = walk(policy, trials, policy.reset(4))
     np.testing.assert_array_equal(again, whole)
     # Two rows begin anew while two live on; what a row does depends on its own state alone.
@@ -87,6 +88,15 @@ def test_a_reward_is_not_read_where_a_trial_begins(name):
 
 
 @every_agent
+def test_actions_lie_within_bounds_of_double_precision(name):
+    low, high = (-0.1, 0.3), (0.1, 0.7)  # float32 rounds 0.1 up, and 0.7 down
+    policy = make_policy(name, Spaces(3, low, high))
+    actions = np.concatenate([policy.predict(make_trials(seed=seed)[0][0])[0] for seed in range(20)]).astype(np.float64)
+    assert (actions >= low).all() and (actions <= high).all()
+    np.testing.assert_allclose(actions.max(0), high, rtol=1e-6)  # and reach them
+
+
+@every_agent
 def test_a_mean_of_zero_is_the_middle_of_the_range_and_noise_is_in_units_of_its_deviation(name):
     policy = zero(make_policy(name))
     observations = make_trials()[0][0]
@@ -109,6 +119,15 @@ def test_a_controller_is_a_snapshot(name):
             value.zero_()
     np.testing.assert_array_equal(walk(policy, trials)[0], before)
     assert np.abs(walk(replace(policy), trials)[0] - before).max() > 1e-2
+
+
+@every_memory
+def test_an_action_that_is_no_number_is_not_returned(name):
+    policy = make_policy(name)
+    _, state = policy.predict(np.zeros(3))
+    state[:, :-1] = np.nan
+    with pytest.raises(ValueError, match="the action is not finite"):
+        policy.predict(np.zeros(3), state)
 
 
 @every_memory
@@ -135,7 +154,7 @@ def test_a_packed_state_is_the_same_memory(name):
 @every_memory
 def test_the_scale_of_rewards_is_told(name):
     policy = make_policy(name)
-    scale, entries = policy._controller.reward_scale, len(policy.agent.inputs.entries)
+    scale, entries = policy.controller.reward_scale, len(policy.agent.inputs.entries)
     where = entries + SPACES.action_size
     assert scale["mean"] == pytest.approx(float(policy.agent.normalizer.mean[where]), rel=1e-6)
     assert scale["std"] == pytest.approx(float(policy.agent.normalizer.variance[where].sqrt()), rel=1e-6)

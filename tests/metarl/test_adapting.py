@@ -16,7 +16,7 @@ from metarl.policy import Policy, build_agent
 from metarl.sampling import collect
 from metarl.seeding import Purpose, children, seeds
 from metarl.types import Percept
-from tests.agents.deployed import AGENTS, make_episodes, make_policy, make_trials, walk
+from tests.agents.deployed import AGENTS, SPACES, make_episodes, make_policy, make_trials, walk
 
 
 def test_steps_and_rates_of_adapting_are_the_ones_asked_for():
@@ -114,9 +114,48 @@ def test_an_agent_with_a_memory_adapts_to_a_task_by_one_trial():
     envs = make_envs(goals, 1, 0)
     (phase,) = children(seeds(5, Purpose.EVALUATION_ROLLOUTS), 1)
     trial = collect(envs, policy.agent, policy.state, [goals.test_tasks[2]], 1, [phase])
-    assert trial.env_steps == 15  # of all its episodes
-    expected = policy.agent.pack(policy.agent.adapt(policy.state, trial))
+    assert trial.env_steps == 15
+    read = replace(trial, valid=trial.valid & (torch.arange(15) < 10))  # the third episode is yet to come
+    expected = policy.agent.pack(policy.agent.adapt(policy.state, read))
     torch.testing.assert_close(policy.agent.pack(adapted.state), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_adapting_to_a_task_begins_from_an_agent_that_is_not_adapted():
+    task = metarl.envs.distribution("navigation", name="goals").test_tasks[0]
+    with pytest.raises(UserError, match="the policy is adapted already"):
+        adapt_to(make_policy("mlp").adapt(make_episodes(log_probs=True)), task)
+
+
+def test_recorded_episodes_are_laid_out_as_rollouts_are():
+    one, other = make_episodes(steps=4), make_episodes(count=1, steps=2, seed=1)
+    ended = replace(other[0], terminated=np.array([False, True]), truncated=np.zeros(2, bool))
+    cut = replace(one[0], truncated=np.zeros(4, bool))  # says nothing of its end: it was cut off there
+    rollout = make_policy("gru")._rollout([cut, ended])
+    assert rollout.valid.tolist() == [[[True] * 4, [True, True, False, False]]]
+    assert rollout.truncated.tolist() == [[[False, False, False, True], [False] * 4]]
+    assert rollout.terminated.tolist() == [[[False] * 4, [False, True, False, False]]]
+    assert rollout.episode_start.tolist() == [[[True, False, False, False]] * 2]
+    observations = torch.from_numpy(cut.observations).float()
+    torch.testing.assert_close(rollout.next_observations[0, 0, :3], observations[1:])
+    torch.testing.assert_close(rollout.next_observations[0, 0, 3], observations[3])  # stands for the one after it
+    low, high = SPACES.action_bounds
+    actions = torch.from_numpy((ended.actions - (low + high) / 2) / ((high - low) / 2)).float()
+    torch.testing.assert_close(rollout.actions[0, 1, :2], actions)
+
+
+@pytest.mark.parametrize(
+    ("episode", "asked", "message"),
+    [
+        ({"log_probs": np.full(5, -200.0)}, {}, "adapting led to numbers that are not finite"),
+        ({}, {"inner_lr": np.inf}, "inner_lr is inf"),
+        ({"terminated": np.arange(5) == 2}, {}, "trajectory 0 ends before its last step"),
+        ({"truncated": np.arange(5) == 2}, {}, "trajectory 0 ends before its last step"),
+    ],
+)
+def test_episodes_that_lead_nowhere_are_refused(episode, asked, message):
+    (recorded,) = make_episodes(count=1, log_probs=True)
+    with pytest.raises(ValueError, match=message):
+        make_policy("mlp").adapt([replace(recorded, **episode)], **asked)
 
 
 def test_saving_replaces_nothing(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 
 import metarl
+from metarl.config import RunConfig
 from metarl.evaluation import adapt_to
 from metarl.policy import load
 from metarl.runtime import OnnxPolicy
@@ -40,12 +41,35 @@ def test_a_run_is_exported_before_and_after_adapting(command, run_dir, tmp_path)
     assert loaded.metadata["observation_names"] == ["position_x", "position_y"]
 
 
+def test_a_saved_policy_is_exported_as_it_is(command, run_dir, tmp_path):
+    policy = load(run_dir)
+    adapt_to(policy, task_of(policy.config)).save(tmp_path / "saved")
+    status, _, error = command("export", tmp_path / "saved", tmp_path / "twice.onnx", "--adapt-on", "goals:1")
+    assert status == 2 and "holds a policy that is adapted already; leave --adapt-on out" in error
+    status, said, _ = command("export", tmp_path / "saved", tmp_path / "once.onnx")
+    assert status == 0 and "once.onnx: adapted, " in said
+
+
+def test_the_task_of_a_stage_has_its_cue():
+    wedges = [
+        {"tasks": {"family": "navigation", "name": "cued_wedges", "wedges": [k]}, "iterations": 1} for k in (0, 1)
+    ]
+    config = RunConfig.model_validate({"stages": wedges, "stage_cue": "input"})
+    first, last = (task_of(config, stage=stage.name) for stage in config.stages)
+    assert (first.name, first.option("stage")) == ("wedge-0", 0)
+    assert (last.name, last.option("stage")) == ("wedge-1", 1) and task_of(config, "wedge-1:3").index == 3
+    assert task_of(config, "wedge-0:3", stage=config.stages[0].name).option("stage") == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["{run}", "policy.pt"], "policy.pt does not end in .onnx"),
         (["{run}", "p.onnx", "--seed", "1"], "--seed needs --adapt-on"),
         (["{run}", "p.onnx", "--split", "train"], "--split needs --adapt-on"),
+        (["{run}", "p.onnx", "--stage", "goals"], "--stage needs --adapt-on"),
+        (["{run}", "p.onnx", "--adapt-on", "goals", "--stage", "other"], "the run has no stage 'other'"),
+        (["{run}", "p.onnx", "--adapt-on", ""], "unknown task or benchmark ''"),
         (["{run}", "p.onnx", "--adapt-on", "goals:3"], "there is no goals:3; the test split has 3 of goals"),
         (["{run}", "p.onnx", "--adapt-on", "goals:x"], "expected a number behind the colon, e.g. goals:3"),
         (["{run}", "p.onnx", "--adapt-on", "goal"], "unknown task or benchmark 'goal': did you mean 'goals'?"),

@@ -17,6 +17,7 @@ class Counting:
     """Acts by what it remembers: the sum of all that it has observed; told rewards and starts are kept."""
 
     observation_size, action_size = 2, 1
+    action_low, action_high = np.array([-100.0]), np.array([100.0])
 
     def __init__(self, scale=1.0, action=None):
         self.scale, self.action, self.told = scale, action, []
@@ -86,19 +87,51 @@ def test_the_last_action_is_held_for_so_many_faults_in_a_row():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("action_high", [2.0]), ("action_names", ["wrist"]), ("control_period_s", 0.01)]
+    ("field", "value", "message"),
+    [
+        ("action_names", ["wrist"], "has 'wrist' among its action_names; the loop's has 'elbow'"),
+        ("control_period_s", 0.01, "has 0.01 among its control_period_s; the loop's has 0.02"),
+    ],
 )
-def test_a_policy_for_another_robot_does_not_take_over(field, value):
-    same = {"action_high": [1.0], "action_names": ["elbow"], "control_period_s": 0.02}
+def test_a_policy_for_another_robot_does_not_take_over(field, value, message):
+    same = {"action_names": ["elbow"], "control_period_s": 0.02}
     policies = [Counting() for _ in range(3)]
-    for policy, metadata in zip(
-        policies, (same, {**same, "control_period_s": None}, {**same, field: value}), strict=True
-    ):
+    told = (same, {"action_names": None, "control_period_s": None}, {**same, field: value})
+    for policy, metadata in zip(policies, told, strict=True):
         policy.metadata = metadata
     loop = ControlLoop(policies[0], safe_action=0.0)
-    loop.swap(policies[1])
-    with pytest.raises(ValueError, match=f"the new policy has {field}"):
+    loop.swap(policies[1])  # of which nothing else is known
+    with pytest.raises(ValueError, match=message):
         loop.swap(policies[2])
+    loop.swap(Counting())  # and so is nothing of one in torch, but for its bounds
+    stronger = Counting()
+    stronger.action_high = np.array([900.0])
+    with pytest.raises(ValueError, match=r"the new policy has action_high \[900.0\]; the loop's has \[100.0\]"):
+        loop.swap(stronger)
+
+
+def test_episodes_begin_by_themselves_at_the_trained_horizon():
+    def starts(loop, policy, ticks):
+        for _ in range(ticks):
+            loop.step(ONE)
+        return [number for number, told in enumerate(policy.told) if told[0]]
+
+    remembering = Counting()
+    remembering.metadata = {"trial": {"episodes": 2, "horizon": 3}}
+    assert starts(ControlLoop(remembering, safe_action=0.0), remembering, 8) == [0, 3, 6]
+    asked = Counting()
+    asked.metadata = remembering.metadata
+    loop = ControlLoop(asked, safe_action=0.0, episode_ticks=4)
+    assert starts(loop, asked, 6) == [0, 4]
+    loop.begin_episode()  # by hand: the count begins anew
+    assert starts(loop, asked, 6) == [0, 4, 6, 10]
+    for trial in (None, {"episodes": 2, "horizon": None}):
+        endless = Counting()
+        endless.metadata = {"trial": trial}
+        assert starts(ControlLoop(endless, safe_action=0.0), endless, 8) == [0]
+    loop.swap(remembering)
+    remembering.told.clear()
+    assert starts(loop, remembering, 9) == [0, 4, 8]  # what was asked for holds for the next one, too
 
 
 def test_faults_send_the_safe_action_or_raise():
@@ -197,7 +230,9 @@ def test_an_action_is_the_callers_own():
         ({"safe_action": [0.0, 0.0]}, r"safe_action is \[0.0, 0.0\]; expected a number or 1 of them"),
         ({"safe_action": np.nan}, "safe_action is nan"),
         ({"observation_low": [0.0]}, r"observation_low is \[0.0\]; expected a number or 2 of them"),
-        ({"safe_action": np.inf}, "safe_action is inf; expected finite numbers"),
+        ({"safe_action": np.inf}, "safe_action is inf; expected within"),
+        ({"safe_action": 101.0}, "safe_action is 101.0; expected within"),
+        ({"episode_ticks": 0}, "episode_ticks is 0; expected at least 1"),
         (
             {"observation_low": 1.0, "observation_high": [2.0, 0.5]},
             "observation_low is 1.0, above",
