@@ -6,9 +6,9 @@ Must not import the rest of metarl.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -336,8 +336,7 @@ class ControlLoop:
         if self._max_change is not None and not (self._max_change > 0).all():
             raise ValueError(f"max_change is {max_change!r}; expected more than 0")
         self._on_fault, self._deadline_s, self._deterministic, self._clock = on_fault, deadline_s, deterministic, clock
-        self._lock = threading.Lock()
-        self._waiting: Predictor | None = None
+        self._waiting: collections.deque[Predictor] = collections.deque(maxlen=1)  # its operations are atomic
         self._last, self._max_held, self._faults_in_a_row = self._safe, max_held, 0
         self._episode_ticks = episode_ticks
         self.counts, self.last_fault = Counts(), ""
@@ -371,8 +370,7 @@ class ControlLoop:
                 if isinstance(old, list):
                     old, new = next(pair for pair in zip(old, new, strict=True) if pair[0] != pair[1])
                 raise ValueError(f"the new policy has {new!r} among its {field}; the loop's has {old!r}")
-        with self._lock:
-            self._waiting = policy
+        self._waiting.append(policy)
 
     def step(self, observation: ArrayLike, reward: float | None = None) -> NDArray[np.float32]:
         """Return the action of one tick, `[A]`.
@@ -384,10 +382,8 @@ class ControlLoop:
         """
         began = self._clock()
         self.counts.ticks += 1
-        with self._lock:
-            new, self._waiting = self._waiting, None
-        if new is not None:
-            self._policy = new
+        if self._waiting:
+            self._policy = self._waiting.pop()
             self.counts.swaps += 1
             self.begin_trial()
         try:

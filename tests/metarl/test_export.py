@@ -145,14 +145,15 @@ def test_noise_is_left_out_or_given(exported):
     np.testing.assert_array_equal(one_row, mean)
 
 
-def test_a_model_that_differs_is_not_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("noisy", [True, False])
+def test_a_model_that_differs_is_not_kept(tmp_path, monkeypatch, noisy):
     policy, path = make_policy("mlp"), tmp_path / "policy.onnx"
     path.write_bytes(b"the one before")
     run = OnnxPolicy.run
 
-    def off(self, *inputs):
-        actions, state = run(self, *inputs)
-        return actions + np.float32(1e-4), state
+    def off(self, observations, state=None, episode_start=None, noise=None, rewards=None):
+        actions, state = run(self, observations, state, episode_start, noise, rewards)
+        return actions + np.float32(1e-4) * ((noise is not None) == noisy), state
 
     monkeypatch.setattr(OnnxPolicy, "run", off)
     with pytest.raises(RuntimeError, match=r"differs from torch by .*No file was written"):
