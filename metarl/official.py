@@ -313,12 +313,11 @@ def official_report(
         splits, "env_steps": of the training, …}` and the settings.
 
     Raises:
-        ValueError: the policy is adapted already.
-        UserError: benchmark and name do not fit, the reward is not one of Meta-World's, or the policy was trained for
-            other observations or actions.
+        UserError: the policy is adapted already, benchmark and name do not fit, the reward is not one of Meta-World's,
+            or the policy was trained for other observations or actions.
     """
     if policy.adapted:
-        raise ValueError("the policy is adapted already, and evaluating adapts by itself; give the one before")
+        raise UserError("the policy is adapted already, and evaluating adapts by itself; give the one before")
     if reward_version not in ("v1", "v2"):
         raise UserError(f"reward_version is {reward_version!r}, which Meta-World does not have; expected v1 or v2")
     import metaworld

@@ -6,6 +6,7 @@ Knows environments by gymnasium's interface alone, so that it goes with tasks of
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ _MIN_WIDTH = 440
 _SHORTEST_S, _LONGEST_S = 4.0, 15.0
 _HOLD_S = 1.5
 _STEPS_PER_SECOND = 20.0
+_SLOWEST_FPS = 0.05
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,9 @@ def play(
         title: what is written below.
 
     Raises:
-        UserError: the environment does not fit the agent, a trial has one episode only, or nothing here can draw.
-        ValueError: the policy is adapted already, or the environment does not draw itself.
+        UserError: the policy is adapted already, the environment does not fit it, a trial has one episode only, less
+            than a frame in 20 s would be shown, or nothing here can draw.
+        ValueError: the environment does not draw itself.
     """
     _check(policy, env)
     real_time = float(env.metadata.get("render_fps") or _STEPS_PER_SECOND)  # steps a second
@@ -158,7 +161,13 @@ def play(
         horizon = _horizon(env)
         seconds = horizon / real_time if horizon else _LONGEST_S
         speed = seconds / min(max(seconds, _SHORTEST_S), _LONGEST_S)
-    every = max(1, round(real_time * speed / fps))
+    rate = real_time * speed
+    if not (_SLOWEST_FPS <= rate < math.inf and fps >= _SLOWEST_FPS):
+        raise UserError(
+            f"speed {speed:g} means {rate:g} steps a second, and fps is {fps:g}; expected numbers of at least "
+            f"{_SLOWEST_FPS:g} for both"
+        )
+    every = max(1, round(rate / fps))
     run = functools.partial(_run, env=env, deterministic=deterministic, every=every)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -178,14 +187,12 @@ def play(
             each = f"{episodes} {'episode' if episodes == 1 else 'episodes'}"
             adapted_by = f"1 step on {each}" if steps == 1 else f"{steps} steps, {each} each"
     clock = hasattr(env.unwrapped, "dt")
-    return Play(before, after, title, adapted_by, real_time * speed / every, speed if clock else None)
+    return Play(before, after, title, adapted_by, rate / every, speed if clock else None)
 
 
 def _check(policy: Policy, env: gymnasium.Env[Any, Any]) -> None:
     if policy.adapted:
-        raise ValueError(
-            "the policy is adapted already, and playing adapts by itself; give the agent before adaptation"
-        )
+        raise UserError("the policy is adapted already, and playing adapts by itself; give the agent before adaptation")
     if env.render_mode != "rgb_array":
         raise ValueError(f'env.render_mode is {env.render_mode!r}; build the environment with render_mode="rgb_array"')
     found = tuple(space.shape for space in (env.observation_space, env.action_space))

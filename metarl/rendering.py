@@ -36,6 +36,8 @@ OFF_SCREEN = ("egl", "osmesa")
 """What can draw without a display, in the order in which they are tried: a GPU first."""
 
 _SWITCHED_OFF = ("0", "disable", "disabled", "false", "off")
+_DEFAULT = ("", "1", "enable", "enabled", "glfw", "on", "true")  # MuJoCo's words for it
+_OF_SYSTEM = {"Linux": ("egl", "osmesa", "glx"), "Windows": ("wgl",), "Darwin": ("cgl",)}
 _PROBE = """
 import mujoco
 model = mujoco.MjModel.from_xml_string('<mujoco><worldbody><light pos="0 0 9"/><geom size="1"/></worldbody></mujoco>')
@@ -54,6 +56,7 @@ GIF_BYTES = 3_000_000
 _GIF_FPS = 10.0
 _GIF_SIZES = ((840, 1), (720, 1), (600, 1), (480, 1), (480, 2), (360, 2), (360, 4))
 """Widths, and which of the frames are taken, that are tried in turn."""
+_GIF_LONGEST_MS = 655_350  # of a frame: 16 bits of hundredths of a second
 _GIF_COLOURS = 128
 _GIF_UNCHANGED = 255  # a colour that no palette has: there the frame before shows through
 
@@ -69,6 +72,18 @@ def check_render_mode(render_mode: str | None) -> None:
         raise ValueError(f"render_mode is {render_mode!r}; expected None or {' or '.join(map(repr, RENDER_MODES))}")
 
 
+def check_gl() -> None:
+    """Raise UserError if `MUJOCO_GL` is nothing that MuJoCo knows on this system: it cannot be imported then."""
+    chosen = _chosen_gl()
+    if chosen not in (*_SWITCHED_OFF, *_DEFAULT, *_OF_SYSTEM.get(platform.system(), ())):
+        cure = ", or set it to egl or osmesa" if platform.system() == "Linux" else ""
+        raise UserError(f"MUJOCO_GL={chosen} is nothing that MuJoCo draws with here; unset it{cure}")
+
+
+def _chosen_gl() -> str:
+    return os.environ.get("MUJOCO_GL", "").strip().lower()
+
+
 def choose_gl() -> str:
     """Return what MuJoCo draws with: `egl`, `osmesa`, `glfw` or, on macOS, `cgl`.
 
@@ -76,9 +91,10 @@ def choose_gl() -> str:
     process and those that it starts. MuJoCo's own `Renderer` reads it when mujoco is imported.
 
     Raises:
-        UserError: nothing here can draw; the message names what to install.
+        UserError: nothing here can draw; the message names what to install, or what to do about `MUJOCO_GL`.
     """
-    chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
+    check_gl()
+    chosen = _chosen_gl()
     if chosen in _SWITCHED_OFF:
         raise UserError(f"MUJOCO_GL={chosen} switches drawing off; unset it, or set it to egl or osmesa")
     if platform.system() != "Linux":
@@ -201,7 +217,7 @@ def _gif(pictures: Sequence[Image.Image], width: int, frame_ms: float) -> bytes:
         wanted = np.asarray(indexed)
         if shown is not None:
             if (wanted == shown).all():
-                durations[-1] += duration
+                durations[-1] = min(durations[-1] + duration, _GIF_LONGEST_MS)
                 continue
             indexed = Image.fromarray(np.where(wanted == shown, _GIF_UNCHANGED, wanted).astype(np.uint8), "P")
             indexed.putpalette(palette.getpalette() or [])
@@ -230,10 +246,12 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # ffmpeg tells the format by the suffix
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # where nothing can be written this says why; ffmpeg would with a screenful
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+        cause = error.strerror or str(error).partition("\n")[0]  # a screenful from imageio_ffmpeg
+        raise UserError(f"cannot write {path}: {cause}; choose another place") from error
     finally:
         with suppress(OSError):
             temporary.unlink()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor, nn
 
 from metarl.envs import FAMILIES
@@ -52,7 +52,8 @@ def to_sb3(policy: Policy, env: gymnasium.Env[Any, Any] | VecEnv | None = None, 
 
     Raises:
         UserError: the policy has a memory or several heads, which PPO's networks do not; the environment does not fit
-            the policy, or is needed since the run's tasks are custom ones; a setting that the policy determines.
+            the policy, normalises observations, or is needed since the run's tasks are custom ones; a setting that the
+            policy determines.
     """
     # Of the agents only those of the MAML family have these parts; this module need not know their classes.
     network, normalizer = getattr(policy.agent, "policy", None), getattr(policy.agent, "normalizer", None)
@@ -90,6 +91,9 @@ def _check_fit(policy: Policy, env: gymnasium.Env[Any, Any] | VecEnv) -> None:
     expected = (policy.spaces.observation_size,)
     if env.observation_space.shape != expected:
         raise UserError(f"observations of the environment are {env.observation_space}; the policy's are {expected}")
+    normalized = unwrap_vec_normalize(env) if isinstance(env, VecEnv) else None
+    if normalized is not None and normalized.norm_obs:
+        raise UserError("the policy normalises observations itself: VecNormalize(..., norm_obs=False)")
     box = env.action_space
     if not isinstance(box, gymnasium.spaces.Box) or box.shape != low.shape or [*box.low, *box.high] != [*low, *high]:
         raise UserError(f"actions of the environment are {box}; the policy's are bounded by {low} and {high}")
@@ -326,13 +330,14 @@ class TrialPolicy:
             raise ValueError(
                 f"observation has shape {observation.shape}; expected ({size + 2},) or (batch, {size + 2}), of TrialEnv"
             )
-        perceived, told, starts = observation[..., :-2], observation[..., -2], observation[..., -1] > 0
         count = 1 if observation.ndim == 1 else len(observation)
-        begins = np.full(count, state is None)
-        if episode_start is not None:
-            begins |= np.asarray(episode_start, dtype=np.bool_)
-        initial = self.policy.reset(count)
-        state = initial if state is None else np.where(begins[:, None], initial, state)
-        # Before a trial there is no reward, or that of the recorded episodes that the policy has read.
-        rewards = np.where(begins, np.nan, told)
-        return self.policy.predict(perceived, state, starts | begins, deterministic, rewards)
+        before = self.policy.reset(count)  # where a trial begins; there predict reads neither reward nor start
+        if state is not None:
+            if state.shape != before.shape:
+                raise ValueError(
+                    f"state has shape {state.shape}; expected {before.shape}: what predict returned, or None"
+                )
+            begins = np.full(count, False if episode_start is None else episode_start)
+            before = np.where(begins[:, None], before, state)
+        start, reward = observation[..., -1] > 0, observation[..., -2]
+        return self.policy.predict(observation[..., :-2], before, start, deterministic, reward)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +66,21 @@ def _evaluate_run(options: argparse.Namespace) -> int:
         tasks = select_tasks(tasks, options.num_tasks, np.random.default_rng(seeds(0, Purpose.EVALUATION_TASKS)))
     parts = options.stage, options.tasks, options.split, options.ablate and f"without_{options.ablate}"
     name = "_".join(filter(None, parts)).replace("/", "-").replace(" ", "-")
-    path = _report_path(options, name)
     console = Console()
-    with console.status(f"evaluating on {len(tasks)} tasks"):
-        report = evaluation.evaluate(
-            policy,
-            tasks,
-            rollouts_per_task=options.rollouts_per_task,
-            adaptation_steps=options.adaptation_steps,
-            seed=options.seed,
-            ablate=options.ablate,
-            num_workers=num_workers(policy.config) if options.num_workers is None else options.num_workers,
-        )
-    for table in report_tables(report):
-        console.print(table)
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    with _report_at(options, name) as path:
+        with console.status(f"evaluating on {len(tasks)} tasks"):
+            report = evaluation.evaluate(
+                policy,
+                tasks,
+                rollouts_per_task=options.rollouts_per_task,
+                adaptation_steps=options.adaptation_steps,
+                seed=options.seed,
+                ablate=options.ablate,
+                num_workers=num_workers(policy.config) if options.num_workers is None else options.num_workers,
+            )
+        for table in report_tables(report):
+            console.print(table)
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
     return 0
 
@@ -95,31 +97,42 @@ def _evaluate_officially(options: argparse.Namespace) -> int:
     tasks: Any = getattr(distribution_of(policy.config, options.tasks, options.stage), "config", None)
     if getattr(tasks, "family", None) != "metaworld":
         raise UserError("--official is for tasks of Meta-World; name some with --tasks, e.g. --tasks reach-v3")
-    path = _report_path(options, "_".join(filter(None, ("official", options.stage, options.tasks, options.split))))
-    given = {name: getattr(options, name) for name in ("num_evals", "adaptation_episodes", "seed")}
+    name = "_".join(filter(None, ("official", options.stage, options.tasks, options.split)))
+    given = {key: getattr(options, key) for key in ("num_evals", "adaptation_episodes", "seed")}
     console = Console()
-    with console.status("evaluating in Meta-World's own environments, which takes a while"):
-        report = official_report(
-            policy,
-            benchmark=tasks.benchmark,
-            name=tasks.name,
-            split=options.split,
-            horizon=tasks.horizon,
-            reward_version=tasks.reward_version,
-            **{name: value for name, value in given.items() if value is not None},
-        )
-    console.print(official_table(report))
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    with _report_at(options, name) as path:
+        with console.status("evaluating in Meta-World's own environments, which takes a while"):
+            report = official_report(
+                policy,
+                benchmark=tasks.benchmark,
+                name=tasks.name,
+                split=options.split,
+                horizon=tasks.horizon,
+                reward_version=tasks.reward_version,
+                **{key: value for key, value in given.items() if value is not None},
+            )
+        console.print(official_table(report))
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
     return 0
 
 
-def _report_path(options: argparse.Namespace, name: str) -> Path:
-    """Return where a report goes; raises UserError before the work is done if nothing can be written there."""
+@contextmanager
+def _report_at(options: argparse.Namespace, name: str) -> Iterator[Path]:
+    """Give where a report goes; raises UserError before the work is done if nothing can be written there.
+
+    If the work fails a report from before stays as it is, and where there was none there is none.
+    """
     path: Path = options.json or Path(options.run_dir) / "evaluation" / f"{name}.json"
+    existed = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
         raise UserError(f"cannot write the report to {path}: {error.strerror}; choose another with --json") from error
-    return path
+    try:
+        yield path
+    except BaseException:
+        if not existed:
+            path.unlink(missing_ok=True)
+        raise

@@ -38,12 +38,15 @@ def play(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
 
+    from metarl.rendering import check_gl, check_mp4, write_gif, write_mp4
+
+    check_gl()  # first: the environments import MuJoCo, which fails on what it does not know
+
     from rich.console import Console
 
     from metarl.envs import FAMILIES, make
     from metarl.play import play as played
     from metarl.policy import load
-    from metarl.rendering import check_mp4, write_gif, write_mp4
     from metarl.tasks import task_of
 
     policy = load(options.run_dir)

@@ -79,6 +79,8 @@ def _read(path: Path) -> _Run:
         lines = read_metrics(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path / 'metrics.jsonl'}: {error}") from error
+    if not (path / "metrics.jsonl").exists() and (path / "checkpoints").is_dir():
+        raise UserError(f"{path} is a saved policy, which holds no training to draw; name the run that it is from")
     if not any("meta_train/return_post" in line for line in lines):
         raise UserError(f"{path} has tracked nothing yet; go on with `metarl train CONFIG --run-dir {path} --resume`")
     scores = evaluations(lines, [stage.name for stage in config.stages])

@@ -28,7 +28,10 @@ def inspect(arguments: list[str]) -> int:
     for stage in config.stages:
         tasks = ", ".join(f"{key} {value}" for key, value in stage.tasks.model_dump(exclude_none=True).items() if value)
         print(f"stage        {stage.name}: {stage.iterations} iterations of {tasks}")
-    print(f"trained      {lines[-1]['iteration'] if lines else 0} iterations, {policy.env_steps:,} env steps")
+    iterations = f"{lines[-1]['iteration']} iterations, " if lines else ""  # which a saved policy does not tell
+    print(f"trained      {iterations}{policy.env_steps:,} env steps")
+    if policy.adapted:
+        print("adapted      to one task, on recorded episodes (Policy.adapt)")
     for prefix in ("meta_train", "meta_test"):
         last = next((line for line in reversed(lines) if f"{prefix}/return_post" in line), None)
         if last:

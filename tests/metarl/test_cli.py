@@ -10,10 +10,12 @@ import pytest
 import torch
 import yaml
 
+import metarl
 from metarl.checkpoint import load_latest
 from metarl.cli import main
 from metarl.config import embedded_configs, find_config, load_config
 from metarl.errors import UserError
+from metarl.tasks import distribution_of
 from metarl.tracking import read_metrics
 
 
@@ -370,6 +372,45 @@ def test_doctor_looks_at_every_library_and_family(command, monkeypatch):
 def test_every_verb_has_help(command, verb):
     status, out, _ = command(verb, "--help")
     assert status == 0 and f"usage: metarl {verb}" in out
+
+
+@pytest.fixture(scope="module")
+def adapted(trained, tmp_path_factory):
+    """A policy that was adapted and saved."""
+    policy = metarl.load(trained)
+    env = metarl.envs.make(distribution_of(policy.config).test_tasks[0])
+    folder = tmp_path_factory.mktemp("saved") / "adapted"
+    policy.adapt(policy.record(env, 1)).save(folder)
+    return folder
+
+
+def test_inspect_says_that_a_policy_is_adapted(command, trained, adapted, tmp_path):
+    status, out, _ = command("inspect", adapted)
+    assert status == 0 and "\nadapted      to one task" in out
+    assert "\ntrained      20 env steps\n" in out  # and no word of 0 iterations
+    metarl.load(trained).save(tmp_path / "as it was")
+    for other in (trained, tmp_path / "as it was"):
+        assert "adapted  " not in command("inspect", other)[1]
+
+
+def test_evaluating_an_adapted_policy_is_refused_and_leaves_nothing(mistake, adapted):
+    assert "adapted already" in mistake("evaluate", adapted, "--num-tasks", 1, "--num-workers", 0)
+    assert not (adapted / "evaluation" / "test.json").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--official",)])
+def test_an_evaluation_that_fails_leaves_what_there_was(command, remembering, tmp_path, monkeypatch, flags):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt if flags else RuntimeError
+
+    monkeypatch.setattr("metarl.evaluation.evaluate", fail)
+    monkeypatch.setattr("metarl.official.official_report", fail)
+    path = tmp_path / "report.json"
+    assert command("evaluate", remembering, *flags, "--json", path)[0] == (130 if flags else 1)
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("the one before")
+    command("evaluate", remembering, *flags, "--json", path)
+    assert path.read_text() == "the one before"
 
 
 # As a process of its own

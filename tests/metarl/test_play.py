@@ -1,5 +1,7 @@
 """`metarl play`: what is shown is what happened, and the files hold it."""
 
+import os
+import subprocess
 import sys
 
 import gymnasium
@@ -197,10 +199,13 @@ def test_what_cannot_be_played_is_said(runs):
     with pytest.raises(ValueError, match="render_mode is None; build the environment with"):
         play(policy, make(task))
     env = make(task, render_mode="rgb_array")
-    with pytest.raises(ValueError, match="adapted already"):
+    with pytest.raises(UserError, match="adapted already"):
         play(policy.adapt(policy.record(env, 1)), env)
     with pytest.raises(UserError, match=r"\(\(17,\), \(6,\)\); the agent was trained for \(\(2,\), \(2,\)\)"):
         play(policy, make(distribution("mujoco").train_tasks[0], render_mode="rgb_array"))
+    for pace in ({"speed": 1e-9}, {"fps": 1e-9}, {"speed": 1e308}):  # not even a frame, or no number
+        with pytest.raises(UserError, match=r"expected numbers of at least 0\.05"):
+            play(policy, env, **pace)
     with pytest.raises(ValueError, match=r"render\(\) returned uint8 \(33, 61\); expected"):
         play(policy, Corridor(shape=(33, 61)))
 
@@ -324,9 +329,30 @@ def test_mistakes_are_told_in_one_line(runs, mistake, tmp_path, monkeypatch):
     for flag in ("--speed", "--fps"):
         for value in ("0", "fast", "inf"):
             assert f"got '{value}', expected a number above 0" in mistake(run, flag, value)
+    for flag in ("--speed", "--fps"):
+        assert "expected numbers of at least 0.05" in mistake(run, flag, "1e-9", "--video", tmp_path / "a.mp4")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     assert 'pip install "metarl[video]"' in mistake(run, "--video", tmp_path / "a.mp4")
     assert not (tmp_path / "a.mp4").exists()
+
+
+def test_an_adapted_policy_is_not_played(runs, mistake, tmp_path):
+    policy = metarl.load(runs / "maml")
+    policy.adapt(policy.record(make(task_of(policy)), 1)).save(tmp_path / "adapted")
+    assert "adapted already" in mistake(tmp_path / "adapted", "--gif", tmp_path / "a.gif")
+
+
+def test_an_opengl_that_does_not_exist_is_said_at_once(tmp_path):
+    """As a process of its own, for MuJoCo reads it when it is imported."""
+    config = metarl.config.load_config("quickstart")
+    (tmp_path / "config.yaml").write_text(metarl.config.dump_config(config))
+    command = [sys.executable, "-c", "from metarl.cli import main; main()", "play", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "MUJOCO_GL": "foo"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr
+        == "metarl: MUJOCO_GL=foo is nothing that MuJoCo draws with here; unset it, or set it to egl or osmesa\n"
+    )
 
 
 def test_trials_of_one_episode_have_no_after(runs, mistake, tmp_path):

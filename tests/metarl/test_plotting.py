@@ -342,9 +342,13 @@ def test_plot_of_an_old_run_without_scores(command, tmp_path):
 
 def test_mistakes_are_told_in_one_line(command, tmp_path, four_runs):
     empty = write_run(tmp_path / "empty", [])
+    saved = write_run(tmp_path / "saved", [])  # as Policy.save leaves it
+    (saved / "metrics.jsonl").unlink()
+    (saved / "checkpoints").mkdir()
     blocked = tmp_path / "file"
     blocked.write_text("")
     for arguments, message in (
+        ((saved,), "saved is a saved policy, which holds no training to draw; name the run"),
         ((tmp_path / "nowhere",), "nowhere holds no run: there is no config.yaml"),
         ((empty,), "empty has tracked nothing yet"),
         ((four_runs[0], "--out", blocked), "cannot write "),

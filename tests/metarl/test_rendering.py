@@ -1,7 +1,9 @@
 """Which OpenGL is chosen, and what is in the files that are written."""
 
 import os
+import re
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import imageio_ffmpeg
@@ -11,7 +13,7 @@ from PIL import Image
 
 from metarl import rendering
 from metarl.errors import UserError
-from metarl.rendering import choose_gl, gl_works, write_gif, write_mp4
+from metarl.rendering import check_gl, choose_gl, gl_works, write_gif, write_mp4
 
 
 @pytest.fixture
@@ -75,6 +77,22 @@ def test_drawing_that_is_switched_off_is_said(machine):
         choose_gl()
 
 
+@pytest.mark.parametrize(
+    ("system", "unknown", "known"),
+    [("Linux", "wgl", "GLX"), ("Darwin", "egl", "cgl"), ("Windows", "osmesa", "wgl"), ("Linux", "foo", " ")],
+)
+def test_what_mujoco_does_not_know_is_refused(machine, system, unknown, known):
+    asked = machine(system=system, MUJOCO_GL=unknown)
+    for check in (check_gl, choose_gl):
+        with pytest.raises(UserError, match=f"MUJOCO_GL={unknown} is nothing that MuJoCo draws with here; unset it"):
+            check()
+    machine(system=system, MUJOCO_GL=known)
+    check_gl()
+    machine(system=system, MUJOCO_GL="off")  # which matters to what is drawn with MuJoCo alone
+    check_gl()
+    assert asked == []
+
+
 def test_a_display_is_the_last_choice(machine):
     asked = machine("glfw", DISPLAY=":0")
     assert choose_gl() == "glfw"
@@ -129,10 +147,11 @@ def noise(count, height, width):
 
 
 def read_mp4(path):
-    reader = imageio_ffmpeg.read_frames(str(path))
-    meta = next(reader)
-    width, height = meta["size"]
-    return meta, [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
+    """Codec, frames a second and frames, by ffmpeg itself: imageio's reader leaves pipes open."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    codec, width, height, fps = re.search(r"Video: (\w+).*, (\d+)x(\d+).*, ([\d.]+) fps", done.stderr.decode()).groups()
+    return codec, float(fps), np.frombuffer(done.stdout, np.uint8).reshape(-1, int(height), int(width), 3)
 
 
 def read_gif(path):
@@ -148,8 +167,8 @@ def read_gif(path):
 def test_mp4_holds_the_frames(tmp_path):
     path = tmp_path / "new" / "a.mp4"
     write_mp4(frames(), path, fps=12.5)
-    meta, read = read_mp4(path)
-    assert (meta["size"], meta["fps"], meta["codec"], len(read)) == ((120, 90), 12.5, "h264", 4)
+    codec, fps, read = read_mp4(path)
+    assert (codec, fps, read.shape) == ("h264", 12.5, (4, 90, 120, 3))
     for frame, colour in zip(read, COLOURS, strict=True):
         np.testing.assert_allclose(frame[8:22, 8:22].mean((0, 1)), colour, atol=12)
         np.testing.assert_allclose(frame[60:, 60:].mean((0, 1)), 128, atol=3)
@@ -175,6 +194,12 @@ def test_gif_has_at_most_ten_frames_a_second_and_holds_what_stands_still(tmp_pat
     # frames 0, 2, 4, 6 at 100 ms each; 8, 10, 12 and 14 are the same as each other
     assert durations == [100, 100, 100, 100, 400]
     np.testing.assert_allclose(shown[1][15, 15], COLOURS[2], atol=8)
+
+
+def test_gif_shows_a_frame_for_eleven_minutes_at_most(tmp_path):
+    path = tmp_path / "a.gif"
+    write_gif(list(frames(1)) * 4, path, fps=0.004)  # 1000 s of one picture; a GIF counts to 655.35 s
+    assert read_gif(path)[1] == [655_350]
 
 
 def test_gif_keeps_the_colour_of_small_things(tmp_path):
@@ -215,6 +240,21 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path):
     for write, name in ((write_mp4, "a.mp4"), (write_gif, "a.gif")):
         with pytest.raises(UserError, match=r"cannot write .*(Not a directory|File exists)"):
             write(frames(), tmp_path / "file" / name, 10)
+
+
+def test_a_place_where_ffmpeg_could_not_write_is_said_in_one_line(capfd):
+    with pytest.raises(UserError, match=r"^cannot write /proc/y\.mp4: .*; choose another place$"):
+        write_mp4(frames(), Path("/proc/y.mp4"), 10)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_ffmpeg_says_on_the_way_is_cut_to_a_line(tmp_path):
+    def full():
+        yield from frames(1)
+        raise OSError("Broken pipe\n\nFFMPEG COMMAND:\nffmpeg")
+
+    with pytest.raises(UserError, match=r"a\.mp4: Broken pipe; choose another place$"):
+        write_mp4(full(), tmp_path / "a.mp4", 10)
 
 
 def test_the_missing_extra_is_said_with_its_pip_line(tmp_path, monkeypatch):

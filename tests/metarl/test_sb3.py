@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 import metarl
 from metarl.checkpoint import Spaces
@@ -214,6 +214,18 @@ def test_a_cue_is_an_observation_like_any_other():
     ppo = to_sb3(policy)
     assert_acts_alike(policy, ppo)
     assert ppo.get_env().envs[0].unwrapped.task == env.task
+
+
+def test_observations_are_not_normalised_twice():
+    policy = make_policy(metarl.envs.make(metarl.envs.distribution(**GOALS).test_tasks[0]), small())
+
+    def normalized(**settings):
+        envs = DummyVecEnv([lambda: metarl.envs.make(metarl.envs.distribution(**GOALS).test_tasks[0])])
+        return VecMonitor(VecNormalize(envs, **settings))  # it is found inside others, too
+
+    with pytest.raises(UserError, match=r"normalises observations itself: VecNormalize\(\.\.\., norm_obs=False\)"):
+        to_sb3(policy, normalized())
+    assert_acts_alike(policy, to_sb3(policy, normalized(norm_obs=False)))
 
 
 def test_what_cannot_be_copied_is_named():
@@ -465,6 +477,11 @@ def test_single_observations_and_batches_are_predicted_alike(rl2):
     assert np.abs(anew - on).max() > 1e-3
     with pytest.raises(ValueError, match=r"shape \(3, 2\); expected \(4,\) or \(batch, 4\), of TrialEnv"):
         policy.predict(observations[:, :2])
+    # Nor is the memory of one trial that of several.
+    for few, many in ((state, observations), (states[:2], observations), (states, observations[0])):
+        count = len(many) if many.ndim == 2 else 1
+        with pytest.raises(ValueError, match=rf"state has shape \({len(few)}, \d+\); expected \({count}, \d+\)"):
+            policy.predict(many, few, deterministic=True)
 
 
 def test_actions_are_drawn_unless_they_are_to_be_deterministic(rl2, goals):
@@ -508,6 +525,22 @@ def test_stable_baselines3_evaluates_an_agent_as_metarl_does(goals):
     ours, theirs = np.array([row["returns"] for row in report["tasks"]]), [info["episode_returns"] for info in infos]
     np.testing.assert_allclose(theirs, ours, atol=0.02)
     assert np.abs(ours[:, 1:] - ours[:, :1]).max() > 0.1  # without memory all episodes of a trial would be alike
+
+
+def test_success_by_stable_baselines3_is_what_metarl_reports():
+    """An agent that reaches goals near its way; what it remembers leads it to others."""
+    tasks = {**GOALS, "horizon": 10}
+    goals = metarl.envs.distribution(**tasks, num_test=24).test_tasks
+    policy = make_policy(metarl.envs.make(goals[0]), {**RL2, "init_std": 0.01, "min_std": 0.01, "max_std": 0.01}, tasks)
+    report = metarl.evaluate(policy, goals)
+    envs = DummyVecEnv([lambda task=task: TrialEnv(metarl.envs.make(task), 3) for task in goals])
+    torch.manual_seed(0)
+    infos, _ = trials_of(TrialPolicy(policy), envs, len(goals), deterministic=False)
+    ours = np.array([row["success"] for row in report["tasks"]])
+    np.testing.assert_array_equal([info["episode_success"] for info in infos], ours)
+    rate = np.mean([info["is_success"] for info in infos])
+    assert rate == pytest.approx(report["aggregate"]["success_post"]["mean"])
+    assert report["aggregate"]["success_pre"]["mean"] != rate and 0.1 < rate < 0.9
 
 
 def test_without_a_memory_policies_are_evaluated_as_they_are(goals):
