@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from metarl.config import RunConfig, dump_config
 from metarl.errors import UserError
 from metarl.runtime import FORMAT, METADATA_KEY, OnnxPolicy, seal
+from metarl.tasks import horizon_of
 from metarl.types import Controller, Task
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def describe(
         "action_names", "action_low", "action_high", "control_period_s", "reward": {"mean", "std"}, "trial":
         {"episodes", "horizon"}, "env_steps", "config_sha256", "versions"}`, null where unknown. `task` is what it was
         adapted to, `reward` the scale on which the graph reads rewards, which it is told in the environment's own
-        units, `trial` what a memory was trained on: so many episodes of so many steps.
+        units, `trial` what a memory was trained on: so many episodes of so many steps (null of custom tasks).
     """
     spaces, bare = policy.spaces, None if env is None else env.unwrapped
     if env is not None:
@@ -68,8 +69,6 @@ def describe(
     period = getattr(bare, "dt", None) if control_period_s is None else control_period_s
     if period is not None and not period > 0:
         raise ValueError(f"control_period_s is {period}; expected more than 0")
-    about = task or getattr(bare, "task", None)
-    horizon = dict(getattr(about, "options", ())).get("horizon")
     controller = policy.controller
     return {
         "format": FORMAT,
@@ -82,7 +81,9 @@ def describe(
         "action_high": list(spaces.action_high),
         "control_period_s": None if period is None else float(period),
         "reward": controller.reward_scale,
-        "trial": {"episodes": policy.agent.trial_episodes, "horizon": horizon} if policy.has_memory else None,
+        "trial": {"episodes": policy.agent.trial_episodes, "horizon": horizon_of(policy.config)}
+        if policy.has_memory
+        else None,
         "state_size": controller.state_size,
         "env_steps": policy.env_steps,
         "config_sha256": config_hash(policy.config),

@@ -284,9 +284,9 @@ class ControlLoop:
         observation_high: `[O]` or a number, greatest values.
         max_change: `[A]` or a number, how much an action may differ from the last one, a tick; None: any. Safe actions
             are limited, too, and so is the first one, from the safe one.
-        episode_ticks: ticks after which an episode begins by itself, as `begin_episode`: a memory that has learned from
-            episodes of some length does not know how to go on beyond it. None: the horizon in the policy's metadata
-            where it has a memory and they tell it, else never.
+        episode_ticks: ticks, faults included, after which an episode begins by itself, as `begin_episode`: a memory
+            that has learned from episodes of some length does not know how to go on beyond it. None: the horizon in the
+            policy's metadata where it has a memory and they tell it, else never.
         deadline_s: a call of `step` that takes longer is counted; its action is returned all the same. None: none is.
         deterministic: act without noise.
         clock: seconds.
@@ -349,7 +349,7 @@ class ControlLoop:
 
     def begin_episode(self) -> None:
         """Let an episode of the same task begin with the next tick; a memory lives on."""
-        self._elapsed_ticks = 0
+        self._starts, self._elapsed_ticks = True, 0
 
     def swap(self, policy: Predictor) -> None:
         """Let another policy take over at the next tick, at the beginning of its trial; safe from other threads.
@@ -386,6 +386,8 @@ class ControlLoop:
             self._policy = self._waiting.pop()
             self.counts.swaps += 1
             self.begin_trial()
+        if self._elapsed_ticks == self._ticks_an_episode():
+            self.begin_episode()
         try:
             action, state = self._act(observation, reward)
         except Exception as error:  # whatever it is, the robot needs an action
@@ -397,8 +399,8 @@ class ControlLoop:
             held_enough = self._max_held is not None and self._faults_in_a_row > self._max_held
             action = self._safe if self._on_fault == "safe" or held_enough else self._last
         else:
-            self._state, self._faults_in_a_row = state, 0
-            self._elapsed_ticks += 1
+            self._state, self._starts, self._faults_in_a_row = state, False, 0
+        self._elapsed_ticks += 1
         if self._max_change is not None:
             limited = np.clip(action, self._last - self._max_change, self._last + self._max_change)
             self.counts.limited += bool((limited != action).any())
@@ -430,9 +432,7 @@ class ControlLoop:
         if beyond.any():
             worst = int(np.flatnonzero(beyond)[0])
             raise ValueError(f"entry {worst} of the observation is {sensed[worst]:g}, out of its range")
-        if self._elapsed_ticks == self._ticks_an_episode():
-            self.begin_episode()
-        starts = np.array([self._elapsed_ticks == 0])
+        starts = np.array([self._starts])
         action, state = self._policy.predict(sensed, self._state, starts, self._deterministic, reward)
         if not np.isfinite(action).all():
             raise ValueError(f"the policy's action {action} is not finite")

@@ -77,5 +77,12 @@ def task_of(config: RunConfig, name: str | None = None, split: str = "test", sta
     return found[index]
 
 
+def horizon_of(config: RunConfig) -> int | None:
+    """Return the steps of an episode in a run's last stage; None for custom tasks, which the config does not know."""
+    if config.stages[-1].tasks.family not in FAMILIES:
+        return None
+    return int(distribution_of(config).train_tasks[0].option("horizon"))
+
+
 def _split(tasks: TaskDistribution, split: str) -> list[Task]:
     return tasks.test_tasks if split == "test" else tasks.train_tasks

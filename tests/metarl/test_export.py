@@ -93,12 +93,12 @@ def test_the_file_is_one_plain_onnx_model(exported):
 def test_the_file_tells_what_it_is(tmp_path):
     tasks = metarl.envs.distribution("navigation", name="goals", horizon=5, num_train=2, num_test=2)
     spaces = metarl.checkpoint.Spaces(2, (-1.0, -1.0), (1.0, 1.0))
-    policy = adapt_to(
-        make_policy("gru", spaces, agent={**AGENTS["gru"], "observation_entries": [0, 1]}), tasks.test_tasks[1]
-    )
+    stage = {"tasks": {"family": "navigation", "name": "goals", "horizon": 5}}
+    policy = make_policy("gru", spaces, agent={**AGENTS["gru"], "observation_entries": [0, 1]}, stages=[stage])
+    policy = adapt_to(policy, tasks.test_tasks[1])
 
     class Named(gymnasium.Wrapper):
-        observation_names, action_names, dt, task = ("x", "y"), ("right", "up"), 0.05, tasks.test_tasks[1]
+        observation_names, action_names, dt = ("x", "y"), ("right", "up"), 0.05
 
         @property
         def unwrapped(self):

@@ -124,6 +124,11 @@ def test_episodes_begin_by_themselves_at_the_trained_horizon():
     assert starts(loop, asked, 6) == [0, 4]
     loop.begin_episode()  # by hand: the count begins anew
     assert starts(loop, asked, 6) == [0, 4, 6, 10]
+    broken = Counting()
+    faulty = ControlLoop(broken, safe_action=0.0, episode_ticks=3)
+    for observation in (ONE, ONE, ONE, [np.nan, 0.0], ONE, ONE, ONE):  # the robot's time goes on at a fault
+        faulty.step(observation)
+    assert [told[0] for told in broken.told] == [True, False, False, True, False, True]
     for trial in (None, {"episodes": 2, "horizon": None}):
         endless = Counting()
         endless.metadata = {"trial": trial}
