@@ -328,10 +328,9 @@ class ControlLoop:
         self._high = None if observation_high is None else _sized("observation_high", observation_high, self._sizes[0])
         if self._low is not None and self._high is not None and not (self._low <= self._high).all():
             raise ValueError(f"observation_low is {observation_low!r}, above observation_high {observation_high!r}")
-        if not ((policy.action_low <= self._safe) & (self._safe <= policy.action_high)).all():
-            raise ValueError(
-                f"safe_action is {safe_action!r}; expected within {policy.action_low} and {policy.action_high}"
-            )
+        low, high = (np.asarray(bound, np.float32) for bound in (policy.action_low, policy.action_high))
+        if not ((low <= self._safe) & (self._safe <= high)).all():
+            raise ValueError(f"safe_action is {safe_action!r}; expected within {low} and {high}")
         self._max_change = None if max_change is None else _sized("max_change", max_change, policy.action_size)
         if self._max_change is not None and not (self._max_change > 0).all():
             raise ValueError(f"max_change is {max_change!r}; expected more than 0")

@@ -215,6 +215,13 @@ def test_swapping_from_another_thread_never_mixes_two_policies():
     assert loop.counts.faults == 0 and loop.counts.swaps > 1
 
 
+def test_a_bound_is_a_safe_action():
+    policy = Counting()
+    policy.action_low, policy.action_high = np.array([-0.1]), np.array([0.1])  # float32 is a little further out
+    for bound in (-0.1, 0.1):
+        ControlLoop(policy, safe_action=bound)
+
+
 def test_an_action_is_the_callers_own():
     buffer = np.array([0.5], np.float32)
     loop = ControlLoop(Counting(action=buffer), safe_action=0.0, observation_high=5.0)
