@@ -294,7 +294,8 @@ class Policy:
         Args:
             path: the file.
             env: what the policy is for: names entries of observations and actions (`observation_names`,
-                `action_names`) and the control period (`dt`) where it has them.
+                `action_names`) and the control period (`dt`) where it has them. None for one of the run's own, where
+                the tasks are not custom ones.
             task: that it was adapted to, for the record.
             control_period_s: time between two actions; that of `env` if None.
 

@@ -21,13 +21,12 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor, nn
 
-from metarl.envs import FAMILIES
 from metarl.errors import UserError
 from metarl.normalizer import Normalizer
 from metarl.policies import GaussianMlp, Params
 from metarl.policy import Policy
 from metarl.runtime import OnnxPolicy
-from metarl.tasks import distribution_of
+from metarl.tasks import env_of
 from metarl.types import FloatArray
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -80,10 +79,10 @@ def to_sb3(policy: Policy, env: gymnasium.Env[Any, Any] | VecEnv | None = None, 
 
 
 def _first_held_out(policy: Policy) -> gymnasium.Env[Any, Any]:
-    if policy.config.stages[-1].tasks.family not in FAMILIES:
+    env = env_of(policy.config)
+    if env is None:
         raise UserError("the run has custom tasks: give the environment to go on in, to_sb3(policy, env)")
-    tasks = distribution_of(policy.config)
-    return tasks.make(tasks.test_tasks[0])
+    return env
 
 
 def _check_fit(policy: Policy, env: gymnasium.Env[Any, Any] | VecEnv) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium
+
 from metarl.config import RunConfig
-from metarl.envs import FAMILIES, CuedTasks, distribution
+from metarl.envs import FAMILIES, CuedTasks, distribution, make
 from metarl.errors import UserError, unknown_name
 from metarl.types import Task, TaskDistribution
 
@@ -82,6 +84,13 @@ def horizon_of(config: RunConfig) -> int | None:
     if config.stages[-1].tasks.family not in FAMILIES:
         return None
     return int(distribution_of(config).train_tasks[0].option("horizon"))
+
+
+def env_of(config: RunConfig) -> gymnasium.Env[Any, Any] | None:
+    """Return the environment of the first held-out task of a run's last stage; None for custom tasks."""
+    if config.stages[-1].tasks.family not in FAMILIES:
+        return None
+    return make(task_of(config))
 
 
 def _split(tasks: TaskDistribution, split: str) -> list[Task]:

@@ -36,7 +36,8 @@ class Nothing(gymnasium.Env):  # type: ignore[type-arg]
 
 def make_policy(agent: dict[str, object]) -> Policy:
     """Return an untrained policy: how long it takes does not depend on its weights."""
-    config = RunConfig.model_validate({"agent": agent})
+    stages = [{"tasks": {"family": "metaworld", "name": "reach-v3"}}]
+    config = RunConfig.model_validate({"agent": agent, "stages": stages})
     spaces = Spaces(OBSERVATIONS, (-1.0,) * ACTIONS, (1.0,) * ACTIONS)
     built = build_agent(config, spaces, torch.device("cpu"))
     return Policy(config, built, spaces, 0, built.initial_state(1))

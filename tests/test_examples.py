@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -297,7 +298,12 @@ def test_the_lerobot_runners_episodes_are_as_long_as_those_of_training(runs):
 
 
 def test_a_file_without_names_is_one_line(runs, tmp_path):
-    metarl.load(runs / "maml").export(tmp_path / "nameless.onnx")
+    class Nameless(gymnasium.Wrapper):  # as a robot's own environment may be
+        observation_names = action_names = None
+        unwrapped = property(lambda self: self)
+
+    goals = metarl.envs.distribution("navigation", name="goals")
+    metarl.load(runs / "maml").export(tmp_path / "nameless.onnx", Nameless(metarl.envs.make(goals.test_tasks[0])))
     done = run(EXAMPLES / "lerobot_runner.py", "nameless.onnx", cwd=tmp_path)
     said = "the file does not name observations and actions; export it with an environment that does"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"lerobot_runner.py: {said}\n")

@@ -37,10 +37,10 @@ def export(arguments: list[str]) -> int:
 def _export(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from metarl.envs import FAMILIES, make
+    from metarl.envs import make
     from metarl.evaluation import adapt_to
     from metarl.policy import load
-    from metarl.tasks import distribution_of, task_of
+    from metarl.tasks import task_of
 
     policy, task = load(options.run_dir), None
     if options.adapt_on is not None:
@@ -51,14 +51,10 @@ def _export(options: argparse.Namespace) -> int:
         task = task_of(policy.config, options.adapt_on, options.split or "test", options.stage)
     console = Console()
     with console.status("adapting and exporting" if task else "exporting"):
-        env = None
-        if task is not None or policy.config.stages[-1].tasks.family in FAMILIES:
-            env = make(task or distribution_of(policy.config).test_tasks[0])
+        env = None if task is None else make(task)
         if task is not None:
             policy = adapt_to(policy, task, rollouts_per_task=options.rollouts_per_task, seed=options.seed)
         policy.export(options.file, env, task=task)
-        if env is not None:
-            env.close()
     size = options.file.stat().st_size
     adapted = "adapted" if policy.adapted else "before adaptation"
     adapted += f" to {task.name} {task.index} ({task.split})" if task else ""

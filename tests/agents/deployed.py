@@ -27,7 +27,9 @@ AGENTS = {
 
 def make_policy(name, spaces=SPACES, seed=0, **settings):
     """A policy whose means are of the size of the bounds."""
-    config = RunConfig.model_validate({"seed": seed, "num_workers": 0, "agent": AGENTS[name], **settings})
+    stages = [{"tasks": {"family": "custom"}}]  # of nothing that comes with metarl
+    whole = {"seed": seed, "num_workers": 0, "agent": AGENTS[name], "stages": stages, **settings}
+    config = RunConfig.model_validate(whole)
     agent = build_agent(config, spaces, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -114,6 +114,9 @@ def test_the_file_tells_what_it_is(tmp_path):
     assert told["config_sha256"] == config_hash(policy.config) and told["versions"]["torch"] == torch.__version__
     assert told["reward"] == policy.controller.reward_scale and told["env_steps"] == 1000
     assert told["trial"] == {"episodes": 2, "horizon": 5}
+    policy.export(tmp_path / "own.onnx")  # its run's own environment names them, too
+    told = OnnxPolicy(tmp_path / "own.onnx").metadata
+    assert (told["observation_names"], told["control_period_s"]) == (["position_x", "position_y"], None)
     Named.action_names = ("right",)
     with pytest.raises(ValueError, match="names 1 entries of its actions; the policy has 2"):
         policy.export(tmp_path / "wrong.onnx", env)
