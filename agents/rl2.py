@@ -89,11 +89,8 @@ class Rl2:
                 f"agent.observation_entries holds {max(entries)}; observations have entries 0 to {observation_size - 1}"
             )
         self.config, self.device, self.seed, self.iteration = config, device, seed, 0
-        self.trial_episodes, self.observation_size, self.action_size = (
-            config.trial_episodes,
-            observation_size,
-            action_size,
-        )
+        self.trial_episodes = config.trial_episodes
+        self.observation_size, self.action_size = observation_size, action_size
         self.inputs = Inputs(entries, action_size, config.input_differences, config.input_time)
         self._entries = torch.tensor(entries, device=device)
         generator = torch.Generator().manual_seed(seed)

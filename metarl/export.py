@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from metarl.config import RunConfig, dump_config
 from metarl.errors import UserError
 from metarl.runtime import FORMAT, METADATA_KEY, OnnxPolicy, seal
-from metarl.tasks import env_of, horizon_of
+from metarl.tasks import horizon_of
 from metarl.types import Controller, Task
 
 if TYPE_CHECKING:
@@ -52,8 +52,6 @@ def describe(
         units, `trial` what a memory was trained on: so many episodes of so many steps (null of custom tasks).
     """
     spaces = policy.spaces
-    if env is None:
-        env = env_of(policy.config)
     bare = None if env is None else env.unwrapped
     if env is not None:
         found = env.observation_space.shape, env.action_space.shape

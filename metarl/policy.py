@@ -5,6 +5,7 @@ Loading reads YAML, JSON and safetensors; nothing in a run directory is ever exe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -27,6 +28,7 @@ from metarl.export import describe, write_onnx
 from metarl.runtime import check_actions, checked_memory, checked_observations
 from metarl.sampling import rollout_arrays, scale_actions
 from metarl.seeding import Purpose, integer_seed
+from metarl.tasks import env_of
 from metarl.types import Agent, Controller, FloatArray, Percept, Rollout, Task, Trajectory
 
 _LOG = logging.getLogger(__name__)
@@ -303,7 +305,10 @@ class Policy:
             UserError: the packages of the extra `onnx` are missing, or the file cannot be written.
             ValueError: the environment has other sizes than the policy.
         """
-        write_onnx(self.controller, Path(path), describe(self, env, task, control_period_s))
+        own = env_of(self.config) if env is None else None
+        with contextlib.closing(own) if own is not None else contextlib.nullcontext():
+            told = describe(self, own if env is None else env, task, control_period_s)
+        write_onnx(self.controller, Path(path), told)
 
 
 def resolve_device(device: str) -> torch.device:

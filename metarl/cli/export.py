@@ -55,6 +55,8 @@ def _export(options: argparse.Namespace) -> int:
         if task is not None:
             policy = adapt_to(policy, task, rollouts_per_task=options.rollouts_per_task, seed=options.seed)
         policy.export(options.file, env, task=task)
+        if env is not None:
+            env.close()
     size = options.file.stat().st_size
     adapted = "adapted" if policy.adapted else "before adaptation"
     adapted += f" to {task.name} {task.index} ({task.split})" if task else ""
