@@ -72,6 +72,18 @@ class Spaces:
         """Low and high, both `[A]`."""
         return np.array(self.action_low), np.array(self.action_high)
 
+    def misfit(self, observation_space: Any, action_space: Any) -> str | None:
+        """Return in a line why an environment with these spaces does not fit; None if it does."""
+        if observation_space.shape != (self.observation_size,):
+            return (
+                f"observations of the environment are {observation_space}; the policy's are {(self.observation_size,)}"
+            )
+        low, high = self.action_bounds
+        bounds = [*getattr(action_space, "low", ()), *getattr(action_space, "high", ())]
+        if action_space.shape != low.shape or bounds != [*low, *high]:
+            return f"actions of the environment are {action_space}; the policy's are bounded by {low} and {high}"
+        return None
+
 
 @dataclass(frozen=True)
 class Checkpoint:

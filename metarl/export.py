@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -29,6 +28,8 @@ from metarl.tasks import horizon_of
 from metarl.types import Controller, Task
 
 if TYPE_CHECKING:
+    import gymnasium
+
     from metarl.policy import Policy
 
 OPSET = 18
@@ -54,13 +55,9 @@ def describe(
     spaces = policy.spaces
     bare = None if env is None else env.unwrapped
     if env is not None:
-        found = env.observation_space.shape, env.action_space.shape
-        expected = (spaces.observation_size,), (spaces.action_size,)
-        if found != expected:
-            raise ValueError(f"the environment has observations and actions of {found}; the policy's are {expected}")
-        box, (low, high) = env.action_space, spaces.action_bounds
-        if not isinstance(box, gymnasium.spaces.Box) or [*box.low, *box.high] != [*low, *high]:
-            raise ValueError(f"actions of the environment are {box}; the policy's are bounded by {low} and {high}")
+        misfit = spaces.misfit(env.observation_space, env.action_space)
+        if misfit:
+            raise ValueError(misfit)
     sizes = {"observation": spaces.observation_size, "action": spaces.action_size}
     names = {f"{kind}_names": getattr(bare, f"{kind}_names", None) for kind in sizes}
     for kind, size in sizes.items():

@@ -86,16 +86,12 @@ def _first_held_out(policy: Policy) -> gymnasium.Env[Any, Any]:
 
 
 def _check_fit(policy: Policy, env: gymnasium.Env[Any, Any] | VecEnv) -> None:
-    low, high = policy.spaces.action_bounds
-    expected = (policy.spaces.observation_size,)
-    if env.observation_space.shape != expected:
-        raise UserError(f"observations of the environment are {env.observation_space}; the policy's are {expected}")
+    misfit = policy.spaces.misfit(env.observation_space, env.action_space)
+    if misfit:
+        raise UserError(misfit)
     normalized = unwrap_vec_normalize(env) if isinstance(env, VecEnv) else None
     if normalized is not None and normalized.norm_obs:
         raise UserError("the policy normalises observations itself: VecNormalize(..., norm_obs=False)")
-    box = env.action_space
-    if not isinstance(box, gymnasium.spaces.Box) or box.shape != low.shape or [*box.low, *box.high] != [*low, *high]:
-        raise UserError(f"actions of the environment are {box}; the policy's are bounded by {low} and {high}")
 
 
 def _of_run(agent: Any) -> dict[str, float]:
