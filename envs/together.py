@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium
 
 from metarl.envs import FAMILIES
-from metarl.envs.vector import make_envs
+from metarl.envs.vector import WORKER_TIMEOUT, make_envs
 from metarl.errors import UserError
 from metarl.types import BatchEnv, Task, TaskDistribution
 
@@ -63,7 +63,10 @@ class Together:
 
 
 def make_stage_envs(
-    distributions: Sequence[TaskDistribution], max_envs: Sequence[int], num_workers: int
+    distributions: Sequence[TaskDistribution],
+    max_envs: Sequence[int],
+    num_workers: int,
+    worker_timeout: float = WORKER_TIMEOUT,
 ) -> list[BatchEnv]:
     """Return environments for each of several distributions; close each of them, once or more often.
 
@@ -71,6 +74,7 @@ def make_stage_envs(
         distributions: of the stages; the same object may come again.
         max_envs: how many are stepped together, for each.
         num_workers: processes, for all together.
+        worker_timeout: see `make_envs`.
     """
     check_apart(distributions)
     made: dict[int, BatchEnv] = {}
@@ -78,7 +82,7 @@ def make_stage_envs(
     different = list({id(distributions[i]): distributions[i] for i in shared}.values())
     if different:
         whole = different[0] if len(different) == 1 else Together(different)
-        envs = make_envs(whole, max(max_envs[i] for i in shared), num_workers)
+        envs = make_envs(whole, max(max_envs[i] for i in shared), num_workers, worker_timeout)
         made |= dict.fromkeys(shared, envs)
     for i in set(range(len(distributions))) - made.keys():
         made[i] = make_envs(distributions[i], max_envs[i], num_workers)

@@ -8,15 +8,19 @@ Environment i belongs to worker i modulo their number, so that each has its shar
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import pickle
 import signal
 import struct
+import sys
+import time
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,7 +28,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from metarl.types import BatchEnv, BoolArray, FloatArray, Step, Task, TaskDistribution
+from metarl.types import BatchEnv, BoolArray, EpisodesLostError, FloatArray, Step, Task, TaskDistribution
 
 LANES = 2
 """While the environments of one lane are stepped, actions are computed for the other (if a task has two episodes)."""
@@ -33,14 +37,23 @@ POOL = 400
 """Environments that all processes keep together at least, in use or idle, since building one takes longer than the
 memory is worth (3.2 MB for a Meta-World environment, under 1 MB for a MuJoCo one)."""
 
+WORKER_TIMEOUT = 60.0
+"""Seconds without any progress after which a worker process counts as hung, unless told otherwise."""
 
-def make_envs(distribution: TaskDistribution, max_envs: int, num_workers: int) -> BatchEnv:
+START_TIMEOUT = 300.0
+"""The same for one that is still starting, if that is longer: it imports what its environments need."""
+
+
+def make_envs(
+    distribution: TaskDistribution, max_envs: int, num_workers: int, worker_timeout: float = WORKER_TIMEOUT
+) -> BatchEnv:
     """Return a `BatchEnv` for the tasks of a distribution.
 
     Args:
         distribution: if it has a method `make_batch(max_envs)`, that one steps all environments as one computation.
         max_envs: how many environments are stepped together at most.
         num_workers: processes; 0 steps in this one.
+        worker_timeout: seconds without any progress after which a process counts as hung and is started again.
     """
     make_batch = getattr(distribution, "make_batch", None)
     if make_batch is not None:
@@ -48,7 +61,7 @@ def make_envs(distribution: TaskDistribution, max_envs: int, num_workers: int) -
         return batch
     if num_workers == 0:
         return SerialEnvs(distribution, max_envs)
-    return WorkerEnvs(distribution, max_envs, min(num_workers, max_envs))
+    return WorkerEnvs(distribution, max_envs, min(num_workers, max_envs), worker_timeout)
 
 
 def usable_cores() -> int:
@@ -81,9 +94,12 @@ class _Buffers:
     terminated: BoolArray  # [E]
     truncated: BoolArray  # [E]
     active: BoolArray  # [E]
+    progress: NDArray[np.int64]  # [processes], grows with each environment that is built, reset or stepped there
 
     @staticmethod
-    def shapes(envs: int, observation_size: int, action_size: int) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
+    def shapes(
+        envs: int, observation_size: int, action_size: int, processes: int = 1
+    ) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
         return {
             "observations": ((envs, observation_size), np.float64),
             "actions": ((envs, action_size), np.float32),
@@ -92,6 +108,7 @@ class _Buffers:
             "terminated": ((envs,), np.bool_),
             "truncated": ((envs,), np.bool_),
             "active": ((envs,), np.bool_),
+            "progress": ((processes,), np.int64),
         }
 
     @classmethod
@@ -111,12 +128,16 @@ class _Buffers:
 class _Slots:
     """The environments of one process: those in use, in order, and a pool of idle ones to retarget.
 
-    The process has every `stride`-th of all environments in use, from `first` on.
+    The process has every `stride`-th of all environments in use, from `first` on, which is its number, too.
     """
 
-    def __init__(self, distribution: TaskDistribution, pool_size: int, first: int = 0, stride: int = 1) -> None:
-        self._distribution, self._pool_size = distribution, pool_size
+    def __init__(
+        self, distribution: TaskDistribution, buffers: _Buffers, pool_size: int, first: int = 0, stride: int = 1
+    ) -> None:
+        self._distribution, self._buffers, self._pool_size = distribution, buffers, pool_size
         self._first, self._stride = first, stride
+        self._done = 0
+        self._progress()
         self._used: list[tuple[Task, gymnasium.Env[Any, Any]]] = []
         self._idle: list[tuple[Task, gymnasium.Env[Any, Any]]] = []  # the longest unused first
 
@@ -132,6 +153,7 @@ class _Slots:
         self._used = []
         for task in tasks:
             self._used.append((task, self._take(task)))
+            self._progress()
         surplus = max(0, len(self._used) + len(self._idle) - self._pool_size)
         for _, env in self._idle[:surplus]:
             env.close()
@@ -146,13 +168,20 @@ class _Slots:
                 return env
         return self._distribution.make(task)
 
-    def reset(self, buffers: _Buffers, seeds: NDArray[np.uint32]) -> None:
-        """Reset all that this process has, its seeds in order; observations go to `buffers`."""
-        for i, (_, env) in enumerate(self._used):
-            buffers.observations[self._first + i * self._stride] = env.reset(seed=int(seeds[i]))[0]
+    def _progress(self) -> None:
+        """Say that something has been done; from the first time on the process has started."""
+        self._done += 1
+        self._buffers.progress[self._first] = self._done
 
-    def step(self, buffers: _Buffers, start: int, stop: int) -> None:
-        """Step those of `start` to `stop` that are active with the actions in `buffers`; results go there, too."""
+    def reset(self, seeds: NDArray[np.uint32]) -> None:
+        """Reset all that this process has, its seeds in order; observations go to the buffers."""
+        for i, (_, env) in enumerate(self._used):
+            self._buffers.observations[self._first + i * self._stride] = env.reset(seed=int(seeds[i]))[0]
+            self._progress()
+
+    def step(self, start: int, stop: int) -> None:
+        """Step those of `start` to `stop` that are active with the actions in the buffers; results go there, too."""
+        buffers = self._buffers
         mine = range(self._first, self._first + len(self._used) * self._stride, self._stride)
         skipped = max(0, -(-(start - self._first) // self._stride))
         for i, (_, env) in zip(mine[skipped:], self._used[skipped:], strict=True):
@@ -163,7 +192,9 @@ class _Slots:
                     observation, reward, terminated, truncated, info = env.step(buffers.actions[i].copy())
                 except FloatingPointError:  # the physics diverged; NaN tells the caller to drop the episode
                     buffers.rewards[i] = np.nan
+                    self._progress()
                     continue
+                self._progress()
                 buffers.observations[i] = observation
                 buffers.rewards[i] = reward
                 buffers.terminated[i] = terminated
@@ -191,18 +222,18 @@ class SerialEnvs:
         self.observation_space, self.action_space = env_spaces(distribution)
         shapes = _Buffers.shapes(max_envs, self.observation_space.shape[0], self.action_space.shape[0])
         self._buffers = _Buffers(**{name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()})
-        self._slots = _Slots(distribution, max(max_envs, POOL))
+        self._slots = _Slots(distribution, self._buffers, max(max_envs, POOL))
 
     def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
         """See `BatchEnv.reset`."""
         self._slots.assign(tasks)
-        self._slots.reset(self._buffers, seeds)
+        self._slots.reset(seeds)
         return self._buffers.observations[: len(tasks)]
 
     def step_async(self, rows: slice, actions: FloatArray, active: BoolArray) -> None:
         """See `BatchEnv.step_async`."""
         self._buffers.actions[rows], self._buffers.active[rows] = actions, active
-        self._slots.step(self._buffers, rows.start, rows.stop)
+        self._slots.step(rows.start, rows.stop)
 
     def step_wait(self, rows: slice) -> Step:
         """See `BatchEnv.step_wait`."""
@@ -216,51 +247,102 @@ class SerialEnvs:
 _OK = b"ok"
 
 
+@dataclass
+class _Worker:
+    """A worker process as the main process sees it."""
+
+    number: int
+    connection: Connection
+    process: Any
+    lost: str = ""  # how it came to its end, once that is known
+
+    def end(self, cause: str = "") -> None:
+        """Note how the process came to its end, or kill it for `cause`; nothing is received from it any more."""
+        if cause:
+            self.process.kill()
+        self.process.join(timeout=5.0)
+        self.connection.close()
+        self.lost = f"environment worker {self.number} {cause or _how_it_ended(self.process.exitcode)}"
+
+
+def _how_it_ended(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "closed its connection"
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    return f"was killed by {name}" + (" (as happens when memory runs out)" if name == "SIGKILL" else "")
+
+
 class WorkerEnvs:
     """Environments stepped by worker processes, several each; a `BatchEnv`.
 
-    Workers are started by `spawn`: a script that trains needs the usual `if __name__ == "__main__":`.
+    Workers are started by `spawn`: a script that trains needs the usual `if __name__ == "__main__":`. They end with
+    this process, however it ends. On Linux they also end with the thread that has started them (the one that makes
+    these environments, or resets them after a loss): the next reset starts them again, but better make and use them
+    in one thread.
+
+    A worker that dies, or that hangs, costs the episodes under way. The next reset starts it again, with fresh
+    environments, so that episodes with the same seeds come out the same.
 
     Args:
         distribution: builds them, in the workers; must be picklable.
         max_envs: how many at most.
         num_workers: how many processes, at least 1.
+        worker_timeout: seconds in which a worker must have built, reset or stepped an environment, else it is hung.
+
+    Attributes:
+        restarts: how often a worker was started again.
 
     Raises:
-        RuntimeError: (by `reset` and `step_wait`) an environment raised, with its traceback, or a worker died; or the
-            environments are closed, which an interruption while waiting does, too.
+        EpisodesLostError: (by `reset` and `step_wait`) a worker died, or hung and was killed.
+        RuntimeError: (by `reset` and `step_wait`) an environment raised, with its traceback, or a worker could not
+            start; or the environments are closed, which an interruption while waiting does, too.
     """
 
     lanes = LANES
 
-    def __init__(self, distribution: TaskDistribution, max_envs: int, num_workers: int) -> None:
+    def __init__(
+        self,
+        distribution: TaskDistribution,
+        max_envs: int,
+        num_workers: int,
+        worker_timeout: float = WORKER_TIMEOUT,
+    ) -> None:
         self.max_envs = max_envs
         self.observation_space, self.action_space = env_spaces(distribution)
-        shapes = _Buffers.shapes(max_envs, self.observation_space.shape[0], self.action_space.shape[0])
-        context = multiprocessing.get_context("spawn")
-        memory = {
-            name: context.RawArray("b", max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize))
-            for name, (shape, dtype) in shapes.items()
+        self.restarts = 0
+        sizes = (self.observation_space.shape[0], self.action_space.shape[0])
+        self._shapes = _Buffers.shapes(max_envs, *sizes, num_workers)
+        self._context = multiprocessing.get_context("spawn")
+        self._memory = {
+            name: self._context.RawArray("b", max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize))
+            for name, (shape, dtype) in self._shapes.items()
         }
-        self._buffers = _Buffers.view(memory, shapes)
+        self._buffers = _Buffers.view(self._memory, self._shapes)
+        self._distribution, self._timeout = distribution, worker_timeout
+        self._pool_size = -(-max(max_envs, POOL) // num_workers)
         self._requests = 0  # sent, and not yet answered by all
-        self._workers: list[tuple[Connection, Any]] = []
-        pool_size = -(-max(max_envs, POOL) // num_workers)
-        for number in range(num_workers):
-            ours, theirs = context.Pipe()
-            arguments = (theirs, distribution, pool_size, number, num_workers, memory, shapes)
-            process = context.Process(target=_work, args=arguments, daemon=True)
-            with _worker_environment():
-                process.start()
-            theirs.close()
-            self._workers.append((ours, process))
+        self._workers = [self._start(number, num_workers) for number in range(num_workers)]
         self._stop = weakref.finalize(self, _stop, self._workers)  # at exit, too
+
+    def _start(self, number: int, stride: int) -> _Worker:
+        self._buffers.progress[number] = 0
+        ours, theirs = self._context.Pipe()
+        place = (self._pool_size, number, stride)
+        arguments = (os.getpid(), theirs, self._distribution, *place, self._memory, self._shapes)
+        process = self._context.Process(target=_work, args=arguments, daemon=True)
+        with _worker_environment(), _signals_held_back():
+            process.start()
+        theirs.close()
+        return _Worker(number, ours, process)
 
     def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
         """See `BatchEnv.reset`."""
         while self._requests:  # of an episode that was given up
             with contextlib.suppress(RuntimeError):
                 self._wait()
+        self._restart()
         stride = len(self._workers)
         self._ask([pickle.dumps((tasks[number::stride], seeds[number::stride])) for number in range(stride)])
         self._wait()
@@ -276,13 +358,23 @@ class WorkerEnvs:
         self._wait()
         return self._buffers.step(rows)
 
+    def _restart(self) -> None:
+        """Start those workers again that have died."""
+        self._check_open()
+        with self._closed_if_interrupted():
+            for number, worker in enumerate(self._workers):
+                if worker.lost or not worker.process.is_alive():
+                    worker.connection.close()
+                    self._workers[number] = self._start(number, len(self._workers))
+                    self.restarts += 1
+
     def _ask(self, requests: Sequence[bytes]) -> None:
         """Send each worker its request: what to reset to, or which rows to step."""
         self._check_open()
         with self._closed_if_interrupted():
-            for (connection, _), request in zip(self._workers, requests, strict=True):
+            for worker, request in zip(self._workers, requests, strict=True):
                 with contextlib.suppress(OSError):  # a dead worker is found when its answer is missing
-                    connection.send_bytes(request)
+                    worker.connection.send_bytes(request)
             self._requests += 1
 
     def _wait(self) -> None:
@@ -290,20 +382,38 @@ class WorkerEnvs:
         self._check_open()
         if not self._requests:
             raise RuntimeError("step_wait without step_async")
-        failures = []
+        failures, losses = [], []
         with self._closed_if_interrupted():
             self._requests -= 1
-            for number, (connection, process) in enumerate(self._workers):
-                try:
-                    answer = connection.recv_bytes()
-                except (EOFError, OSError):
-                    process.join(timeout=1.0)
-                    failures.append(f"environment worker {number} died with exit code {process.exitcode}")
-                else:
-                    if answer != _OK:
-                        failures.append(f"an environment failed in worker {number}:\n{answer.decode()}")
+            watch = _Watch(self._buffers.progress, self._timeout)
+            for worker in self._workers:
+                answer = _OK if worker.lost else self._answer(worker, watch)
+                if worker.lost:
+                    losses.append(worker.lost)
+                    if self._buffers.progress[worker.number] == 0 and (worker.process.exitcode or 0) > 0:
+                        failures.append(
+                            "it could not start: see its traceback above, and whether the script has `if "
+                            '__name__ == "__main__":`'
+                        )
+                elif answer != _OK:
+                    failures.append(f"an environment failed in worker {worker.number}:\n{answer.decode()}")
         if failures:
-            raise RuntimeError("\n".join(failures))
+            raise RuntimeError("\n".join(losses + failures))
+        if losses:
+            raise EpisodesLostError("; ".join(losses))
+
+    def _answer(self, worker: _Worker, watch: _Watch) -> bytes:
+        """Receive the next answer of a worker; if none will come, the worker is `lost` then."""
+        try:
+            while not worker.connection.poll(watch.slice_s):
+                if watch.hangs(worker.number):
+                    seconds = f"{watch.limit_s(worker.number):g} s (worker_timeout)"
+                    worker.end(f"made no progress for {seconds} and was killed")
+                    return _OK
+            return worker.connection.recv_bytes()
+        except (EOFError, OSError):
+            worker.end()
+            return _OK
 
     def _check_open(self) -> None:
         if not self._workers:
@@ -324,15 +434,46 @@ class WorkerEnvs:
         self._workers = []
 
 
-def _stop(workers: Sequence[tuple[Connection, Any]]) -> None:
+class _Watch:
+    """Tells which workers have made no progress, in one wait for all of them.
+
+    Time counts only as far as this process has waited, slice by slice: one that was stopped along with its workers
+    (Ctrl-Z) goes on where it was.
+
+    Args:
+        progress: `[workers]`, as they write it.
+        timeout_s: how long a worker may take to make some.
+    """
+
+    def __init__(self, progress: NDArray[np.int64], timeout_s: float) -> None:
+        self._progress, self._timeout_s = progress, timeout_s
+        self.slice_s = min(0.5, timeout_s / 4)
+        self._waited_s = 0.0
+        self._seen: dict[int, tuple[int, float]] = {}  # its progress, and how long the wait had been when it came
+
+    def limit_s(self, number: int) -> float:
+        """How long a worker may take; the first time, it has to start."""
+        return self._timeout_s if self._progress[number] else max(self._timeout_s, START_TIMEOUT)
+
+    def hangs(self, number: int) -> bool:
+        """Note that a slice of time has passed without an answer; returns whether that worker is hung."""
+        self._waited_s += self.slice_s
+        for each, progress in enumerate(self._progress.tolist()):
+            if self._seen.setdefault(each, (progress, 0.0))[0] != progress:
+                self._seen[each] = (progress, self._waited_s)
+        return self._waited_s - self._seen[number][1] >= self.limit_s(number)
+
+
+def _stop(workers: Sequence[_Worker]) -> None:
     """End worker processes: a closed connection tells them to, and one that hangs is killed."""
-    for connection, _ in workers:
-        connection.close()
-    for _, process in workers:
-        process.join(timeout=5.0)
-        if process.is_alive():
-            process.kill()
-            process.join()
+    for worker in workers:
+        worker.connection.close()
+    deadline = time.monotonic() + 5.0
+    for worker in workers:
+        worker.process.join(timeout=max(0.0, deadline - time.monotonic()))
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
 
 
 WORKER_ENVIRONMENT = {
@@ -354,11 +495,32 @@ def _worker_environment() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Have what is started meanwhile not end upon Ctrl-C before it can say so itself; this process hears of it after.
+
+    A group of processes gets such a signal as a whole, and the main process may want to finish what it does.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # which takes these signals, if it begins only now
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_PROCESS_DECIDES)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_MAIN_PROCESS_DECIDES = (signal.SIGINT, signal.SIGTERM)
+"""Signals that workers leave to the main process, which ends them."""
+
 _ROWS = struct.Struct("<qq")
 """A request to step the environments from the first number to the second; a longer one is to reset."""
 
 
 def _work(
+    parent: int,
     connection: Connection,
     distribution: TaskDistribution,
     pool_size: int,
@@ -368,10 +530,10 @@ def _work(
     shapes: dict[str, tuple[tuple[int, ...], DTypeLike]],
 ) -> None:
     """Serve one worker's environments until the other end of the connection closes."""
-    for signal_number in (signal.SIGINT, signal.SIGTERM):  # the main process decides what they mean, and ends workers
+    for signal_number in _MAIN_PROCESS_DECIDES:
         signal.signal(signal_number, signal.SIG_IGN)
-    buffers = _Buffers.view(memory, shapes)
-    slots = _Slots(distribution, pool_size, number, stride)
+    _end_with(parent)
+    slots = _Slots(distribution, _Buffers.view(memory, shapes), pool_size, number, stride)
     while True:
         try:
             request = connection.recv_bytes()
@@ -380,11 +542,11 @@ def _work(
         answer = _OK
         try:
             if len(request) == _ROWS.size:
-                slots.step(buffers, *_ROWS.unpack(request))
+                slots.step(*_ROWS.unpack(request))
             else:
                 tasks, seeds = pickle.loads(request)
                 slots.assign(tasks)
-                slots.reset(buffers, seeds)
+                slots.reset(seeds)
         except Exception:
             answer = traceback.format_exc().encode()
         try:
@@ -392,3 +554,12 @@ def _work(
         except OSError:  # closed meanwhile
             break
     slots.close()
+
+
+def _end_with(parent: int) -> None:
+    """Have this process killed when its parent ends; without Linux the closed connection ends it when it is read."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)

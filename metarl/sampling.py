@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,32 @@ import torch
 from numpy.typing import NDArray
 
 from metarl.seeding import children
-from metarl.types import Actor, BatchEnv, BoolArray, FloatArray, Percept, Rollout, Step, Task
+from metarl.types import (
+    Actor,
+    BatchEnv,
+    BoolArray,
+    EpisodesLostError,
+    FloatArray,
+    Percept,
+    Rollout,
+    Step,
+    Task,
+)
+
+MAX_RESTARTS = 3
+"""How often in a row the same episodes may lose the processes that step them."""
+
+
+class BrokenRolloutsError(FloatingPointError):
+    """More than half of the rollouts had to be dropped.
+
+    Attributes:
+        rollout: all of them, as `collect` would return them; the dropped ones are not valid.
+    """
+
+    def __init__(self, message: str, rollout: Rollout) -> None:
+        super().__init__(message)
+        self.rollout = rollout
 
 
 def scale_actions(actions: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
@@ -31,8 +57,9 @@ def collect(
 
     Rollouts of a task beyond what fits into `envs.max_envs` run one after another, in waves. The number of workers does
     not change the result, that of environments changes it by rounding alone: the noise of every action and the seed of
-    every episode are drawn beforehand. A rollout with a NaN or infinite observation or reward is dropped: all its
-    steps become invalid.
+    every episode are drawn beforehand. So nothing changes it either if a process that steps environments dies: the
+    wave that lost it runs again from its beginning. A rollout with a NaN or infinite observation, reward or action is
+    dropped: all its steps become invalid. Such an action is never taken.
 
     Args:
         envs: at least M environments.
@@ -48,7 +75,8 @@ def collect(
 
     Raises:
         ValueError: more tasks than environments.
-        RuntimeError: more than half of the rollouts had to be dropped.
+        BrokenRolloutsError: more than half of the rollouts had to be dropped.
+        RuntimeError: an environment raised; or a wave lost its processes more than `MAX_RESTARTS` times.
     """
     if len(tasks) > envs.max_envs:
         raise ValueError(f"{len(tasks)} tasks do not fit into {envs.max_envs} environments; collect them in parts")
@@ -63,20 +91,36 @@ def collect(
     with _one_thread():
         for start in range(0, rollouts_per_task, in_flight):
             wave = slice(start, min(start + in_flight, rollouts_per_task))
-            _run_wave(envs, agent, state, tasks, noise[:, wave], env_seeds[:, wave], _part(arrays, wave))
+            with_part = (noise[:, wave], env_seeds[:, wave], _part(arrays, wave))
+            _despite_losses(functools.partial(_run_wave, envs, agent, state, tasks, *with_part))
     dropped = ~arrays["valid"].reshape(*shape[:2], episodes, -1).any(-1).all(-1)
-    if dropped.mean() > 0.5:
-        raise RuntimeError(
-            f"{int(dropped.sum())} of {dropped.size} rollouts had a NaN or infinite observation or reward and were "
-            "dropped; the environment is broken or the actions drive the simulation apart"
-        )
     for array in arrays.values():
         array[dropped] = 0
     if episodes > 1:
         _close_gaps(arrays)
-    length = int(np.flatnonzero(arrays["valid"].any((0, 1)))[-1]) + 1
-    rollout = Rollout(**{name: torch.from_numpy(array[:, :, :length]) for name, array in arrays.items()})
-    return rollout.to(agent.device)
+    length = int(arrays["valid"].any((0, 1)).sum())  # padding comes last
+    whole = {name: torch.from_numpy(array[:, :, : max(1, length)]) for name, array in arrays.items()}
+    rollout = Rollout(**whole).to(agent.device)
+    if dropped.mean() > 0.5:
+        raise BrokenRolloutsError(
+            f"{int(dropped.sum())} of {dropped.size} rollouts had a NaN or infinite observation, reward or action and "
+            "were dropped; the environment is broken or the actions drive the simulation apart",
+            rollout,
+        )
+    return rollout
+
+
+def _despite_losses(run: Callable[[], None]) -> None:
+    """Run again what loses the processes that step its environments; raises RuntimeError after `MAX_RESTARTS`."""
+    for _ in range(MAX_RESTARTS + 1):
+        try:
+            return run()
+        except EpisodesLostError as error:
+            lost = error
+    raise RuntimeError(
+        f"{lost}, after {MAX_RESTARTS} restarts in a row; look at the environment: with --num-workers 0 it runs in the "
+        "main process and shows its own error"
+    ) from lost
 
 
 def _close_gaps(arrays: dict[str, NDArray[Any]]) -> None:
@@ -147,10 +191,10 @@ def _run_wave(
                 if t < horizon and record.active.any():
                     percept = record.percept(t, num_tasks)
                     actions, log_probs, states[i] = agent.act(percept, noise[:, lanes[i], begin + t], states[i])
-                    record.actions[t] = actions.reshape(-1, action_size)
-                    record.log_probs[t] = log_probs.reshape(-1)
-                    scaled = scale_actions(np.clip(record.actions[t].astype(np.float64), -1.0, 1.0), low, high)
-                    envs.step_async(rows[i], scaled, record.active)
+                    record.act(t, actions, log_probs)
+                    if record.active.any():
+                        scaled = scale_actions(np.clip(record.actions[t].astype(np.float64), -1.0, 1.0), low, high)
+                        envs.step_async(rows[i], scaled, record.active)
         rewards = [record.last_rewards for record in records]
         for lane, record in zip(lanes, records, strict=True):
             for name, array in record.arrays().items():
@@ -205,6 +249,16 @@ class _Episodes:
             torch.full(shape, t == 0),
             torch.from_numpy(self.active).view(shape),
         )
+
+    def act(self, t: int, actions: torch.Tensor, log_probs: torch.Tensor) -> None:
+        """Write the actions of step t, and deactivate the environments whose action is not finite."""
+        self.actions[t] = actions.reshape(self.actions.shape[1:])
+        self.log_probs[t] = log_probs.reshape(-1)
+        sane = np.isfinite(self.actions[t]).all(-1)
+        if not sane.all():
+            self.actions[t][~sane] = 0
+            self.dropped |= self.active & ~sane
+            self.active = self.active & sane
 
     def write(self, t: int, step: Step) -> None:
         """Write step t of the active environments, and deactivate those whose episode has ended or is broken."""

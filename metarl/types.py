@@ -243,8 +243,15 @@ class Sensitivity(NamedTuple):
     """∂log_std/∂parameter by name, `[S, A, ...]`; likewise."""
 
 
+class EpisodesLostError(RuntimeError):
+    """The episodes under way are lost, because a process that stepped them has died; they can be begun again."""
+
+
 class BatchEnv(Protocol):
     """Up to `max_envs` environments stepped together. It holds no random stream: a reset is told its seeds.
+
+    If its processes can be lost, `reset` and `step_wait` raise `EpisodesLostError`, the next reset starts what has
+    died again, and an attribute `restarts` counts how often that was; read it as `getattr(envs, "restarts", 0)`.
 
     Attributes:
         max_envs: how many at most.

@@ -15,7 +15,7 @@ import pytest
 from metarl.envs import distribution, vector
 from metarl.envs.navigation import NavigationBatch
 from metarl.envs.vector import SerialEnvs, WorkerEnvs, env_spaces, make_envs
-from metarl.types import Task
+from metarl.types import EpisodesLostError, Task
 
 INSTANCE, GOAL, ELAPSED = range(3)  # what a toy observes
 
@@ -366,25 +366,33 @@ def test_waiting_for_nothing_is_refused(workers):
         envs.step_wait(slice(0, 1))
 
 
-def test_a_worker_killed_at_work_is_told(workers):
-    tasks = toys("a", "killed")
+def test_a_worker_killed_at_work_is_told_and_started_again(workers):
+    tasks = toys("a", "killed", "a")
     envs = workers(Toys(tasks), 2, 2)
-    envs.reset(tasks, seeds(2))
+    envs.reset(tasks[:2], seeds(2))
     step_all(envs, 2)
-    with pytest.raises(RuntimeError, match="worker 1 died with exit code -9"):
-        step_all(envs, 2)
+    for _ in range(2):  # it stays lost until the next reset
+        with pytest.raises(EpisodesLostError, match="worker 1 was killed by SIGKILL"):
+            step_all(envs, 2)
+    assert envs.restarts == 0
+    observations = envs.reset([tasks[0], tasks[2]], seeds(2))
+    assert envs.restarts == 1
+    assert observations[:, [GOAL, ELAPSED]].tolist() == [[0.0, 0.0], [2.0, 0.0]]
+    assert step_all(envs, 2).observations[:, ELAPSED].tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("call", ["step", "reset"])
-def test_a_worker_killed_between_two_calls_is_told(call, workers):
+def test_a_worker_killed_between_two_calls_loses_no_episode_that_begins_later(workers):
     tasks = toys("a", "a")
     envs = workers(Toys(tasks), 2, 1)
     envs.reset(tasks, seeds(2))
-    (process,) = multiprocessing.active_children()
-    process.kill()
-    process.join()
-    with pytest.raises(RuntimeError, match="worker 0 died with exit code -9"):
-        step_all(envs, 2) if call == "step" else envs.reset(tasks, seeds(2))
+    for restarts in (1, 2):
+        (process,) = multiprocessing.active_children()
+        process.kill()
+        process.join()
+        with pytest.raises(EpisodesLostError, match="worker 0 was killed by SIGKILL"):
+            step_all(envs, 2)
+        assert envs.reset(tasks, seeds(2))[:, GOAL].tolist() == [0.0, 1.0]
+        assert envs.restarts == restarts
 
 
 def test_close_ends_all_workers_and_may_be_called_twice(workers):

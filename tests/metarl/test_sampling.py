@@ -11,7 +11,7 @@ from metarl.agents import build
 from metarl.agents.maml import MamlPpoConfig
 from metarl.envs import custom, distribution
 from metarl.envs.vector import SerialEnvs, make_envs
-from metarl.sampling import adapt_and_collect, by_phase, collect, scale_actions
+from metarl.sampling import BrokenRolloutsError, adapt_and_collect, by_phase, collect, scale_actions
 from metarl.seeding import children
 
 LOW, HIGH = np.array([-2.0, 0.0]), np.array([4.0, 1.0])
@@ -199,10 +199,16 @@ def test_a_broken_episode_is_dropped_whole(breaks):
 def test_more_than_half_of_the_episodes_dropped_is_an_error(max_envs):
     half = run(4, 2, max_envs=max_envs, breaks_at={0: 2, 3: 5})
     assert half.episode_returns().isnan().any((1, 2)).tolist() == [True, False, False, True]
-    with pytest.raises(RuntimeError, match="6 of 8 rollouts had a NaN"):
+    with pytest.raises(BrokenRolloutsError, match="6 of 8 rollouts had a NaN") as caught:
         run(4, 2, max_envs=max_envs, breaks_at={0: 2, 1: 1, 3: 5})
-    with pytest.raises(RuntimeError, match="8 of 8"):
+    rollout = caught.value.rollout  # what is left of it can be looked at
+    assert rollout.valid.tolist() == [[[n == 2] * 5] * 2 for n in range(4)]
+    assert rollout.episode_returns().flatten().nan_to_num(-1).tolist() == [-1, -1, -1, -1, 5, 5, -1, -1]
+    with pytest.raises(FloatingPointError, match="8 of 8") as caught:
         run(4, 2, max_envs=max_envs, breaks_at={0: 1, 1: 1, 2: 1, 3: 1})
+    rollout = caught.value.rollout
+    assert rollout.env_steps == 0 and rollout.rewards.shape == (4, 2, 1)
+    assert rollout.episode_returns().isnan().all() and rollout.episode_success().isnan().all()
 
 
 def test_a_broken_first_observation_is_dropped_too(monkeypatch):
