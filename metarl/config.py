@@ -140,6 +140,11 @@ class RunConfig(BaseModel):
     num_workers: int | None = Field(
         None, ge=0, description="processes that step environments; 0: this one; none: one a core. No effect on results"
     )
+    worker_timeout: float = Field(
+        60.0,
+        gt=0,
+        description="seconds without any progress after which one of these processes counts as hung, and is restarted",
+    )
     num_tasks: int = Field(20, ge=1, description="M, tasks of an iteration, balanced over classes")
     rollouts_per_task: int = Field(
         10, ge=1, description="N, episodes a task for each adaptation step, and after the last"
