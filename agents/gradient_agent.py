@@ -28,6 +28,7 @@ from metarl.objectives import ESTIMATORS, saturation
 from metarl.optimizers import check_entries
 from metarl.policies import ACTIVATIONS, GaussianMlp, Params, gaussian_log_prob
 from metarl.returns import gae, normalize_advantages, return_scale, vtrace
+from metarl.seeding import Purpose, integer_seed
 from metarl.types import FloatArray, Guard, Percept, Prediction, Rollout, Sensitivity
 
 
@@ -253,7 +254,10 @@ class GradientAgent:
         for rollout in rollouts:
             observations, values, advantages = self._advantages(rollout)
             samples.append((observations.flatten(0, 2), (values + advantages).flatten(), rollout.valid.flatten()))
-        return self.value.fit(*(torch.cat(part) for part in zip(*samples, strict=True)))
+        observations, targets, valid = (torch.cat(part) for part in zip(*samples, strict=True))
+        return self.value.fit(
+            observations, targets, valid, integer_seed(self.meta.seed, Purpose.MINIBATCHES, self.meta.iteration)
+        )
 
     # --- what guards earlier stages asks ---------------------------------------------------------------------------
 

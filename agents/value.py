@@ -88,21 +88,21 @@ class LearnedValue:
         following = self._normalized(next_observations) * std + mean
         return values, following.masked_fill(rollout.terminated, 0.0)
 
-    def fit(self, observations: Tensor, targets: Tensor, valid: Tensor) -> dict[str, float]:
+    def fit(self, observations: Tensor, targets: Tensor, valid: Tensor, seed: int) -> dict[str, float]:
         """Regress on the returns of an iteration.
 
         Args:
             observations: `[B, O]`, normalised.
             targets: `[B]`.
             valid: `[B]`, bool.
+            seed: of the order in which the data is gone through.
         """
         observations, targets = observations[valid], targets[valid]
         weight = 1.0 / min(float(self._scale[2]) + 1.0, 20.0)
         mean = (1 - weight) * self._scale[0] + weight * targets.mean()
         std = (1 - weight) * self._scale[1] + weight * targets.std().clamp_min(1e-6)
         self._scale = torch.stack([mean, std, self._scale[2] + 1.0])
-        # The order of an iteration is a function of its number, so that a resumed run shuffles alike.
-        generator = torch.Generator().manual_seed(int(self._scale[2]))
+        generator = torch.Generator().manual_seed(seed)
         normalized = (targets - mean) / std
         losses = []
         for _ in range(self._epochs):

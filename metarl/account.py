@@ -14,6 +14,7 @@ import numpy as np
 
 from metarl import continual
 from metarl.config import StageConfig
+from metarl.files import replace_file
 from metarl.types import Agent, FloatArray, Rollout
 
 DORMANT = 0.025
@@ -33,6 +34,11 @@ class Account:
     def __init__(self, stages: Sequence[StageConfig], lines: Sequence[Mapping[str, Any]]) -> None:
         self._stages, self.names = stages, [stage.name for stage in stages]
         self._lines = [line for line in lines if any(_key(name) in line for name in self.names)]
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been evaluated yet."""
+        return not self._lines
 
     def add(self, place: Mapping[str, int], reports: Sequence[Report], finished: int) -> dict[str, float]:
         """Enter the evaluation of all stages.
@@ -76,7 +82,7 @@ class Account:
         """Write the report to a file, and return it."""
         report = self.report(finished)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        replace_file(path, (json.dumps(report, indent=2) + "\n").encode())
         return report
 
 

@@ -1,11 +1,12 @@
 """Saves and loads everything that training changes: safetensors and a JSON manifest, nothing that could hold code.
 
 A checkpoint appears whole or not at all: it is written beside its place, synced, and renamed; the manifest, which
-holds a hash of every file, is written last.
+says what every file holds and its hash, is written last. Whatever is loaded passes all checks before it is used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -13,22 +14,29 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import safetensors
 import safetensors.torch
+from pydantic import BaseModel, Field, NonNegativeInt, StringConstraints, ValidationError
 from torch import Tensor
 
+from metarl.errors import STRICT
+from metarl.files import open_plain, sync, write_file
 from metarl.types import FloatArray
 
-FORMAT = 1
+FORMAT = 2
 _LOG = logging.getLogger(__name__)
-_STATE_FILE = "agent.safetensors"
-_LIBRARIES = ("metarl", "torch", "gymnasium", "metaworld", "mujoco")
+_AGENT = "agent.safetensors"
+_MANIFEST = "manifest.json"
+_LIBRARIES = ("metarl", "torch", "numpy", "gymnasium", "metaworld", "mujoco")
+_MOST_BYTES = 16 * 2**20
+"""Of a manifest and of a file's header, which have some 100 KiB; what is larger is refused unread."""
+_MOST_FILE_BYTES = 2**37
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,14 @@ class Position:
         stage_iteration: iterations finished in that stage.
         iteration: iterations finished in all.
         env_steps: environment steps of training in all.
+        skipped: the last so many iterations came to nothing, since their numbers were not finite.
     """
 
-    stage: int = 0
-    stage_iteration: int = 0
-    iteration: int = 0
-    env_steps: int = 0
+    stage: NonNegativeInt = 0
+    stage_iteration: NonNegativeInt = 0
+    iteration: NonNegativeInt = 0
+    env_steps: NonNegativeInt = 0
+    skipped: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)
@@ -85,25 +95,69 @@ class Spaces:
         return None
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint holds."""
+class Entry(BaseModel):
+    """What the manifest says of a file."""
 
-    path: Path
+    model_config = STRICT
+
+    sha256: str
+    bytes: int = Field(ge=8, le=_MOST_FILE_BYTES)
+    tensors: dict[str, tuple[NonNegativeInt, ...]]  # shapes by name
+
+
+class Manifest(BaseModel):
+    """What a checkpoint says of itself.
+
+    Attributes:
+        format: of the checkpoint.
+        position: where the run stands.
+        spaces: what the agent was built for.
+        score: of the evaluation in this iteration, higher is better; None if there was none.
+        config_sha256: of the run's config.yaml.
+        logs: how many bytes of each log, by name, belong to what came before the checkpoint.
+        files: by name.
+        versions: of libraries.
+    """
+
+    model_config = STRICT
+
+    format: int
     position: Position
     spaces: Spaces
+    score: float | None
+    config_sha256: str
+    logs: dict[str, NonNegativeInt]
+    files: dict[Annotated[str, StringConstraints(pattern=r"^[a-z_]+\.safetensors$")], Entry]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds, all of it verified."""
+
+    path: Path
+    manifest: Manifest
     state: dict[str, Tensor]  # of the agent
-    parts: frozenset[str]  # names of all states that it holds
+
+    @property
+    def position(self) -> Position:
+        """Where the run stands."""
+        return self.manifest.position
+
+    @property
+    def spaces(self) -> Spaces:
+        """What the agent was built for."""
+        return self.manifest.spaces
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Names of all states that it holds."""
+        return frozenset(name.removesuffix(".safetensors") for name in self.manifest.files)
 
     def load(self, name: str) -> dict[str, Tensor]:
         """Return another state, e.g. `stability`, empty if there was none; raises CorruptCheckpointError."""
-        if name not in self.parts:
-            return {}
-        path = self.path / f"{name}.safetensors"
-        try:
-            return safetensors.torch.load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CorruptCheckpointError(f"{path}: {type(error).__name__}: {error}") from error
+        file = f"{name}.safetensors"
+        return _tensors(self.path / file, self.manifest.files[file]) if file in self.manifest.files else {}
 
 
 class CorruptCheckpointError(Exception):
@@ -111,23 +165,37 @@ class CorruptCheckpointError(Exception):
 
 
 def save(
-    folder: Path, states: Mapping[str, Mapping[str, Tensor]], position: Position, spaces: Spaces, keep: int
+    folder: Path,
+    states: Mapping[str, Mapping[str, Tensor]],
+    position: Position,
+    spaces: Spaces,
+    keep: int,
+    *,
+    keep_best: int = 0,
+    score: float | None = None,
+    config_sha256: str = "",
+    logs: Mapping[str, int] | None = None,
 ) -> Path:
-    """Write `folder/<iteration>/` and remove all but the newest `keep` checkpoints.
+    """Write `folder/<iteration>/`, and remove all checkpoints but the newest and the best.
 
     Args:
         folder: the run's `checkpoints` folder.
         states: an agent's `state_dict`, under `agent`, and others; each goes into a file of its own, empty ones do not.
         position: where the run stands.
         spaces: what the agent was built for.
-        keep: how many checkpoints stay, ≥ 1.
+        keep: how many of the newest stay, ≥ 1.
+        keep_best: how many of those with the highest score stay, ≥ 0; of equal ones the newest.
+        score: see `Manifest`, as the rest.
+        config_sha256: likewise.
+        logs: likewise.
+
+    Raises:
+        OSError: (also SafetensorError) it cannot be written; all other checkpoints are as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{position.iteration:06d}"
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    replaced = folder / f".{target.name}.replaced.tmp"
-    for left_over in (temporary, replaced):
-        shutil.rmtree(left_over, ignore_errors=True)
+    temporary, replaced = folder / f".{target.name}.{os.getpid()}.tmp", _replaced(target)
+    _clear(folder)
     temporary.mkdir()
     try:
         files = {}
@@ -135,32 +203,63 @@ def save(
             if state:
                 path = temporary / f"{name}.safetensors"
                 safetensors.torch.save_file(_apart(state), path)
-                _sync(path)
-                files[path.name] = {"sha256": _hash(path), "bytes": path.stat().st_size}
-        manifest = {
-            "format": FORMAT,
-            "position": asdict(position),
-            "spaces": asdict(spaces),
-            "files": files,
-            "versions": {name: version(name) for name in _LIBRARIES},
-        }
+                sync(path)
+                shapes = {key: tuple(value.shape) for key, value in state.items()}
+                files[path.name] = Entry(sha256=_hash(path), bytes=path.stat().st_size, tensors=shapes)
+        manifest = Manifest(
+            format=FORMAT,
+            position=position,
+            spaces=spaces,
+            score=score,
+            config_sha256=config_sha256,
+            logs=dict(logs or {}),
+            files=files,
+            versions={name: version(name) for name in _LIBRARIES},
+        ).model_dump(mode="json")
         manifest["sha256"] = _checksum(manifest)
-        _write(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
-        _sync(temporary)
+        write_file(temporary / _MANIFEST, json.dumps(manifest, indent=2).encode())
+        sync(temporary)
         if target.exists():
             target.rename(replaced)
         temporary.rename(target)
-        _sync(folder)
+        sync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not target.exists():
             replaced.rename(target)
         raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    _prune(folder, keep, keep_best)
+    return target
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a killed process has left; a checkpoint that it was about to replace is put back."""
+    for path in _newest_first(folder):
+        if not path.name.isdigit():
+            path.rename(folder / _number(path))
     for left_over in folder.glob(".*.tmp"):
         shutil.rmtree(left_over, ignore_errors=True)
-    for old in _newest_first(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
+
+
+def _prune(folder: Path, keep: int, keep_best: int) -> None:
+    """Remove all checkpoints but the newest and the best."""
+    newest_first = _newest_first(folder)
+    scores = {path: score for path in newest_first if keep_best and (score := _score(path)) is not None}
+    best = sorted(scores, key=lambda path: scores[path], reverse=True)[:keep_best]  # sorting keeps the order of equals
+    for path in newest_first[keep:]:
+        if path not in best:
+            with contextlib.suppress(OSError):
+                # A process may be killed in the midst of it: half a checkpoint must not look like one.
+                shutil.rmtree(path.rename(folder / f".{path.name}.removed.tmp"))
+
+
+def _score(path: Path) -> float | None:
+    """Return the score of a checkpoint; None for one that has none or cannot be read."""
+    try:
+        return _read_manifest(path).score
+    except CorruptCheckpointError:
+        return None
 
 
 def load_latest(folder: Path) -> Checkpoint:
@@ -169,44 +268,99 @@ def load_latest(folder: Path) -> Checkpoint:
     Raises:
         CorruptCheckpointError: there is none; the message names each one that was rejected, and why.
     """
-    rejected = []
-    for path in _newest_first(folder):
+    return _first_sound(_newest_first(folder), folder)
+
+
+def load_best(folder: Path) -> Checkpoint:
+    """Load the checkpoint with the highest score, as `load_latest` does; without scores there is none."""
+    scores = {path: score for path in _newest_first(folder) if (score := _score(path)) is not None}
+    return _first_sound(sorted(scores, key=lambda path: scores[path], reverse=True), folder)
+
+
+def _first_sound(paths: list[Path], folder: Path) -> Checkpoint:
+    rejected: list[str] = []
+    for path in paths:
         try:
             checkpoint = load(path)
         except CorruptCheckpointError as error:
             rejected.append(str(error))
         else:
             for reason in rejected:
-                _LOG.warning("metarl: rejected a checkpoint, an older one is used: %s", reason)
+                _LOG.warning("metarl: rejected a checkpoint, %s is used: %s", path.name, reason)
             return checkpoint
     raise CorruptCheckpointError("; ".join(rejected) or f"no checkpoint in {folder}")
 
 
 def load(path: Path) -> Checkpoint:
-    """Load one checkpoint; raises CorruptCheckpointError."""
+    """Load one checkpoint, once all of its files have passed their checks; raises CorruptCheckpointError."""
+    manifest = _read_manifest(path)
+    if _AGENT not in manifest.files:
+        raise CorruptCheckpointError(f"{path}: the manifest does not name {_AGENT}")
+    for name, entry in manifest.files.items():
+        _verify(path / name, entry)
+    return Checkpoint(path, manifest, _tensors(path / _AGENT, manifest.files[_AGENT]))
+
+
+def _read_manifest(path: Path) -> Manifest:
+    """Return a checkpoint's manifest if it is what was once written; raises CorruptCheckpointError."""
+    file = path / _MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise CorruptCheckpointError(f"{path}: format {manifest['format']}; this metarl reads format {FORMAT}")
-        if manifest.pop("sha256") != _checksum(manifest):
-            raise CorruptCheckpointError(f"{path / 'manifest.json'}: its hash is not its own; the file is damaged")
-        for name, entry in manifest["files"].items():
-            if Path(name).name != name:
-                raise CorruptCheckpointError(f"{path}: the manifest names {name!r}, which is not a file of its own")
-            if _hash(path / name) != entry["sha256"]:
-                raise CorruptCheckpointError(f"{path / name}: its hash is not the manifest's; the file is damaged")
-        spaces = manifest["spaces"]
-        if _STATE_FILE not in manifest["files"]:
-            raise CorruptCheckpointError(f"{path}: the manifest does not name {_STATE_FILE}")
-        return Checkpoint(
-            path,
-            Position(**manifest["position"]),
-            Spaces(spaces["observation_size"], tuple(spaces["action_low"]), tuple(spaces["action_high"])),
-            safetensors.torch.load_file(path / _STATE_FILE),
-            frozenset(name.removesuffix(".safetensors") for name in manifest["files"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise CorruptCheckpointError(f"{path}: {type(error).__name__}: {error}") from error
+        if path.is_symlink():
+            raise CorruptCheckpointError(f"{path} is a link, which is not followed")
+        with open_plain(file) as opened:
+            data = opened.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise CorruptCheckpointError(f"{file}: more than {_MOST_BYTES:,} bytes; no manifest is that long")
+        content = json.loads(data)
+        if not isinstance(content, dict):
+            raise CorruptCheckpointError(f"{file}: holds a {type(content).__name__}, not a manifest")
+        if content.get("format") != FORMAT:
+            raise CorruptCheckpointError(f"{file}: format {content.get('format')}; this metarl reads format {FORMAT}")
+        if content.pop("sha256", None) != _checksum(content):
+            raise CorruptCheckpointError(f"{file}: its hash is not its own; the file is damaged")
+        return Manifest.model_validate(content, strict=False)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CorruptCheckpointError(f"{file}: {where}: {first['msg']}, found {first['input']!r:.80}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(f"{file}: {_reason(error)}") from error
+
+
+def _verify(path: Path, entry: Entry) -> None:
+    """Check that a file is the one that was written; raises CorruptCheckpointError."""
+    try:
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry.bytes:
+                raise CorruptCheckpointError(f"{path}: {size:,} bytes; the manifest says {entry.bytes:,}")
+            header = int.from_bytes(file.read(8), "little")
+            if header > min(_MOST_BYTES, size):
+                raise CorruptCheckpointError(f"{path}: not safetensors: a header of {header:,} bytes")
+            file.seek(0)
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+                raise CorruptCheckpointError(f"{path}: its hash is not the manifest's; the file is damaged")
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path}: {_reason(error)}") from error
+
+
+def _tensors(path: Path, entry: Entry) -> dict[str, Tensor]:
+    """Read a file whose tensors must be those that the manifest names; raises CorruptCheckpointError."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise CorruptCheckpointError(f"{path}: {_reason(error)}") from error
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    for name in shapes.keys() | entry.tensors.keys():
+        if shapes.get(name) != entry.tensors.get(name):
+            found, expected = (each.get(name, "nothing") for each in (shapes, entry.tensors))
+            raise CorruptCheckpointError(f"{path}: {name!r} has shape {found}; the manifest says {expected}")
+    return tensors
+
+
+def _reason(error: Exception) -> str:
+    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"{type(error).__name__}: {told}"
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
@@ -228,23 +382,22 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _replaced(target: Path) -> Path:
+    """Where a checkpoint lies while the new one of the same iteration takes its place."""
+    return target.with_name(f".{target.name}.replaced.tmp")
+
+
+def _number(path: Path) -> str:
+    """Return the number of a checkpoint, also of one that was being replaced; of anything else what is no number."""
+    return path.name.removeprefix(".").removesuffix(".replaced.tmp")
+
+
 def _newest_first(folder: Path) -> list[Path]:
+    """Return the paths of all checkpoints; one whose replacement was cut short is still there under another name."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda p: int(p.name), reverse=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Have a file or a folder written through."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    numbered = {path.name: path for path in folder.iterdir()}
+    for path in list(numbered.values()):
+        numbered.setdefault(_number(path), path)
+    numbers = [name for name in numbered if name.isascii() and name.isdigit()]
+    return [numbered[name] for name in sorted(numbers, key=int, reverse=True)]

@@ -157,6 +157,9 @@ class RunConfig(BaseModel):
     )
     checkpoint_every_iterations: int = Field(25, ge=1, description="iterations between checkpoints")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints that are kept")
+    keep_best_checkpoints: int = Field(
+        1, ge=0, description="and those with the best evaluation: success or, without it, return; of stages their mean"
+    )
     agent: AgentConfig = Field(default_factory=MamlPpoConfig)
     stages: tuple[StageConfig, ...] = Field((StageConfig(),), min_length=1)
     stability: Annotated[tuple[StabilityConfig, ...], BeforeValidator(by_name)] = Field(

@@ -15,6 +15,10 @@ class UserError(Exception):
     """A mistake that the user can mend; the command line prints its one line and exits with status 2."""
 
 
+class RunError(Exception):
+    """A run that cannot go on, and what to do; the command line prints its one line and exits with status 1."""
+
+
 def as_tuple(value: object) -> object:
     """Let a single value stand for a list of one, as a flag gives it; None stays None."""
     return value if value is None or isinstance(value, list | tuple) else (value,)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from metarl.checkpoint import save as save_checkpoint
 from metarl.config import RunConfig, dump_config, load_config
 from metarl.errors import UserError
 from metarl.export import describe, write_onnx
+from metarl.files import replace_file
 from metarl.runtime import check_actions, checked_memory, checked_observations
 from metarl.sampling import rollout_arrays, scale_actions
 from metarl.seeding import Purpose, integer_seed
@@ -275,8 +277,10 @@ class Policy:
             states[_ADAPTED] = self.agent.pack(self.state)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(path / "checkpoints", states, Position(env_steps=self.env_steps), self.spaces, keep=1)
-            (path / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")  # last: it makes a run of it
+            config, position = dump_config(self.config).encode(), Position(env_steps=self.env_steps)
+            digest = hashlib.sha256(config).hexdigest()
+            save_checkpoint(path / "checkpoints", states, position, self.spaces, keep=1, config_sha256=digest)
+            replace_file(path / "config.yaml", config)  # last: it makes a run of it
         except OSError as error:
             raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from error
 

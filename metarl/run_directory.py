@@ -2,59 +2,96 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metarl.checkpoint import Checkpoint, CorruptCheckpointError, load_latest
-from metarl.config import RunConfig, dump_config, load_config
+from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, load_latest
+from metarl.config import RunConfig, load_config
+from metarl.divergence import DIVERGED
 from metarl.errors import UserError
+from metarl.files import replace_file
 
 
-def checkpoint_to_resume(run_dir: Path, config: RunConfig) -> Checkpoint:
-    """Return the checkpoint of a run to go on from.
+def checkpoint_to_resume(run_dir: Path, config: RunConfig, *, allow_config_change: bool) -> tuple[Checkpoint, Position]:
+    """Return the checkpoint of a run to go on from, and where: a run that was at its end may have been made longer.
 
     Raises:
-        UserError: there is no run; its config differs; none of its checkpoints can be loaded.
+        UserError: its config differs, and that was not allowed; or none of its checkpoints can be loaded.
     """
-    config_file = run_dir / "config.yaml"
-    if not config_file.is_file():
-        raise UserError(f"{run_dir} holds no run to resume; leave out --resume to start one")
-    before, now = comparable(load_config(config_file)), comparable(config)
-    differing = [key for key in before | now if before.get(key) != now.get(key)]
-    if differing:
-        raise UserError(f"{run_dir} was trained with other settings of {', '.join(differing)}; resume with the same")
+    before = load_config(run_dir / "config.yaml")
     try:
-        return load_latest(run_dir / "checkpoints")
+        checkpoint = load_latest(run_dir / "checkpoints")
     except CorruptCheckpointError as error:
         raise UserError(f"cannot resume {run_dir}: {error}; start anew with --overwrite") from error
+    position = checkpoint.position
+    if not position.iteration and position.env_steps:
+        raise UserError(f"{run_dir} holds a policy that was saved, not a run; train from it by `stages.0.init_from`")
+    differing = differences(before, config)
+    if checkpoint.manifest.config_sha256 != hash_of((run_dir / "config.yaml").read_bytes()):
+        differing.append(f"config.yaml (it is not the one that {checkpoint.path.name} was trained with)")
+    if differing and not allow_config_change:
+        raise UserError(
+            f"{run_dir} was trained with other settings of {', '.join(differing)}; resume with the same ones, or add "
+            "--allow-config-change"
+        )
+    last = len(before.stages) - 1
+    longer = (
+        len(config.stages) == len(before.stages) and config.stages[last].iterations > before.stages[last].iterations
+    )
+    if position.stage > last and longer:
+        position = replace(position, stage=last, stage_iteration=before.stages[last].iterations)
+    return checkpoint, position
 
 
-def open_run_dir(run_dir: Path, config: RunConfig, *, overwrite: bool) -> None:
-    """Make the directory of a new run and write its config.
+def differences(before: RunConfig, now: RunConfig) -> list[str]:
+    """Return the settings that results depend on and that differ, e.g. `seed (0, now 1)`."""
+    was, is_now = comparable(before), comparable(now)
+    return [
+        f"{key} ({was.get(key, 'nothing')}, now {is_now.get(key, 'nothing')})"
+        for key in was | is_now
+        if was.get(key) != is_now.get(key)
+    ]
 
-    Raises:
-        UserError: there is a run already and overwrite was not asked for; the directory cannot be written.
-    """
-    config_file = run_dir / "config.yaml"
-    holds_run = config_file.exists()
-    if holds_run and not overwrite:
-        raise UserError(f"{run_dir} already holds a run; go on with it by --resume, or replace it by --overwrite")
+
+def clear_run_dir(run_dir: Path) -> None:
+    """Remove the run that a directory holds; raises UserError if that cannot be done."""
     try:
-        if holds_run:
-            for name in ("checkpoints", "tensorboard", "evaluation", "plots"):
-                shutil.rmtree(run_dir / name, ignore_errors=True)
-            (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        config_file.write_text(dump_config(config), encoding="utf-8")
+        (run_dir / "config.yaml").unlink(missing_ok=True)  # first: without it there is no run
+        for name in ("checkpoints", "tensorboard", "evaluation", "plots"):
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+        for path in (run_dir / "metrics.jsonl", run_dir / DIVERGED, *run_dir.glob("config.before_*.yaml")):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {run_dir}: {error.strerror}; choose another with --run-dir") from error
 
 
+def write_config(run_dir: Path, text: str, position: Position) -> None:
+    """Write a run's config; another one that it had is kept under the iteration that it was used up to."""
+    path = run_dir / "config.yaml"
+    before = path.read_bytes() if path.is_file() else None
+    if before == text.encode():
+        return
+    if before is not None:
+        replace_file(path.with_name(f"config.before_{position.iteration:06d}.yaml"), before)
+    replace_file(path, text.encode())
+
+
+def hash_of(config: bytes) -> str:
+    """Return the hash of a config.yaml, by which a checkpoint knows its own."""
+    return hashlib.sha256(config).hexdigest()
+
+
 def comparable(config: RunConfig) -> dict[str, Any]:
     """Return the settings that results depend on, flat: a run may go on elsewhere with other workers."""
-    return flatten(config.model_dump(exclude={"device", "num_workers", "keep_checkpoints"}))
+    return flatten(
+        config.model_dump(
+            exclude={"device", "num_workers", "keep_checkpoints", "keep_best_checkpoints", "worker_timeout"}
+        )
+    )
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from metarl.checkpoint import Position
+from metarl.files import sync
 
+_LOG = logging.getLogger(__name__)
 _HPARAM_METRICS = ("meta_train/return_post", "meta_test/return_post", "meta_test/success_post")
 
 
@@ -24,20 +28,30 @@ class Tracker:
 
     Args:
         run_dir: gets `metrics.jsonl` and `tensorboard/`.
-        config: the whole config as YAML, shown as text.
+        config: the whole config as YAML, shown as text; None if it was shown before.
         hyperparameters: flat, for the HParams tab.
-        position: where the run goes on; what was written beyond it is dropped, so that nothing is there twice.
+        position: where the run goes on.
+        logs: what `sync` returned there, so that nothing is there twice: what was written later is dropped; None for a
+            new run.
     """
 
-    def __init__(self, run_dir: Path, config: str, hyperparameters: Mapping[str, Any], position: Position) -> None:
-        self._path = run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(run_dir) if line["iteration"] <= position.iteration > 0]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._file = self._path.open("a", encoding="utf-8")
-        purge = position.env_steps + 1 if position.iteration else None
+    def __init__(
+        self,
+        run_dir: Path,
+        config: str | None,
+        hyperparameters: Mapping[str, Any],
+        position: Position,
+        logs: Mapping[str, int] | None,
+    ) -> None:
+        self._run_dir = run_dir
+        if logs is not None:
+            _cut(run_dir, logs)
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        purge = position.env_steps + 1 if logs is not None else None  # from the memory of a TensorBoard that is looking
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
-        if not position.iteration:
-            self._writer.add_text("config", f"```yaml\n{config}\n```")
+        if config is not None:
+            self._writer.add_text("config", f"```yaml\n{config}\n```", position.env_steps)
+        if logs is None:
             for summary in hparams(  # type: ignore[no-untyped-call]
                 {
                     key: value if isinstance(value, bool | int | float) else str(value)
@@ -60,6 +74,16 @@ class Tracker:
         """Show an image `[H, W, 3]` in TensorBoard."""
         self._writer.add_image(name, image, position.env_steps, dataformats="HWC")
 
+    def sync(self) -> dict[str, int]:
+        """Write everything through to the disk; returns how many bytes each log has now, by its name."""
+        self._file.flush()
+        self._writer.flush()
+        sizes = {}
+        for name, path in _logs(self._run_dir).items():
+            sync(path)
+            sizes[name] = path.stat().st_size
+        return sizes
+
     def __enter__(self) -> Tracker:
         return self
 
@@ -68,6 +92,24 @@ class Tracker:
     ) -> None:
         self._file.close()
         self._writer.close()
+
+
+def _logs(run_dir: Path) -> dict[str, Path]:
+    """Return the files that grow with a run, by their names within it; links are none of ours."""
+    paths = [run_dir / "metrics.jsonl", *sorted((run_dir / "tensorboard").glob("*"))]
+    return {str(path.relative_to(run_dir)): path for path in paths if path.is_file() and not path.is_symlink()}
+
+
+def _cut(run_dir: Path, sizes: Mapping[str, int]) -> None:
+    """Drop what was written to the logs when they had more than so many bytes."""
+    logs = _logs(run_dir)
+    for name, size in sizes.items():
+        found = logs[name].stat().st_size if name in logs else 0
+        if found < size:
+            _LOG.warning("metarl: %s has %d of %d bytes: part of it is lost", run_dir / name, found, size)
+    for name, path in logs.items():
+        if path.stat().st_size > sizes.get(name, 0):
+            os.truncate(path, sizes[name]) if name in sizes else path.unlink()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

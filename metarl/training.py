@@ -14,34 +14,45 @@ for stage in stages:                                   # meta-RL is one stage
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from metarl import stability
 from metarl.account import Account, plasticity
 from metarl.checkpoint import Position, Spaces, save
 from metarl.config import RunConfig, dump_config, explain_validation, load_config
+from metarl.divergence import not_finite, write_statistics
 from metarl.envs.manager import JointManager, Manager
 from metarl.envs.together import Together, make_stage_envs
 from metarl.envs.vector import env_spaces
-from metarl.errors import UserError
+from metarl.errors import RunError, UserError
 from metarl.evaluation import Report, evaluate_agent, held_out_metrics, select_tasks
+from metarl.lock import locked
 from metarl.plotting import score_matrix_image
 from metarl.policy import Policy, build_agent, resolve_device, restore
-from metarl.run_directory import checkpoint_to_resume, flatten, open_run_dir
-from metarl.sampling import adapt_and_collect, by_phase
+from metarl.random_state import random_state, set_random_state
+from metarl.run_directory import checkpoint_to_resume, clear_run_dir, differences, flatten, hash_of, write_config
+from metarl.sampling import BrokenRolloutsError, adapt_and_collect, by_phase
 from metarl.seeding import Purpose, children, seeds
 from metarl.stages import load_methods, max_envs, num_workers, stage_distributions, task_manager
 from metarl.tracking import Tracker, read_metrics
 from metarl.transfer import stage_starts, start_from
 from metarl.types import Rollout, StabilityMethod, TaskDistribution
+
+MOST_SKIPPED = 3
+"""So many iterations in a row may come to nothing, since their numbers are not finite; then a run stops."""
+
+_LOG = logging.getLogger(__name__)
 
 Progress = Callable[[Position, Mapping[str, float]], None]
 """Told of every iteration and every evaluation, with the metrics that were tracked."""
@@ -80,12 +91,15 @@ def train(
     run_dir: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    allow_config_change: bool = False,
     max_iterations: int | None = None,
     max_minutes: float | None = None,
     should_stop: Callable[[], bool] = _never,
     progress: Progress = _silent,
 ) -> Run:
     """Train an agent.
+
+    A run that is stopped, by whatever, is gone on with exactly as if it had not been, but for what the clock says.
 
     Args:
         config: a config, its settings as a mapping, a YAML file, or the name of an embedded config.
@@ -94,6 +108,8 @@ def train(
         run_dir: where results go; `runs/<name of the config>` if None.
         resume: go on with the run in `run_dir`.
         overwrite: throw away the run in `run_dir`.
+        allow_config_change: go on with a run though its settings differ from `config`; its earlier ones are kept in
+            `config.before_<iteration>.yaml`.
         max_iterations: stop after this many iterations, counted from the first of the run.
         max_minutes: stop at the first iteration that ends later than this.
         should_stop: asked before each iteration; True saves and ends the run.
@@ -104,48 +120,27 @@ def train(
 
     Raises:
         UserError: the config, the device, the run directory or one that a stage starts from cannot be used.
+        RunError: numbers are not finite any more, or the disk cannot be written; the run stays at its last checkpoint.
     """
     name = Path(config).stem if isinstance(config, str | Path) else "run"
     config = as_config(config)
     device = resolve_device(config.device)
-    distributions = stage_distributions(config, distribution)
     run_dir = Path(run_dir) if run_dir is not None else Path("runs") / name
     limits = Limits(
         max_iterations if max_iterations is not None else float("inf"),
         time.monotonic() + 60.0 * max_minutes if max_minutes is not None else float("inf"),
         should_stop,
     )
-    spaces = [_spaces(distribution) for distribution in distributions]
-    if len(set(spaces)) > 1:
-        raise UserError(
-            f"all stages need the same observation and action space; they have {', '.join(map(str, spaces))}"
-        )
-    managers: Sequence[Manager] = [
-        task_manager(f"stages.{i}", *pair) for i, pair in enumerate(zip(config.stages, distributions, strict=True))
-    ]
-    if config.control == "joint":
-        managers = [JointManager(list(managers))] * len(managers)
-    if methods is None:
-        methods = [stability.build(method, run_dir) for method in config.stability]
-    checkpoint = checkpoint_to_resume(run_dir, config) if resume else None
-    if checkpoint:
-        if checkpoint.spaces != spaces[0]:
-            raise UserError(f"{run_dir} was trained for {checkpoint.spaces}; its tasks now have {spaces[0]}")
-        policy, position = restore(config, checkpoint, device), checkpoint.position
-        load_methods(methods, checkpoint)
-        starts = stage_starts(policy, position, run_dir)
-    else:
-        agent = build_agent(config, spaces[0], device)
-        policy, position = Policy(config, agent, spaces[0], 0, agent.initial_state(1)), Position()
-        starts = stage_starts(policy, position, run_dir)  # before an old run is thrown away
-        open_run_dir(run_dir, config, overwrite=overwrite)
-    if config.control == "scratch":
-        new = build_agent(config, spaces[0], device).state_dict()
-        begun = [(position.stage, position.stage_iteration) > (stage, 0) for stage in range(len(spaces))]
-        starts = {
-            stage: {name: v.clone() for name, v in new.items()} for stage in range(len(spaces)) if not begun[stage]
-        }
-    return _Trainer(config, distributions, managers, starts, policy, methods, position, run_dir, limits, progress).run()
+    with locked(run_dir, resume=resume, overwrite=overwrite):
+        distributions = stage_distributions(config, distribution)
+        if methods is None:
+            methods = [stability.build(method, run_dir) for method in config.stability]
+        trainer = _Trainer(config, distributions, methods, device, run_dir, limits, progress)
+        if resume:
+            trainer.resume(allow_config_change)
+        else:
+            trainer.begin()
+        return trainer.run()
 
 
 def _spaces(distribution: TaskDistribution) -> Spaces:
@@ -161,30 +156,86 @@ class _Trainer:
         self,
         config: RunConfig,
         distributions: Sequence[TaskDistribution],
-        managers: Sequence[Manager],
-        starts: Mapping[int, Mapping[str, Tensor]],
-        policy: Policy,
         methods: Sequence[StabilityMethod],
-        position: Position,
+        device: torch.device,
         run_dir: Path,
         limits: Limits,
         progress: Progress,
     ) -> None:
-        self.config, self.distributions, self.run_dir = config, distributions, run_dir
-        self.managers, self.starts, self.methods = managers, starts, methods
-        self.agent, self.spaces, self.position = policy.agent, policy.spaces, position
-        self.limits, self.progress = limits, progress
+        self.config, self.distributions, self.methods, self.run_dir = config, distributions, methods, run_dir
+        self.device, self.limits, self.progress = device, limits, progress
+        self.position = Position()
         self.report: Report | None = None
+        self.score: float | None = None  # of the evaluation in this iteration, if there was one
+        self.random_state: Mapping[str, Tensor] | None = None
+        self.logs: Mapping[str, int] | None = None
+        self.managers: Sequence[Manager] = [
+            task_manager(f"stages.{i}", *pair) for i, pair in enumerate(zip(config.stages, distributions, strict=True))
+        ]
+        if config.control == "joint":
+            self.managers = [JointManager(list(self.managers))] * len(self.managers)
+        different = [_spaces(distribution) for distribution in distributions]
+        if len(set(different)) > 1:
+            told = ", ".join(map(str, different))
+            raise UserError(f"all stages need the same observation and action space; they have {told}")
+        self.spaces = different[0]
+
+    def begin(self) -> None:
+        """Start with a new agent, in the place of a run that the directory may hold."""
+        self.agent = build_agent(self.config, self.spaces, self.device)
+        self._find_starts()  # before an old run is thrown away
+        self.config_text, self.config_is_new = dump_config(self.config), True
+        clear_run_dir(self.run_dir)
+
+    def resume(self, allow_config_change: bool) -> None:
+        """Start with what the run's last checkpoint holds."""
+        run_dir = self.run_dir
+        checkpoint, self.position = checkpoint_to_resume(run_dir, self.config, allow_config_change=allow_config_change)
+        if checkpoint.spaces != self.spaces:
+            raise UserError(f"{run_dir} was trained for {checkpoint.spaces}; its tasks now have {self.spaces}")
+        self.agent = restore(self.config, checkpoint, self.device).agent
+        load_methods(self.methods, checkpoint)
+        manifest = checkpoint.manifest
+        self.logs, self.score, self.random_state = manifest.logs, manifest.score, checkpoint.load("random")
+        self._find_starts()
+        path = run_dir / "config.yaml"
+        self.config_is_new = bool(differences(load_config(path), self.config)) or manifest.config_sha256 != hash_of(
+            path.read_bytes()
+        )
+        self.config_text = dump_config(self.config) if self.config_is_new else path.read_text(encoding="utf-8")
+
+    def _find_starts(self) -> None:
+        """Find what stages that are still to begin take over from other runs, or from a new agent."""
+        config, position = self.config, self.position
+        self.starts = stage_starts(self._policy(), position, self.run_dir)
+        if config.control == "scratch":
+            new = build_agent(config, self.spaces, self.device).state_dict()
+            begun = [(position.stage, position.stage_iteration) > (stage, 0) for stage in range(len(config.stages))]
+            self.starts = {
+                stage: {name: value.clone() for name, value in new.items()}
+                for stage in range(len(config.stages))
+                if not begun[stage]
+            }
+
+    def _policy(self) -> Policy:
+        return Policy(self.config, self.agent, self.spaces, self.position.env_steps, self.agent.initial_state(1))
 
     def run(self) -> Run:
         config, stages = self.config, self.config.stages
-        with Tracker(self.run_dir, dump_config(config), flatten(config.model_dump()), self.position) as self.tracker:
+        flat = flatten(config.model_dump())
+        config_text = self.config_text if self.config_is_new else None
+        with Tracker(self.run_dir, config_text, flat, self.position, self.logs) as self.tracker:
             self.account = Account(stages, read_metrics(self.run_dir)) if len(stages) > 1 else None
             most = [max_envs(config, stage) for stage in range(len(stages))]
             sources = [Together(self.distributions)] * len(most) if config.control == "joint" else self.distributions
             self.envs = make_stage_envs(sources, most, num_workers(config), config.worker_timeout)
             try:
-                if self.account is not None and not self.position.iteration and not self.limits.reached(self.position):
+                if self.config_is_new:
+                    self._save()
+                    write_config(self.run_dir, self.config_text, self.position)  # last: it makes a run of it
+                if self.random_state:
+                    set_random_state(self.random_state)
+                if self.account is not None and self.account.empty and not self.limits.reached(self.position):
                     self._evaluate(0)
                 for stage in range(self.position.stage, len(stages)):
                     if not self._run_stage(stage):
@@ -192,13 +243,11 @@ class _Trainer:
             finally:
                 for envs in self.envs:
                     envs.close()
-        policy = Policy(config, self.agent, self.spaces, self.position.env_steps, self.agent.initial_state(1))
-        return Run(self.run_dir, policy, self.report, finished=self.position.stage == len(stages))
+        return Run(self.run_dir, self._policy(), self.report, finished=self.position.stage == len(stages))
 
     def _run_stage(self, stage: int) -> bool:
         """Train to the end of a stage; returns whether it was reached."""
         config, iterations = self.config, self.config.stages[stage].iterations
-        every = config.evaluation.every_iterations
         if stage in self.starts:
             start_from(self.agent, self.starts[stage])
         for number in range(self.position.stage_iteration, iterations):
@@ -208,9 +257,13 @@ class _Trainer:
             self._iterate(stage, number)
             if number + 1 == iterations:
                 break  # the end of the stage saves and evaluates in any case
-            if every and (number + 1) % every == 0:
+            evaluated = (
+                bool(config.evaluation.every_iterations) and (number + 1) % config.evaluation.every_iterations == 0
+            )
+            if evaluated:
                 self._evaluate(stage)
-            if (number + 1) % config.checkpoint_every_iterations == 0:
+            due = (number + 1) % config.checkpoint_every_iterations == 0
+            if (due or (evaluated and config.keep_best_checkpoints)) and not self.position.skipped:
                 self._save()
         self._save()
         in_use = self._consolidate(stage) if self.account is not None else {}
@@ -220,46 +273,81 @@ class _Trainer:
         return True
 
     def _iterate(self, stage: int, number: int) -> None:
-        """One iteration: sample tasks, collect and adapt, update."""
+        """One iteration: sample tasks, collect and adapt, update. Numbers that are not finite undo it."""
         config, manager, began = self.config, self.managers[stage], time.perf_counter()
+        restarts, before = self._restarts(), {name: value.clone() for name, value in self.agent.state_dict().items()}
         rng = np.random.default_rng(seeds(config.seed, Purpose.TASKS, stage, number))
-        rollouts = self._collect(stage, number, rng, seeds(config.seed, Purpose.ROLLOUTS, stage, number))
+        root = seeds(config.seed, Purpose.ROLLOUTS, stage, number)
+        rollouts, error = self._try_to_collect(stage, number, rng, root)
         collected = time.perf_counter()
-        metrics = rollout_metrics(rollouts) | self._update(stage, number, rollouts)
+        metrics = {"train/dropped_episodes": float(sum(_dropped(rollout) for rollout in rollouts))}
+        if error is None:
+            try:
+                metrics |= rollout_metrics(rollouts) | self._update(stage, number, rollouts)
+            except FloatingPointError as found:
+                error = found
+                self.agent.load_state_dict(before)
+        metrics["train/skipped_updates"] = float(error is not None)
         if config.stages[stage].curriculum.iterations:
             metrics["train/task_fraction"] = manager.fraction(number)
-        ended = time.perf_counter()
-        env_steps = sum(rollout.env_steps for rollout in rollouts)
+        ended, env_steps = time.perf_counter(), _env_steps(rollouts)
         metrics["time/env_steps_per_second"] = env_steps / (ended - began)
         metrics["time/update_fraction"] = (ended - collected) / (ended - began)
         metrics["time/iteration_seconds"] = ended - began
-        self.position = Position(stage, number + 1, self.position.iteration + 1, self.position.env_steps + env_steps)
+        metrics["time/worker_restarts"] = float(self._restarts() - restarts)
+        steps, skipped = self.position.env_steps + env_steps, 0 if error is None else self.position.skipped + 1
+        self.position = Position(stage, number + 1, self.position.iteration + 1, steps, skipped)
+        self.score = None
         self._track(metrics)
+        if error is not None:
+            _LOG.warning("metarl: iteration %d was undone: %s", self.position.iteration, error)
+            if skipped >= MOST_SKIPPED:
+                self._give_up(error, rollouts)
 
-    def _collect(
+    def _restarts(self) -> int:
+        return sum(getattr(envs, "restarts", 0) for envs in set(self.envs))
+
+    def _give_up(self, error: FloatingPointError, rollouts: Sequence[Rollout]) -> NoReturn:
+        """Stop, with the run as it was at its last checkpoint."""
+        path = write_statistics(self.run_dir, self.position, error, self.agent, rollouts)
+        raise RunError(
+            f"stopped at iteration {self.position.iteration}: {error}; so it was {MOST_SKIPPED} times in a row. "
+            f"{path} has the statistics of the batch. The run is kept as of its last checkpoint: go on with --resume "
+            "--allow-config-change and smaller steps"
+        ) from error
+
+    def _try_to_collect(
         self, stage: int, number: int, rng: np.random.Generator, root: np.random.SeedSequence
-    ) -> list[Rollout]:
-        """Sample the tasks of an iteration; collect and adapt."""
+    ) -> tuple[Sequence[Rollout], FloatingPointError | None]:
+        """Sample the tasks of an iteration; collect and adapt. If too many episodes broke, what there is, and why."""
         tasks = self.managers[stage].sample(self.config.num_tasks, rng, number)
-        return adapt_and_collect(
-            self.envs[stage],
-            self.agent,
-            tasks,
-            self.config.rollouts_per_task,
-            children(root, len(tasks)),
-            self.agent.training_adaptation_steps,
-        )
+        try:
+            return adapt_and_collect(
+                self.envs[stage],
+                self.agent,
+                tasks,
+                self.config.rollouts_per_task,
+                children(root, len(tasks)),
+                self.agent.training_adaptation_steps,
+            ), None
+        except BrokenRolloutsError as error:
+            return [error.rollout], error
+        except FloatingPointError as error:
+            return [], error
 
     def _update(self, stage: int, number: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        """The outer step, under guard."""
-        if not self.methods:
-            return self.agent.update(rollouts)
+        """The outer step, under guard; raises FloatingPointError if it leads to numbers that are not finite."""
         before = {name: value.detach().clone() for name, value in self.agent.parameters().items()}
         asked, observing = (
             np.random.default_rng(seeds(self.config.seed, Purpose.STABILITY, stage, number, use)) for use in (0, 1)
         )
-        guard = stability.Guarding(self.methods, self.agent, asked)
-        metrics = self.agent.update(rollouts, guard) | guard.metrics()
+        guard = stability.Guarding(self.methods, self.agent, asked) if self.methods else None
+        metrics = self.agent.update(rollouts, guard) | (guard.metrics() if guard is not None else {})
+        broken = not_finite(self.agent.state_dict())
+        if broken:
+            raise FloatingPointError(
+                f"the update made {', '.join(broken)} NaN or infinite; lower the agent's step size"
+            )
         for method, rng in zip(self.methods, observing.spawn(len(self.methods)), strict=True):
             method.observe(self.agent, rollouts, before, rng)
         return metrics
@@ -267,24 +355,35 @@ class _Trainer:
     def _consolidate(self, stage: int) -> dict[str, float]:
         """Collect fresh rollouts at the end of a stage, for the methods and to see how much of the network is in use.
 
-        They count as environment steps, with or without methods.
+        They count as environment steps, with or without methods. If numbers are not finite, others are collected.
         """
-        tasks, rollouts_root, use = (seeds(self.config.seed, Purpose.CONSOLIDATION, stage, part) for part in range(3))
-        number = self.config.stages[stage].iterations
-        rollouts = self._collect(stage, number, np.random.default_rng(tasks), rollouts_root)
-        if stage + 1 < len(self.config.stages):
+        iterations, others_follow = self.config.stages[stage].iterations, stage + 1 < len(self.config.stages)
+        left = dict(enumerate(self.methods)) if others_follow else {}
+        for attempt in range(MOST_SKIPPED):
+            tasks, root, use = (
+                seeds(self.config.seed, Purpose.CONSOLIDATION, stage, 3 * attempt + part) for part in range(3)
+            )
+            rollouts, error = self._try_to_collect(stage, iterations, np.random.default_rng(tasks), root)
+            self.position = replace(self.position, env_steps=self.position.env_steps + _env_steps(rollouts))
             rngs = np.random.default_rng(use).spawn(len(self.methods))
-            for method, rng in zip(self.methods, rngs, strict=True):
-                method.end_stage(self.agent, rollouts, rng)
-        env_steps = self.position.env_steps + sum(rollout.env_steps for rollout in rollouts)
-        self.position = replace(self.position, env_steps=env_steps)
-        return plasticity(self.agent, rollouts)
+            for place, method in list(left.items()) if error is None else []:
+                try:
+                    method.end_stage(self.agent, rollouts, rngs[place])
+                    del left[place]
+                except FloatingPointError as found:
+                    error = found
+            if error is None:
+                return plasticity(self.agent, rollouts)
+            _LOG.warning("metarl: the end of stage %d came to nothing: %s", stage, error)
+            last = error
+        self._give_up(last, rollouts)
 
     def _evaluate(self, stage: int, metrics: Mapping[str, float] | None = None, finished: bool = False) -> None:
         """Evaluate on held-out tasks: of this stage, or of all if there are several."""
         began = time.perf_counter()
         reports = self._reports() if self.account is not None else [self._report(stage)]
         self.report = reports[stage if self.account is not None else 0]
+        self.score = _score(reports[: stage + 1])
         found = {**(metrics or {}), **held_out_metrics(self.report)}
         if self.account is not None:
             place = {"iteration": self.position.iteration, "stage": stage, "env_steps": self.position.env_steps}
@@ -326,13 +425,29 @@ class _Trainer:
         self.progress(self.position, metrics)
 
     def _save(self) -> None:
-        save(
-            self.run_dir / "checkpoints",
-            {"agent": self.agent.state_dict(), "stability": stability.state_dict(self.methods)},
-            self.position,
-            self.spaces,
-            self.config.keep_checkpoints,
-        )
+        states = {
+            "agent": self.agent.state_dict(),
+            "stability": stability.state_dict(self.methods),
+            "random": random_state(),
+        }
+        checkpoints = self.run_dir / "checkpoints"
+        try:
+            save(
+                checkpoints,
+                states,
+                self.position,
+                self.spaces,
+                self.config.keep_checkpoints,
+                keep_best=self.config.keep_best_checkpoints,
+                score=self.score,
+                config_sha256=hash_of(self.config_text.encode()),
+                logs=self.tracker.sync(),
+            )
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"cannot save to {checkpoints}: {error}; earlier checkpoints are as they were: make room and go on "
+                "with --resume"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -348,6 +463,21 @@ class Limits:
         return position.iteration >= self.iteration or time.monotonic() >= self.deadline or self.asked()
 
 
+def _env_steps(rollouts: Sequence[Rollout]) -> int:
+    return sum(rollout.env_steps for rollout in rollouts)
+
+
+def _dropped(rollout: Rollout) -> int:
+    return int(rollout.episode_returns().isnan().sum())
+
+
+def _score(reports: Sequence[Report]) -> float:
+    """Return by what checkpoints are compared: success after adaptation, or return without it; of stages their mean."""
+    kinds = ("success_post", "return_post")
+    kind = next(kind for kind in kinds if all(kind in report["aggregate"] for report in reports))
+    return float(np.mean([report["aggregate"][kind]["mean"] for report in reports]))
+
+
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Return the scalars of an iteration's K + 1 rollouts: means over all tasks, dropped rollouts left out."""
     measures = Rollout.episode_returns, Rollout.episode_success
@@ -355,7 +485,6 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     metrics = {"meta_train/return_pre": returns[0], "meta_train/return_post": returns[-1]}
     metrics |= {"meta_train/success_pre": success[0], "meta_train/success_post": success[-1]}
     metrics |= {f"adaptation/return_after_{k}": value for k, value in enumerate(returns)}
-    metrics["train/dropped_episodes"] = float(sum(rollout.episode_returns().isnan().sum() for rollout in rollouts))
     return metrics
 
 

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from metarl.config import RunConfig
     from metarl.continual import Evaluation
 
-_NOT_THE_METHOD = {"seed", "device", "num_workers", "checkpoint_every_iterations", "keep_checkpoints"}
+_NOT_THE_METHOD = {
+    "seed",
+    "device",
+    "num_workers",
+    "checkpoint_every_iterations",
+    "keep_checkpoints",
+    "keep_best_checkpoints",
+    "worker_timeout",
+}
 """Settings in which runs of one method may differ."""
 
 

@@ -13,11 +13,13 @@ from typing import Annotated, Any
 
 from metarl.cli.arguments import Parser
 from metarl.errors import UserError
+from metarl.lock import locked
 
 RUN_OPTIONS = """options of the run:
   --run-dir DIR         where results go (default: runs/<name of the config>)
   --resume              go on with the run in the run directory
   --overwrite           throw away the run in the run directory
+  --allow-config-change go on though settings differ from those that the run was trained with so far
   --max-iterations N    stop after N iterations, counted from the first of the run
   --max-minutes X       stop at the first iteration that ends after X minutes
   --debug               show tracebacks
@@ -34,6 +36,7 @@ def train(arguments: list[str]) -> int:
     parser.add_argument("--run-dir")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--allow-config-change", action="store_true")
     parser.add_argument("--max-iterations", type=int)
     parser.add_argument("--max-minutes", type=float)
     parser.add_argument("-h", "--help", action="store_true")
@@ -45,12 +48,16 @@ def train(arguments: list[str]) -> int:
         raise UserError("name a config: a YAML file or one of `metarl list configs`, e.g. metarl train quickstart")
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other: go on with the run, or throw it away")
+    if options.allow_config_change and not options.resume:
+        raise UserError("--allow-config-change goes with --resume; a new run takes any settings")
     for name in ("max_iterations", "max_minutes"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
     config = load_config(config_name, flags)
     run_dir = Path(options.run_dir) if options.run_dir else Path("runs") / find_config(config_name).stem
+    with locked(run_dir, resume=options.resume, overwrite=options.overwrite):
+        pass  # it could be had: what speaks against it is told at once, before torch is imported
     return _run_training(config, run_dir, options)
 
 
@@ -81,6 +88,7 @@ def _run_training(config: Any, run_dir: Path, options: argparse.Namespace) -> in
                 run_dir=run_dir,
                 resume=options.resume,
                 overwrite=options.overwrite,
+                allow_config_change=options.allow_config_change,
                 max_iterations=options.max_iterations,
                 max_minutes=options.max_minutes,
                 should_stop=lambda: bool(received),

@@ -336,7 +336,7 @@ def test_a_run_without_a_valid_checkpoint_is_refused_with_reasons(mistake, two_c
     for path in checkpoints.glob("*/agent.safetensors"):
         path.write_bytes(b"")
     for refused in (mistake("inspect", checkpoints.parent), mistake(*arguments, "--resume")):
-        assert "000001" in refused and "000002" in refused and "hash" in refused
+        assert "000001" in refused and "000002" in refused and "0 bytes" in refused
 
 
 def test_inspect_shows_what_a_run_holds(command, trained):
