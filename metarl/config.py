@@ -130,6 +130,19 @@ class EvaluationConfig(BaseModel):
     )
 
 
+NO_EFFECT = frozenset(
+    {
+        "device",
+        "num_workers",
+        "worker_timeout",
+        "checkpoint_every_iterations",
+        "keep_checkpoints",
+        "keep_best_checkpoints",
+    }
+)
+"""Settings that no result depends on: a run may go on elsewhere, with others."""
+
+
 class RunConfig(BaseModel):
     """A run of metarl."""
 

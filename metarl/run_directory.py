@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, load_latest
-from metarl.config import RunConfig, load_config
+from metarl.config import NO_EFFECT, RunConfig, load_config
 from metarl.divergence import DIVERGED
 from metarl.errors import UserError
 from metarl.files import replace_file
@@ -86,12 +86,8 @@ def hash_of(config: bytes) -> str:
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that results depend on, flat: a run may go on elsewhere with other workers."""
-    return flatten(
-        config.model_dump(
-            exclude={"device", "num_workers", "keep_checkpoints", "keep_best_checkpoints", "worker_timeout"}
-        )
-    )
+    """Return the settings that results depend on, flat."""
+    return flatten(config.model_dump(exclude=set(NO_EFFECT)))
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     from metarl.comparison_plots import MethodCurve, Panel
     from metarl.config import RunConfig
     from metarl.continual import Evaluation
-
-_NOT_THE_METHOD = {
-    "seed",
-    "device",
-    "num_workers",
-    "checkpoint_every_iterations",
-    "keep_checkpoints",
-    "keep_best_checkpoints",
-    "worker_timeout",
-}
 """Settings in which runs of one method may differ."""
 
 
@@ -238,7 +228,9 @@ def _methods(runs: Sequence[_Run]) -> dict[str, list[_Run]]:
 
     Runs whose configs differ in nothing but the seed, or in what has no effect on results, are of one method.
     """
-    groups = _grouped(runs, lambda run: run.config.model_dump_json(exclude=_NOT_THE_METHOD))
+    from metarl.config import NO_EFFECT
+
+    groups = _grouped(runs, lambda run: run.config.model_dump_json(exclude={"seed", *NO_EFFECT}))
     methods = [_method(seeds[0].config) for seeds in groups]
     names = methods
     for parts in (1, 2):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from metarl import checkpoint
-from metarl.checkpoint import CorruptCheckpointError, Position, Spaces, load, load_latest, save
+from metarl.checkpoint import CorruptCheckpointError, Position, Spaces, load, load_best, load_latest, save
 
 SPACES = Spaces(3, (-1.0, -0.5), (1.0, 2.0))
 
@@ -247,3 +247,45 @@ def test_the_manifest_records_versions_and_position(tmp_path):
     assert manifest["format"] == checkpoint.FORMAT
     assert manifest["versions"]["torch"] and manifest["versions"]["metarl"]
     assert manifest["position"] == asdict(Position(0, 1, 1, 100))
+
+
+# Which ones stay
+
+
+def scored(folder, *scores, keep=1, keep_best=1):
+    for i, score in enumerate(scores, 1):
+        save(folder, both(i), Position(iteration=i), SPACES, keep, keep_best=keep_best, score=score)
+    return sorted(int(path.name) for path in folder.iterdir())
+
+
+def test_the_best_stays_beside_the_newest(tmp_path):
+    assert scored(tmp_path, 0.1, 0.9, None, 0.5) == [2, 4]
+    assert load_best(tmp_path).position.iteration == 2
+    assert load_latest(tmp_path).position.iteration == 4
+
+
+@pytest.mark.parametrize(
+    ("scores", "keep_best", "kept"),
+    [
+        ((0.5, 0.5, 0.5, 0.1), 1, [3, 4]),  # of equal ones the newest
+        ((0.2, 0.9, 0.5, 0.1), 2, [2, 3, 4]),
+        ((0.9, 0.1, 0.5, 0.3), 0, [4]),
+        ((None, None, None), 3, [3]),
+        ((-3.0, -1.0, -2.0), 1, [2, 3]),
+    ],
+)
+def test_how_many_of_the_best_stay(tmp_path, scores, keep_best, kept):
+    assert scored(tmp_path, *scores, keep_best=keep_best) == kept
+
+
+def test_the_best_that_is_damaged_gives_way_to_the_next(tmp_path, caplog):
+    scored(tmp_path, 0.9, 0.5, 0.1, keep=3)
+    flip(tmp_path / "000001" / "agent.safetensors", -1)
+    assert load_best(tmp_path).position.iteration == 2
+    assert "000001" in caplog.text
+
+
+def test_without_an_evaluation_there_is_no_best(tmp_path):
+    saved(tmp_path, 1)
+    with pytest.raises(CorruptCheckpointError, match="no checkpoint in"):
+        load_best(tmp_path)
