@@ -282,8 +282,9 @@ class _Trainer:
         collected = time.perf_counter()
         metrics = {"train/dropped_episodes": float(sum(_dropped(rollout) for rollout in rollouts))}
         if error is None:
+            metrics |= rollout_metrics(rollouts)
             try:
-                metrics |= rollout_metrics(rollouts) | self._update(stage, number, rollouts)
+                metrics |= self._update(stage, number, rollouts)
             except FloatingPointError as found:
                 error = found
                 self.agent.load_state_dict(before)
