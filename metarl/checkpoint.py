@@ -274,6 +274,8 @@ def load_latest(folder: Path) -> Checkpoint:
 def load_best(folder: Path) -> Checkpoint:
     """Load the checkpoint with the highest score, as `load_latest` does; without scores there is none."""
     scores = {path: score for path in _newest_first(folder) if (score := _score(path)) is not None}
+    if not scores:
+        raise CorruptCheckpointError(f"no checkpoint in {folder} was made at an evaluation")
     return _first_sound(sorted(scores, key=lambda path: scores[path], reverse=True), folder)
 
 
@@ -289,6 +291,15 @@ def _first_sound(paths: list[Path], folder: Path) -> Checkpoint:
                 _LOG.warning("metarl: rejected a checkpoint, %s is used: %s", path.name, reason)
             return checkpoint
     raise CorruptCheckpointError("; ".join(rejected) or f"no checkpoint in {folder}")
+
+
+def load_iteration(folder: Path, iteration: int) -> Checkpoint:
+    """Load the checkpoint of an iteration; raises CorruptCheckpointError, also if there is none."""
+    paths = {int(_number(path)): path for path in _newest_first(folder)}
+    if iteration not in paths:
+        there = ", ".join(map(str, sorted(paths))) or "none"
+        raise CorruptCheckpointError(f"{folder} has no checkpoint of iteration {iteration}; there are: {there}")
+    return load(paths[iteration])
 
 
 def load(path: Path) -> Checkpoint:

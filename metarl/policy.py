@@ -21,7 +21,15 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from metarl import agents
-from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, Spaces, load_latest
+from metarl.checkpoint import (
+    Checkpoint,
+    CorruptCheckpointError,
+    Position,
+    Spaces,
+    load_best,
+    load_iteration,
+    load_latest,
+)
 from metarl.checkpoint import save as save_checkpoint
 from metarl.config import RunConfig, dump_config, load_config
 from metarl.errors import UserError
@@ -324,12 +332,15 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load(run_dir: str | Path, device: str = "cpu") -> Policy:
+def load(run_dir: str | Path, device: str = "cpu", checkpoint: str | int = "latest") -> Policy:
     """Load the agent of a run, before adaptation; or a policy that was saved, adapted as it was.
 
     Args:
         run_dir: what `metarl train` or `Policy.save` wrote.
         device: where adapting is computed: `cpu`, `cuda`, or `auto`.
+        checkpoint: `latest`; `best` by the evaluations during training, which is too well spoken of by those same
+            tasks; or the number of an iteration. One that is damaged gives way to the next, with a warning, but for an
+            iteration that was asked for.
 
     Raises:
         UserError: no such device; no run there, or nothing in it can be loaded; the message names what was rejected,
@@ -339,11 +350,19 @@ def load(run_dir: str | Path, device: str = "cpu") -> Policy:
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} holds no run: there is no config.yaml; train one with `metarl train CONFIG`")
     config = load_config(run_dir / "config.yaml")
+    folder = run_dir / "checkpoints"
     try:
-        checkpoint = load_latest(run_dir / "checkpoints")
+        if isinstance(checkpoint, int):
+            found = load_iteration(folder, checkpoint)
+        elif checkpoint in ("latest", "best"):
+            found = load_best(folder) if checkpoint == "best" else load_latest(folder)
+        else:
+            raise UserError(f"checkpoint is {checkpoint!r}; expected latest, best or the number of an iteration")
     except CorruptCheckpointError as error:
         raise UserError(f"cannot load {run_dir}: {error}") from error
-    return restore(config, checkpoint, resolve_device(device))
+    if found.manifest.config_sha256 != hashlib.sha256((run_dir / "config.yaml").read_bytes()).hexdigest():
+        _LOG.warning("metarl: %s is not what %s was trained with", run_dir / "config.yaml", found.path.name)
+    return restore(config, found, resolve_device(device))
 
 
 def restore(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> Policy:

@@ -16,6 +16,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Let a verb be told which checkpoint of a run it takes."""
+    told = "latest, best (by the evaluations during training) or the number of an iteration (latest)"
+    parser.add_argument("--checkpoint", metavar="WHICH", type=_which_checkpoint, default="latest", help=told)
+
+
+def _which_checkpoint(text: str) -> str | int:
+    if text in ("latest", "best") or text.isdigit():
+        return text if text in ("latest", "best") else int(text)
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected latest, best or the number of an iteration")
+
+
 def positive(text: str) -> int:
     """Read a whole number of at least 1."""
     return _at_least(1, text)

@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from metarl.cli.arguments import Parser, not_negative, positive
+from metarl.cli.arguments import Parser, add_checkpoint, not_negative, positive
 from metarl.errors import UserError
+from metarl.files import replace_file
 
 
 def evaluate(arguments: list[str]) -> int:
     """Evaluate a run on held-out tasks."""
     parser = Parser("metarl evaluate", description="Adapt to held-out tasks as in training, beside an untrained agent.")
     parser.add_argument("run_dir", help="what `metarl train` wrote")
+    add_checkpoint(parser)
     parser.add_argument("--split", choices=("test", "train"), default="test", help="tasks to evaluate on (test)")
     parser.add_argument("--tasks", metavar="NAME", help="another benchmark or task than the run was trained on")
     parser.add_argument("--stage", metavar="NAME", help="the tasks of another stage of the run, by its name (the last)")
@@ -59,12 +61,12 @@ def _evaluate_run(options: argparse.Namespace) -> int:
     from metarl.seeding import Purpose, seeds
     from metarl.stages import num_workers
 
-    policy = load(options.run_dir, device=options.device)
+    policy = load(options.run_dir, options.device, options.checkpoint)
     distribution = distribution_of(policy.config, options.tasks, options.stage)
     tasks = distribution.test_tasks if options.split == "test" else distribution.train_tasks
     if options.num_tasks:
         tasks = select_tasks(tasks, options.num_tasks, np.random.default_rng(seeds(0, Purpose.EVALUATION_TASKS)))
-    parts = options.stage, options.tasks, options.split, options.ablate and f"without_{options.ablate}"
+    parts = _which(options), options.stage, options.tasks, options.split, options.ablate and f"without_{options.ablate}"
     name = "_".join(filter(None, parts)).replace("/", "-").replace(" ", "-")
     console = Console()
     with _report_at(options, name) as path:
@@ -80,7 +82,7 @@ def _evaluate_run(options: argparse.Namespace) -> int:
             )
         for table in report_tables(report):
             console.print(table)
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        replace_file(path, (json.dumps(report, indent=2) + "\n").encode())
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
     return 0
 
@@ -93,11 +95,11 @@ def _evaluate_officially(options: argparse.Namespace) -> int:
     from metarl.official import official_report
     from metarl.policy import load
 
-    policy = load(options.run_dir, device=options.device)
+    policy = load(options.run_dir, options.device, options.checkpoint)
     tasks: Any = getattr(distribution_of(policy.config, options.tasks, options.stage), "config", None)
     if getattr(tasks, "family", None) != "metaworld":
         raise UserError("--official is for tasks of Meta-World; name some with --tasks, e.g. --tasks reach-v3")
-    name = "_".join(filter(None, ("official", options.stage, options.tasks, options.split)))
+    name = "_".join(filter(None, (_which(options), "official", options.stage, options.tasks, options.split)))
     given = {key: getattr(options, key) for key in ("num_evals", "adaptation_episodes", "seed")}
     console = Console()
     with _report_at(options, name) as path:
@@ -112,9 +114,14 @@ def _evaluate_officially(options: argparse.Namespace) -> int:
                 **{key: value for key, value in given.items() if value is not None},
             )
         console.print(official_table(report))
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        replace_file(path, (json.dumps(report, indent=2) + "\n").encode())
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _which(options: argparse.Namespace) -> str:
+    """Return the checkpoint's part of a report's name, empty for the latest."""
+    return "" if options.checkpoint == "latest" else f"checkpoint_{options.checkpoint}"
 
 
 @contextmanager

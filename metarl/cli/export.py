@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from metarl.cli.arguments import Parser, not_negative, positive
+from metarl.cli.arguments import Parser, add_checkpoint, not_negative, positive
 from metarl.errors import UserError
 
 
@@ -17,6 +17,7 @@ def export(arguments: list[str]) -> int:
         "metarl.runtime.OnnxPolicy (numpy and onnxruntime) or another runtime. It is compared with torch first.",
     )
     parser.add_argument("run_dir", help="what `metarl train` wrote")
+    add_checkpoint(parser)
     parser.add_argument("file", type=Path, metavar="FILE.onnx", help="where the model goes; replaced if it is there")
     parser.add_argument(
         "--adapt-on", metavar="TASK", help="adapt to a task first, as in training, e.g. reach-v3 or reach-v3:7"
@@ -42,7 +43,7 @@ def _export(options: argparse.Namespace) -> int:
     from metarl.policy import load
     from metarl.tasks import task_of
 
-    policy, task = load(options.run_dir), None
+    policy, task = load(options.run_dir, checkpoint=options.checkpoint), None
     if options.adapt_on is not None:
         if policy.adapted:
             raise UserError(f"{options.run_dir} holds a policy that is adapted already; leave --adapt-on out")

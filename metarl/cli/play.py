@@ -7,7 +7,7 @@ import contextlib
 import math
 from pathlib import Path
 
-from metarl.cli.arguments import Parser, not_negative
+from metarl.cli.arguments import Parser, add_checkpoint, not_negative
 from metarl.errors import UserError
 
 
@@ -20,6 +20,7 @@ def play(arguments: list[str]) -> int:
         "memory, the first and the last episode of one trial are shown. Both begin from the same seed.",
     )
     parser.add_argument("run_dir", help="what `metarl train` wrote")
+    add_checkpoint(parser)
     parser.add_argument(
         "--task", metavar="TASK", help="which task, e.g. reach-v3 or reach-v3:7, of this run or another (its first one)"
     )
@@ -49,7 +50,7 @@ def play(arguments: list[str]) -> int:
     from metarl.policy import load
     from metarl.tasks import task_of
 
-    policy = load(options.run_dir)
+    policy = load(options.run_dir, checkpoint=options.checkpoint)
     if options.task is None and any(stage.tasks.family not in FAMILIES for stage in policy.config.stages):
         raise UserError("the run has custom tasks: play one from Python with metarl.play.play(metarl.load(…), env)")
     task = task_of(policy.config, options.task, options.split, options.stage)

@@ -287,5 +287,5 @@ def test_the_best_that_is_damaged_gives_way_to_the_next(tmp_path, caplog):
 
 def test_without_an_evaluation_there_is_no_best(tmp_path):
     saved(tmp_path, 1)
-    with pytest.raises(CorruptCheckpointError, match="no checkpoint in"):
+    with pytest.raises(CorruptCheckpointError, match="made at an evaluation"):
         load_best(tmp_path)
