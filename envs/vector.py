@@ -12,13 +12,14 @@ import ctypes
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import struct
 import sys
 import time
 import traceback
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -253,6 +254,7 @@ class _Worker:
 
     number: int
     connection: Connection
+    poll: Callable[[float], Any]  # waits for that many seconds; whether there is something to receive
     process: Any
     lost: str = ""  # how it came to its end, once that is known
 
@@ -263,6 +265,15 @@ class _Worker:
         self.process.join(timeout=5.0)
         self.connection.close()
         self.lost = f"environment worker {self.number} {cause or _how_it_ended(self.process.exitcode)}"
+
+
+def _poll_of(connection: Connection) -> Callable[[float], Any]:
+    """Return what does the same as `connection.poll`, which takes longer to prepare than most answers to come."""
+    if not hasattr(select, "poll"):
+        return connection.poll
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    return lambda seconds: poll.poll(1000.0 * seconds)
 
 
 def _how_it_ended(exit_code: int | None) -> str:
@@ -320,7 +331,8 @@ class WorkerEnvs:
             for name, (shape, dtype) in self._shapes.items()
         }
         self._buffers = _Buffers.view(self._memory, self._shapes)
-        self._distribution, self._timeout = distribution, worker_timeout
+        self._watch = _Watch(self._buffers.progress, worker_timeout)
+        self._distribution = distribution
         self._pool_size = -(-max(max_envs, POOL) // num_workers)
         self._requests = 0  # sent, and not yet answered by all
         self._workers = [self._start(number, num_workers) for number in range(num_workers)]
@@ -335,7 +347,7 @@ class WorkerEnvs:
         with _worker_environment(), _signals_held_back():
             process.start()
         theirs.close()
-        return _Worker(number, ours, process)
+        return _Worker(number, ours, _poll_of(ours), process)
 
     def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
         """See `BatchEnv.reset`."""
@@ -385,9 +397,9 @@ class WorkerEnvs:
         failures, losses = [], []
         with self._closed_if_interrupted():
             self._requests -= 1
-            watch = _Watch(self._buffers.progress, self._timeout)
+            self._watch.begin()
             for worker in self._workers:
-                answer = _OK if worker.lost else self._answer(worker, watch)
+                answer = _OK if worker.lost else self._answer(worker)
                 if worker.lost:
                     losses.append(worker.lost)
                     if self._buffers.progress[worker.number] == 0 and (worker.process.exitcode or 0) > 0:
@@ -402,12 +414,12 @@ class WorkerEnvs:
         if losses:
             raise EpisodesLostError("; ".join(losses))
 
-    def _answer(self, worker: _Worker, watch: _Watch) -> bytes:
+    def _answer(self, worker: _Worker) -> bytes:
         """Receive the next answer of a worker; if none will come, the worker is `lost` then."""
         try:
-            while not worker.connection.poll(watch.slice_s):
-                if watch.hangs(worker.number):
-                    seconds = f"{watch.limit_s(worker.number):g} s (worker_timeout)"
+            while not worker.poll(self._watch.slice_s):
+                if self._watch.hangs(worker.number):
+                    seconds = f"{self._watch.limit_s(worker.number):g} s (worker_timeout)"
                     worker.end(f"made no progress for {seconds} and was killed")
                     return _OK
             return worker.connection.recv_bytes()
@@ -435,7 +447,7 @@ class WorkerEnvs:
 
 
 class _Watch:
-    """Tells which workers have made no progress, in one wait for all of them.
+    """Tells which workers make no progress, in one wait for all of them.
 
     Time counts only as far as this process has waited, slice by slice: one that was stopped along with its workers
     (Ctrl-Z) goes on where it was.
@@ -448,6 +460,10 @@ class _Watch:
     def __init__(self, progress: NDArray[np.int64], timeout_s: float) -> None:
         self._progress, self._timeout_s = progress, timeout_s
         self.slice_s = min(0.5, timeout_s / 4)
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a wait."""
         self._waited_s = 0.0
         self._seen: dict[int, tuple[int, float]] = {}  # its progress, and how long the wait had been when it came
 
@@ -459,7 +475,7 @@ class _Watch:
         """Note that a slice of time has passed without an answer; returns whether that worker is hung."""
         self._waited_s += self.slice_s
         for each, progress in enumerate(self._progress.tolist()):
-            if self._seen.setdefault(each, (progress, 0.0))[0] != progress:
+            if self._seen.setdefault(each, (progress, self._waited_s))[0] != progress:
                 self._seen[each] = (progress, self._waited_s)
         return self._waited_s - self._seen[number][1] >= self.limit_s(number)
 
