@@ -1,4 +1,4 @@
-"""What tests of metarl share."""
+"""What tests of several folders share."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from metarl.cli import main
 
 @pytest.fixture
 def command(capsys):
-    """Run a command: exit status, stdout, stderr."""
+    """Run a command in this process: exit status, stdout, stderr."""
 
     def run(*arguments):
         with pytest.raises(SystemExit) as error:
