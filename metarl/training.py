@@ -14,9 +14,10 @@ for stage in stages:                                   # meta-RL is one stage
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -310,7 +311,8 @@ class _Trainer:
 
     def _give_up(self, error: FloatingPointError, rollouts: Sequence[Rollout]) -> NoReturn:
         """Stop, with the run as it was at its last checkpoint."""
-        path = write_statistics(self.run_dir, self.position, error, self.agent, rollouts)
+        with self._writing():
+            path = write_statistics(self.run_dir, self.position, error, self.agent, rollouts)
         raise RunError(
             f"stopped at iteration {self.position.iteration}: {error}; so it was {MOST_SKIPPED} times in a row. "
             f"{path} has the statistics of the batch. The run is kept as of its last checkpoint: go on with --resume "
@@ -390,7 +392,8 @@ class _Trainer:
             place = {"iteration": self.position.iteration, "stage": stage, "env_steps": self.position.env_steps}
             found |= self.account.add(place, reports, stage + finished)
             if finished:
-                continual = self.account.write(self.run_dir / "evaluation" / "continual.json", stage + 1)
+                with self._writing():
+                    continual = self.account.write(self.run_dir / "evaluation" / "continual.json", stage + 1)
                 self.report = {**self.report, "continual": continual}
                 for phase, name in (("post", "continual/score_matrix"), ("pre", "continual/score_matrix_pre")):
                     image = score_matrix_image(self.account.matrix(stage + 1, phase), self.account.names)
@@ -422,7 +425,8 @@ class _Trainer:
         )
 
     def _track(self, metrics: Mapping[str, float]) -> None:
-        self.tracker.write(self.position, metrics)
+        with self._writing():
+            self.tracker.write(self.position, metrics)
         self.progress(self.position, metrics)
 
     def _save(self) -> None:
@@ -431,10 +435,9 @@ class _Trainer:
             "stability": stability.state_dict(self.methods),
             "random": random_state(),
         }
-        checkpoints = self.run_dir / "checkpoints"
-        try:
+        with self._writing():
             save(
-                checkpoints,
+                self.run_dir / "checkpoints",
                 states,
                 self.position,
                 self.spaces,
@@ -444,10 +447,15 @@ class _Trainer:
                 config_sha256=hash_of(self.config_text.encode()),
                 logs=self.tracker.sync(),
             )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, SafetensorError) as error:
             raise RunError(
-                f"cannot save to {checkpoints}: {error}; earlier checkpoints are as they were: make room and go on "
-                "with --resume"
+                f"cannot write to {self.run_dir}: {error}; its checkpoints are as they were: make room and go on with "
+                "--resume"
             ) from error
 
 

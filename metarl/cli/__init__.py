@@ -20,7 +20,7 @@ from metarl.cli.play import play
 from metarl.cli.plot import plot
 from metarl.cli.show import doctor, inspect, list_names
 from metarl.cli.train import train
-from metarl.errors import UserError
+from metarl.errors import RunError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"metarl: {error}", file=sys.stderr)
         status = 2
+    except RunError as error:
+        if debug:
+            raise
+        print(f"metarl: {error}", file=sys.stderr)
+        status = 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1

@@ -229,7 +229,7 @@ def test_a_disk_that_cannot_be_written_ends_the_run_in_one_line(tmp_path, monkey
         return save(*args, **kwargs)
 
     monkeypatch.setattr(metarl.training, "save", full)
-    with pytest.raises(RunError, match=r"cannot save to .*No space left on device.*--resume") as error:
+    with pytest.raises(RunError, match=r"cannot write to .*No space left on device.*--resume") as error:
         train(settings, run_dir=tmp_path / "run")
     assert "\n" not in str(error.value)
     monkeypatch.undo()
