@@ -16,13 +16,15 @@ from metarl.agents.inner import Batch
 from metarl.agents.meta_objective import MetaObjective
 from metarl.errors import STRICT, named_by_default
 from metarl.objectives import likelihood_ratio_loss, ppo_clip_loss
-from metarl.optimizers import load_optimizer_state, optimizer_state
+from metarl.optimizers import clip_gradients, load_optimizer_state, optimizer_state
 from metarl.policies import Params
 
 LR_STEP = 1.1
 """By how much PPO's learning rate changes an iteration. As the policy's deviation shrinks, the same step in θ moves
 the adapted policy further: at a constant rate a single step comes to exceed max_kl, and the return falls again."""
 
+
+CURE = "lower agent.outer's step size or agent.inner_lr"
 
 NAMES = (
     "ppo, trpo or gradient (maml_ppo, maml_trpo and maml_vpg: their own); another one's settings are shown by "
@@ -112,17 +114,6 @@ def likelihood_ratio(log_probs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     return loss, torch.zeros_like(loss)
 
 
-def _clip_gradient(trained: Params, max_norm: float, metrics: Mapping[str, float]) -> float:
-    """Scale the gradient down to `max_norm`; returns its norm before. Raises FloatingPointError."""
-    norm = float(torch.nn.utils.clip_grad_norm_(trained.values(), max_norm))
-    if not math.isfinite(norm + metrics["loss"]):
-        raise FloatingPointError(
-            f"the meta-gradient is not finite (norm {norm}, loss {metrics['loss']}); lower agent.outer's step size or "
-            "agent.inner_lr"
-        )
-    return norm
-
-
 def _reset(trained: Params) -> None:
     for value in trained.values():
         value.grad = None
@@ -146,7 +137,7 @@ class Ppo:
             metrics |= objective.backward(self._surrogate, config.inner_kl_coef)
             if metrics["kl"] > config.max_kl:
                 break
-            metrics["grad_norm"] = _clip_gradient(self._trained, config.max_grad_norm, metrics)
+            metrics["grad_norm"] = clip_gradients(self._trained, config.max_grad_norm, metrics["loss"], CURE)
             self._optimizer.step()
             epochs += 1
         factor = LR_STEP if epochs == config.epochs else 1.0 / LR_STEP
@@ -183,7 +174,7 @@ class GradientStep:
         """See `Outer.step`."""
         _reset(self._trained)
         metrics = objective.backward(likelihood_ratio)
-        metrics["grad_norm"] = _clip_gradient(self._trained, self.config.max_grad_norm, metrics)
+        metrics["grad_norm"] = clip_gradients(self._trained, self.config.max_grad_norm, metrics["loss"], CURE)
         self._optimizer.step()
         return metrics
 
@@ -211,7 +202,7 @@ class Trpo:
         config, trained = self.config, self._trained
         _reset(trained)
         before = objective.backward(likelihood_ratio)
-        norm = _clip_gradient(trained, math.inf, before)
+        norm = clip_gradients(trained, math.inf, before["loss"], CURE)
         gradient = {name: torch.zeros_like(v) if v.grad is None else v.grad.clone() for name, v in trained.items()}
 
         def curvature(vector: Params) -> Params:
@@ -221,7 +212,9 @@ class Trpo:
         direction = conjugate_gradient(curvature, gradient, config.cg_iterations)
         length = float(dot(direction, curvature(direction)))
         metrics = {**before, "grad_norm": norm, "step_fraction": 0.0, "surrogate_gain": 0.0}
-        if not length > 0 or not math.isfinite(length):
+        if not math.isfinite(length):
+            raise FloatingPointError(f"the natural gradient is not finite (squared length {length}); {CURE}")
+        if not length > 0:
             return metrics
         scale = math.sqrt(2.0 * config.max_kl / length)
         start = {name: value.detach().clone() for name, value in trained.items()}

@@ -31,7 +31,7 @@ from metarl.errors import UserError
 from metarl.memory import State, rows, unpack
 from metarl.normalizer import Normalizer
 from metarl.objectives import approximate_kl, ppo_clip_loss, saturation, weighted_mean
-from metarl.optimizers import check_entries, load_optimizer_state, optimizer_state
+from metarl.optimizers import check_entries, clip_gradients, load_optimizer_state, optimizer_state
 from metarl.policies import gaussian_log_prob
 from metarl.returns import gae, normalize_advantages, return_scale, vtrace
 from metarl.seeding import Purpose, integer_seed
@@ -307,11 +307,7 @@ class Rl2:
                 loss = loss + kept
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            norm = float(torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm))
-            if not math.isfinite(norm + float(loss.detach())):
-                raise FloatingPointError(
-                    f"the gradient is not finite (norm {norm}, loss {float(loss.detach())}); lower agent.lr"
-                )
+            clip_gradients(trained, config.max_grad_norm, float(loss.detach()), "lower agent.lr")
             self._optimizer.step()
             self.policy.head.keep_within_bounds()
             optimizer_steps += 1

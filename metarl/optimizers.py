@@ -5,6 +5,7 @@ Imports nothing of metarl.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -50,6 +51,29 @@ def load_optimizer_state(
         optimizer.state[param] = {
             key: value if key == "step" else value.to(param.device) for key, value in values.items()
         }
+
+
+def clip_gradients(params: Mapping[str, Tensor], max_norm: float, loss: float, cure: str) -> float:
+    """Scale the gradient of parameters down to `max_norm`.
+
+    Args:
+        params: by name.
+        max_norm: the largest norm of all of them together.
+        loss: whose gradient it is.
+        cure: what to do if it is not finite.
+
+    Returns:
+        Its norm before.
+
+    Raises:
+        FloatingPointError: the loss or its gradient is not finite; the gradient stays as it is.
+    """
+    gradients = {name: value.grad for name, value in params.items() if value.grad is not None}
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    if not math.isfinite(float(norm) + loss):
+        raise FloatingPointError(f"the gradient is not finite (norm {float(norm)}, loss {loss}); {cure}")
+    torch.nn.utils.clip_grads_with_norm_(params.values(), max_norm, norm)
+    return float(norm)
 
 
 def check_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

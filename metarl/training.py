@@ -27,6 +27,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does not say that it is public
 
 from metarl import stability
 from metarl.account import Account, plasticity
@@ -286,7 +287,7 @@ class _Trainer:
             metrics |= rollout_metrics(rollouts)
             try:
                 metrics |= self._update(stage, number, rollouts)
-            except FloatingPointError as found:
+            except (FloatingPointError, LinAlgError) as found:
                 error = found
                 self.agent.load_state_dict(before)
         metrics["train/skipped_updates"] = float(error is not None)
@@ -307,7 +308,8 @@ class _Trainer:
                 self._give_up(error, rollouts)
 
     def _restarts(self) -> int:
-        return sum(getattr(envs, "restarts", 0) for envs in set(self.envs))
+        different = {id(envs): envs for envs in self.envs}
+        return sum(getattr(envs, "restarts", 0) for envs in different.values())
 
     def _give_up(self, error: FloatingPointError, rollouts: Sequence[Rollout]) -> NoReturn:
         """Stop, with the run as it was at its last checkpoint."""
