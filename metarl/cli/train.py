@@ -30,8 +30,6 @@ Every setting of the config is a flag as well:
 
 def train(arguments: list[str]) -> int:
     """Train an agent from a YAML config."""
-    from metarl.config import find_config, load_config
-
     parser = Parser("metarl train", add_help=False, allow_abbrev=False)
     parser.add_argument("--run-dir")
     parser.add_argument("--resume", action="store_true")
@@ -54,11 +52,13 @@ def train(arguments: list[str]) -> int:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
-    config = load_config(config_name, flags)
-    run_dir = Path(options.run_dir) if options.run_dir else Path("runs") / find_config(config_name).stem
+    run_dir = Path(options.run_dir) if options.run_dir else Path("runs") / Path(config_name).stem
     with locked(run_dir, resume=options.resume, overwrite=options.overwrite):
         pass  # it could be had: what speaks against it is told at once, before torch is imported
-    return _run_training(config, run_dir, options)
+
+    from metarl.config import load_config
+
+    return _run_training(load_config(config_name, flags), run_dir, options)
 
 
 def _run_training(config: Any, run_dir: Path, options: argparse.Namespace) -> int:
