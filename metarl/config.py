@@ -9,7 +9,7 @@ import difflib
 import importlib.resources
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -21,7 +21,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
 from metarl.agents import AgentConfig
 from metarl.agents.maml import MamlPpoConfig
@@ -31,8 +30,10 @@ from metarl.envs.metaworld import MetaWorldConfig
 from metarl.envs.mujoco import MujocoConfig
 from metarl.envs.navigation import NavigationConfig
 from metarl.errors import STRICT, UserError
-from metarl.flags import change_members, flag_of, lay_over, parse_flags
+from metarl.flags import change_members, lay_over, parse_flags
+from metarl.mistakes import Wording, shown
 from metarl.sequences import DEFAULT_NAME, as_written, named, written_out
+from metarl.settings_yaml import read_yaml
 from metarl.stability import StabilityConfig, by_name
 
 StageCue = Literal["none", "input", "head"]
@@ -108,6 +109,13 @@ class StageConfig(BaseModel):
         if for_each is not None:
             raise ValueError("stands for several stages; give them to RunConfig or metarl.train as a mapping")
 
+    @field_validator("init_from")
+    @classmethod
+    def _is_a_path(cls, value: str | None) -> str | None:
+        if value is not None and "\0" in value:
+            raise ValueError("expected the path of a run directory")
+        return value
+
     @field_validator("score_range")
     @classmethod
     def _increases(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -148,19 +156,22 @@ class RunConfig(BaseModel):
 
     model_config = STRICT
 
-    seed: int = Field(0, ge=0, description="the root of all randomness")
+    seed: int = Field(0, ge=0, lt=2**64, description="the root of all randomness")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where updates are computed")
     num_workers: int | None = Field(
-        None, ge=0, description="processes that step environments; 0: this one; none: one a core. No effect on results"
+        None,
+        ge=0,
+        le=1024,
+        description="processes that step environments; 0: this one; none: one a core. No effect on results",
     )
     worker_timeout: float = Field(
         60.0,
         gt=0,
         description="seconds without any progress after which one of these processes counts as hung, and is restarted",
     )
-    num_tasks: int = Field(20, ge=1, description="M, tasks of an iteration, balanced over classes")
+    num_tasks: int = Field(20, ge=1, le=100_000, description="M, tasks of an iteration, balanced over classes")
     rollouts_per_task: int = Field(
-        10, ge=1, description="N, episodes a task for each adaptation step, and after the last"
+        10, ge=1, le=100_000, description="N, episodes a task for each adaptation step, and after the last"
     )
     num_envs: int | None = Field(
         None,
@@ -235,8 +246,11 @@ def embedded_configs() -> dict[str, Path]:
 def find_config(name_or_path: str) -> Path:
     """Return the file of a config, given as a path or by the name of an embedded one; raises UserError."""
     path = Path(name_or_path)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:  # a name that is too long, or a folder that one may not look into
+        raise UserError(f"cannot read {shown(name_or_path)}: {error.strerror}") from error
     embedded = embedded_configs()
     if name_or_path in embedded:
         return embedded[name_or_path]
@@ -258,25 +272,21 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
         UserError: one line that names the file or flag, what was found, and what was expected.
     """
     path = find_config(str(name_or_path))
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}{where}: not valid YAML: {problem}") from error
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
-        raise UserError(
-            f"{path}: expected settings such as `seed: 0`, found {'nothing' if tree is None else repr(tree)}"
-        )
+        found = "nothing" if tree is None else shown(tree)
+        raise UserError(f"{path}: expected settings such as `seed: 0`, found {found}")
     flags = parse_flags(overrides)
     change_members(tree, flags)
     for keys, value in sorted(flags.items(), key=lambda flag: len(flag[0])):  # a list before what changes its items
         lay_over(tree, keys, value)
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, str(path), set(flags))) from error
+        raise UserError(_WORDING.explain(error, str(path), flags)) from error
+    if told := _WORDING.truth_for_a_number(tree, str(path), flags):
+        raise UserError(told)
+    return config
 
 
 def dump_config(config: RunConfig) -> str:
@@ -286,48 +296,7 @@ def dump_config(config: RunConfig) -> str:
 
 def explain_validation(error: ValidationError) -> str:
     """Return a validation error in one line: path, what was found, what was expected."""
-    return _explain(error, "", set())
-
-
-def _explain(error: ValidationError, source: str, flags: set[tuple[str, ...]]) -> str:
-    lines = []
-    items = error.errors(include_url=False)
-    for item in items:
-        keys = _path(item["loc"])
-        given = [flag for flag in flags if flag[: len(keys)] == tuple(map(str, keys))]
-        if given and len(given[0]) > len(keys) and item["type"].endswith("_type"):
-            lines.append(f"{flag_of(given[0])}: {'.'.join(map(str, keys))} is a single value and has no settings")
-            continue
-        if item["type"] == "too_short" and len(items) > 1:
-            continue  # pydantic counts an invalid item as missing, too
-        named = tuple(str(key) for key in keys)
-        given_by_flag = named in flags
-        where = flag_of(keys) if given_by_flag else ": ".join(filter(None, (source, ".".join(named))))
-        lines.append(f"{where}: {_problem(item, keys, given_by_flag)}")
-    return " ".join("; ".join(lines).split())
-
-
-def _problem(item: Any, keys: tuple[str | int, ...], given_by_flag: bool) -> str:
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(keys[-1]), _fields_at(item["loc"][:-1]), n=1, cutoff=0.4)
-        name = (lambda key: flag_of((*keys[:-1], key))) if given_by_flag else repr
-        return "unknown setting" + (f"; did you mean {name(near[0])}?" if near else "")
-    if item["type"] == "union_tag_not_found" and "stability" in keys:
-        return f"no name; expected one of {', '.join(sorted(_TAGS['stability']))}"
-    if item["type"] == "union_tag_invalid":
-        tag, tags = item["ctx"]["tag"], [name.strip("'") for name in item["ctx"]["expected_tags"].split(", ")]
-        near = difflib.get_close_matches(tag, tags, n=1)
-        return f"got {tag!r}, expected one of {', '.join(tags)}" + (f"; did you mean {near[0]!r}?" if near else "")
-    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    value = item["input"]
-    found = "" if isinstance(value, dict | list | BaseModel) else f"got {value!r}, "
-    return f"{found}{message[0].lower()}{message[1:]}"
-
-
-_TASKS: dict[str, type[BaseModel]] = {
-    member.model_fields["family"].default: member for member in get_args(get_args(TasksConfig)[0])
-}
-"""The settings of each family."""
+    return _WORDING.explain(error)
 
 
 def _tags(union: Any, key: str) -> set[str]:
@@ -335,50 +304,14 @@ def _tags(union: Any, key: str) -> set[str]:
     return {tag for member in members for tag in get_args(member.model_fields[key].annotation)}
 
 
-_TAGS = {
-    "tasks": _tags(TasksConfig, "family"),
-    "agent": _tags(AgentConfig, "name"),
-    "outer": _tags(OuterConfig, "name"),
-    "memory": _tags(MemoryConfig, "name"),
-    "critic": _tags(BaselineConfig, "name"),
-    "stability": _tags(StabilityConfig, "name"),
-}
-"""What pydantic puts into the path of an error below a union: the tag of its member."""
-
-
-def _path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """Drop the tags of unions."""
-    return tuple(key for key, above in zip(location, _above(location), strict=True) if key not in _TAGS.get(above, ()))
-
-
-def _above(location: tuple[str | int, ...]) -> list[str]:
-    """Return the name of the setting that each key of a location lies below, past the indices of lists."""
-    above, names = "", []
-    for key in location:
-        names.append(above)
-        above = key if isinstance(key, str) else above
-    return names
-
-
-def _fields_at(location: tuple[str | int, ...]) -> list[str]:
-    """Names of the settings below a location; for a union those of the member whose tag the location holds."""
-    models: list[type[BaseModel]] = [RunConfig]
-    for key, above in zip(location, _above(location), strict=True):
-        if isinstance(key, int):
-            continue
-        if key in _TAGS.get(above, ()):
-            models = [model for model in models if any(_has_tag(field, key) for field in model.model_fields.values())]
-            continue
-        found = [model.model_fields[key].annotation for model in models if key in model.model_fields]
-        models = [model for annotation in found for model in _models_in(annotation)]
-    return [name for model in models for name in model.model_fields]
-
-
-def _has_tag(field: FieldInfo, tag: str) -> bool:
-    return get_origin(field.annotation) is Literal and tag in get_args(field.annotation)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+_WORDING = Wording(
+    RunConfig,
+    {
+        "tasks": _tags(TasksConfig, "family"),
+        "agent": _tags(AgentConfig, "name"),
+        "outer": _tags(OuterConfig, "name"),
+        "memory": _tags(MemoryConfig, "name"),
+        "critic": _tags(BaselineConfig, "name"),
+        "stability": _tags(StabilityConfig, "name"),
+    },
+)

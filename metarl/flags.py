@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from metarl.agents import agent_configs
 from metarl.errors import UserError
+from metarl.settings_yaml import parse_yaml
 from metarl.stability import by_name
 
 
@@ -24,7 +25,10 @@ def parse_flags(arguments: Sequence[str]) -> dict[tuple[str, ...], Any]:
     for word in arguments:
         if word.startswith("--"):
             flag, equals, value = word[2:].partition("=")
-            values = flags[tuple(flag.replace("-", "_").split("."))] = [value] if equals else []
+            keys = tuple(flag.replace("-", "_").split("."))
+            if word != "--" and not all(keys):
+                raise UserError(f"{word!r} names no setting; they are given as --name value (see metarl train --help)")
+            values = flags[keys] = [value] if equals else []
         elif values is None:
             raise UserError(
                 f"unexpected argument {word!r}; settings are given as --name value (see metarl train --help)"
@@ -34,12 +38,14 @@ def parse_flags(arguments: Sequence[str]) -> dict[tuple[str, ...], Any]:
     for keys, words in flags.items():
         if not words:
             raise UserError(f"{flag_of(keys)} has no value; give one (see metarl train --help)")
+        if not all(word.strip() for word in words):
+            raise UserError(f"{flag_of(keys)} has an empty value; give one, or null for none")
     return {keys: _value(words) for keys, words in flags.items()}
 
 
 def _value(words: list[str]) -> Any:
     try:
-        parsed = [yaml.safe_load(word) for word in words]
+        parsed = [parse_yaml(word) for word in words]
     except (yaml.YAMLError, ValueError, RecursionError):
         parsed = list(words)
     return parsed[0] if len(parsed) == 1 else parsed
@@ -63,8 +69,9 @@ def change_members(tree: dict[str, Any], flags: Mapping[tuple[str, ...], Any]) -
         tree["agent"] = agent = {key: value for key, value in agent.items() if key in agents[name].model_fields}
     for part in ("outer", "memory", "critic"):
         in_both = part in agents[old_name].model_fields and part in agents[name].model_fields
-        if in_both and isinstance(agent.get(part), dict):
-            _change_member_of(agent, part, agents[old_name], agents[name], flags.get(("agent", part, "name")))
+        flag = flags.get(("agent", part, "name"))
+        if in_both and isinstance(agent.get(part), dict) and (flag or name != old_name):
+            _change_member_of(agent, part, agents[old_name], agents[name], flag)
 
 
 def _change_member_of(agent: dict[str, Any], part: str, old: type[BaseModel], new: type[BaseModel], flag: Any) -> None:

@@ -9,10 +9,12 @@ by a signal after saving.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 
+from metarl.cli.arguments import one_line
 from metarl.cli.baseline import baseline
 from metarl.cli.evaluate import evaluate
 from metarl.cli.export import export
@@ -28,32 +30,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A thread that waits for others goes to sleep sooner. On a machine that has other work to do, too, updates that are
     # made of many small operations take several times as long otherwise; OpenMP reads it when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without our letters shows the others
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
         status = _dispatch([word for word in arguments if word != "--debug"])
-    except UserError as error:
-        if debug:
-            raise
-        print(f"metarl: {error}", file=sys.stderr)
-        status = 2
-    except RunError as error:
-        if debug:
-            raise
-        print(f"metarl: {error}", file=sys.stderr)
-        status = 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
         if debug:
             raise
-        first, *_ = str(error).splitlines() or [""]
-        print(f"metarl: {type(error).__name__}: {first} (--debug shows where)", file=sys.stderr)
-        status = 1
-    raise SystemExit(status)
+        status, told = _told(error)
+        print(f"metarl: {one_line(told)}", file=sys.stderr)
+    raise SystemExit(_flushed(status))
+
+
+def _told(error: Exception) -> tuple[int, str]:
+    """Return the exit status of an error, and what is said of it."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, RunError):
+        return 1, str(error)
+    if "MUJOCO_GL" in str(error):  # MuJoCo cannot be imported
+        from metarl.rendering import check_gl
+
+        try:
+            check_gl()
+        except UserError as mistake:
+            return 2, str(mistake)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return 2, f"{os.path.basename(str(error.filename))[:40]}…: too long for the name of a file; give a shorter one"
+    first, *_ = str(error).splitlines() or [""]
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in first:
+        return 1, (
+            "out of memory; lower num_tasks, rollouts_per_task, the horizon or the sizes of the networks "
+            f"({first or type(error).__name__})"
+        )
+    return 1, f"{type(error).__name__}: {first} (--debug shows where)"
+
+
+def _flushed(status: int) -> int:
+    """Write out what was printed; returns the status, which is 1 if that could not be done and nothing else failed."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest of it goes at the end
+        if not isinstance(error, BrokenPipeError):  # else nobody wants to read it
+            print(f"metarl: cannot print: {error.strerror}", file=sys.stderr)
+        return status or 1
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -81,6 +110,6 @@ def _dispatch(arguments: list[str]) -> int:
             print(f"  {verb:<10} {purpose}")
         print("\n`metarl VERB --help` tells more.")
         return 0 if arguments else 2
-    near = difflib.get_close_matches(arguments[0], verbs, n=1)
+    near = difflib.get_close_matches(arguments[0].lower(), verbs, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown verb {arguments[0]!r}: {hint}there are {', '.join(verbs)}")
+    raise UserError(f"unknown verb {arguments[0]!r}: {hint}there are {', '.join(verbs)}; see metarl --help")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 from metarl.errors import UserError
@@ -28,6 +29,25 @@ def _which_checkpoint(text: str) -> str | int:
     raise argparse.ArgumentTypeError(f"got {text!r}, expected latest, best or the number of an iteration")
 
 
+def any_path(text: str) -> Path:
+    """Read the name of a file or folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name")
+    try:
+        Path(text).exists()
+    except OSError as error:  # a name that is too long, or a folder that one may not look into
+        raise argparse.ArgumentTypeError(f"cannot use {text[:80]!r}: {error.strerror}") from error
+    return Path(text)
+
+
+def new_file(text: str) -> Path:
+    """Read the name of a file that is written."""
+    found = any_path(text)
+    if found.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
+    return found
+
+
 def positive(text: str) -> int:
     """Read a whole number of at least 1."""
     return _at_least(1, text)
@@ -42,3 +62,9 @@ def _at_least(least: int, text: str) -> int:
     if not text.lstrip("-").isdigit() or int(text) < least:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least {least}")
     return int(text)
+
+
+def one_line(text: str) -> str:
+    """Return a message for a terminal: what would break the line or steer the terminal is written as its escape."""
+    shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return shown if len(shown) <= 2000 else f"{shown[:1999]}…"

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from metarl.cli.arguments import Parser, not_negative, positive
+from metarl.cli.arguments import Parser, any_path, new_file, not_negative, positive
 from metarl.errors import UserError
 
 
@@ -33,9 +33,9 @@ def baseline(arguments: list[str]) -> int:
     )
     parser.add_argument("--stage", type=not_negative, metavar="I", help="stage of the config, from 0 (the last)")
     parser.add_argument(
-        "--cache", type=Path, default=Path("runs/baselines"), metavar="DIR", help="finished tasks (runs/baselines)"
+        "--cache", type=any_path, default=Path("runs/baselines"), metavar="DIR", help="finished tasks (runs/baselines)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the report as well")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="where to write the report as well")
     named = bool(arguments) and not arguments[0].startswith("-")
     options, flags = parser.parse_known_args(arguments[1:] if named else arguments)
     if not named:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from metarl.cli.arguments import Parser, add_checkpoint, not_negative, positive
+from metarl.cli.arguments import Parser, add_checkpoint, any_path, new_file, not_negative, positive
 from metarl.errors import UserError
 from metarl.files import replace_file
 
@@ -17,7 +17,7 @@ from metarl.files import replace_file
 def evaluate(arguments: list[str]) -> int:
     """Evaluate a run on held-out tasks."""
     parser = Parser("metarl evaluate", description="Adapt to held-out tasks as in training, beside an untrained agent.")
-    parser.add_argument("run_dir", help="what `metarl train` wrote")
+    parser.add_argument("run_dir", type=any_path, help="what `metarl train` wrote")
     add_checkpoint(parser)
     parser.add_argument("--split", choices=("test", "train"), default="test", help="tasks to evaluate on (test)")
     parser.add_argument("--tasks", metavar="NAME", help="another benchmark or task than the run was trained on")
@@ -39,7 +39,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--num-workers", type=not_negative, help="processes that step environments (one a core)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where adapting is computed")
     parser.add_argument(
-        "--json", metavar="FILE", type=Path, help="where the report goes (RUN_DIR/evaluation/<split>.json)"
+        "--json", metavar="FILE", type=new_file, help="where the report goes (RUN_DIR/evaluation/<split>.json)"
     )
     options = parser.parse_args(arguments)
     own = {"ablate", "num_tasks", "rollouts_per_task", "adaptation_steps", "num_workers"}
@@ -67,9 +67,8 @@ def _evaluate_run(options: argparse.Namespace) -> int:
     if options.num_tasks:
         tasks = select_tasks(tasks, options.num_tasks, np.random.default_rng(seeds(0, Purpose.EVALUATION_TASKS)))
     parts = _which(options), options.stage, options.tasks, options.split, options.ablate and f"without_{options.ablate}"
-    name = "_".join(filter(None, parts)).replace("/", "-").replace(" ", "-")
     console = Console()
-    with _report_at(options, name) as path:
+    with _report_at(options, parts) as report_file:
         with console.status(f"evaluating on {len(tasks)} tasks"):
             report = evaluation.evaluate(
                 policy,
@@ -82,8 +81,8 @@ def _evaluate_run(options: argparse.Namespace) -> int:
             )
         for table in report_tables(report):
             console.print(table)
-        replace_file(path, (json.dumps(report, indent=2) + "\n").encode())
-    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+        replace_file(report_file, (json.dumps(report, indent=2) + "\n").encode())
+    console.print(f"report: {report_file}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -99,10 +98,10 @@ def _evaluate_officially(options: argparse.Namespace) -> int:
     tasks: Any = getattr(distribution_of(policy.config, options.tasks, options.stage), "config", None)
     if getattr(tasks, "family", None) != "metaworld":
         raise UserError("--official is for tasks of Meta-World; name some with --tasks, e.g. --tasks reach-v3")
-    name = "_".join(filter(None, (_which(options), "official", options.stage, options.tasks, options.split)))
+    parts = _which(options), "official", options.stage, options.tasks, options.split
     given = {key: getattr(options, key) for key in ("num_evals", "adaptation_episodes", "seed")}
     console = Console()
-    with _report_at(options, name) as path:
+    with _report_at(options, parts) as report_file:
         with console.status("evaluating in Meta-World's own environments, which takes a while"):
             report = official_report(
                 policy,
@@ -114,8 +113,8 @@ def _evaluate_officially(options: argparse.Namespace) -> int:
                 **{key: value for key, value in given.items() if value is not None},
             )
         console.print(official_table(report))
-        replace_file(path, (json.dumps(report, indent=2) + "\n").encode())
-    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+        replace_file(report_file, (json.dumps(report, indent=2) + "\n").encode())
+    console.print(f"report: {report_file}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -125,21 +124,27 @@ def _which(options: argparse.Namespace) -> str:
 
 
 @contextmanager
-def _report_at(options: argparse.Namespace, name: str) -> Iterator[Path]:
+def _report_at(options: argparse.Namespace, parts: Iterable[str | None]) -> Iterator[Path]:
     """Give where a report goes; raises UserError before the work is done if nothing can be written there.
 
     If the work fails a report from before stays as it is, and where there was none there is none.
+
+    Args:
+        options: of the command.
+        parts: of the file's name, where none is given.
     """
-    path: Path = options.json or Path(options.run_dir) / "evaluation" / f"{name}.json"
-    existed = path.exists()
+    # A stage may be called anything, `../a` too; its report lies in the run's folder.
+    name = "".join(each if each.isprintable() and each not in "/\\ " else "-" for each in "_".join(filter(None, parts)))
+    file: Path = options.json or options.run_dir / "evaluation" / f"{name}.json"
+    existed = file.exists()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
     except OSError as error:
-        raise UserError(f"cannot write the report to {path}: {error.strerror}; choose another with --json") from error
+        raise UserError(f"cannot write the report to {file}: {error.strerror}; choose another with --json") from error
     try:
-        yield path
+        yield file
     except BaseException:
         if not existed:
-            path.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
         raise

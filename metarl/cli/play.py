@@ -7,7 +7,7 @@ import contextlib
 import math
 from pathlib import Path
 
-from metarl.cli.arguments import Parser, add_checkpoint, not_negative
+from metarl.cli.arguments import Parser, add_checkpoint, any_path, new_file, not_negative
 from metarl.errors import UserError
 
 
@@ -19,7 +19,7 @@ def play(arguments: list[str]) -> int:
         epilog="An agent of the MAML family adapts as in training, on episodes that are not shown; of an agent with a "
         "memory, the first and the last episode of one trial are shown. Both begin from the same seed.",
     )
-    parser.add_argument("run_dir", help="what `metarl train` wrote")
+    parser.add_argument("run_dir", type=any_path, help="what `metarl train` wrote")
     add_checkpoint(parser)
     parser.add_argument(
         "--task", metavar="TASK", help="which task, e.g. reach-v3 or reach-v3:7, of this run or another (its first one)"
@@ -28,8 +28,8 @@ def play(arguments: list[str]) -> int:
     parser.add_argument("--split", choices=("test", "train"), default="test", help="of which tasks (test)")
     parser.add_argument("--seed", type=not_negative, default=0, help="of both episodes and all actions (0)")
     parser.add_argument("--deterministic", action="store_true", help="show mean actions instead of draws")
-    parser.add_argument("--video", metavar="FILE.mp4", type=Path, help="where the MP4 goes; then there is no GIF")
-    parser.add_argument("--gif", metavar="FILE.gif", type=Path, help="where the GIF goes; then there is no MP4")
+    parser.add_argument("--video", metavar="FILE.mp4", type=new_file, help="where the MP4 goes; then there is no GIF")
+    parser.add_argument("--gif", metavar="FILE.gif", type=new_file, help="where the GIF goes; then there is no MP4")
     parser.add_argument("--fps", type=_above_zero, default=20.0, help="frames a second of the MP4, about (20)")
     parser.add_argument(
         "--speed",

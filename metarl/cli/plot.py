@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from metarl.cli.arguments import Parser
+from metarl.cli.arguments import Parser, any_path
+from metarl.cli.tracked import tracked
 from metarl.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,16 +44,16 @@ def plot(arguments: list[str]) -> int:
         "of several stages that have finished in stability_plasticity.png. Runs that differ in their seed alone are "
         "one method.",
     )
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="what `metarl train` wrote")
+    parser.add_argument("run_dirs", nargs="+", type=any_path, metavar="RUN_DIR", help="what `metarl train` wrote")
     parser.add_argument(
         "--out",
         metavar="DIR",
-        type=Path,
+        type=any_path,
         help="for one run: where its figures go (its plots/); for several: where comparison.png and "
         "stability_plasticity.png go (plots/ of the first run), while those of each run stay in its plots/",
     )
     options = parser.parse_args(arguments)
-    paths = list({path.resolve(): path for path in map(Path, options.run_dirs)}.values())
+    paths = list({path.resolve(): path for path in options.run_dirs}.values())
     runs = [_read(path) for path in paths]
     for run in runs:
         folder = options.out if options.out and len(runs) == 1 else run.path / "plots"
@@ -68,15 +69,11 @@ def plot(arguments: list[str]) -> int:
 def _read(path: Path) -> _Run:
     from metarl.config import load_config
     from metarl.continual import evaluations, finished_stages
-    from metarl.tracking import read_metrics
 
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} holds no run: there is no config.yaml; train one with `metarl train CONFIG`")
     config = load_config(path / "config.yaml")
-    try:
-        lines = read_metrics(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path / 'metrics.jsonl'}: {error}") from error
+    lines = tracked(path, len(config.stages))
     if not (path / "metrics.jsonl").exists() and (path / "checkpoints").is_dir():
         raise UserError(f"{path} is a saved policy, which holds no training to draw; name the run that it is from")
     if not any("meta_train/return_post" in line for line in lines):

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metarl.cli.arguments import Parser
+from metarl.cli.arguments import Parser, any_path, one_line
+from metarl.cli.tracked import tracked
 
 
 def inspect(arguments: list[str]) -> int:
     """Show what a run directory holds."""
     parser = Parser("metarl inspect", description="Show what a run directory holds.")
-    parser.add_argument("run_dir")
+    parser.add_argument("run_dir", type=any_path, help="what `metarl train` wrote")
     options = parser.parse_args(arguments)
 
     from metarl.policy import load
-    from metarl.tracking import read_metrics
 
-    run_dir = Path(options.run_dir)
+    run_dir: Path = options.run_dir
     policy = load(run_dir)
-    config, lines = policy.config, read_metrics(run_dir)
+    config, lines = policy.config, tracked(run_dir, len(policy.config.stages))
     steps, episodes = policy.agent.adaptation_steps, policy.agent.trial_episodes
     adapts = f"K = {steps}" if steps else f"trials of {episodes} episodes"
     print(f"agent        {config.agent.name}, {adapts}, {policy.num_parameters:,} parameters")
@@ -27,7 +27,7 @@ def inspect(arguments: list[str]) -> int:
         print(f"stability    {', '.join(method.name for method in config.stability)}")
     for stage in config.stages:
         tasks = ", ".join(f"{key} {value}" for key, value in stage.tasks.model_dump(exclude_none=True).items() if value)
-        print(f"stage        {stage.name}: {stage.iterations} iterations of {tasks}")
+        print(one_line(f"stage        {stage.name}: {stage.iterations} iterations of {tasks}"))
     iterations = f"{lines[-1]['iteration']} iterations, " if lines else ""  # which a saved policy does not tell
     print(f"trained      {iterations}{policy.env_steps:,} env steps")
     if policy.adapted:
@@ -36,14 +36,14 @@ def inspect(arguments: list[str]) -> int:
         last = next((line for line in reversed(lines) if f"{prefix}/return_post" in line), None)
         if last:
             figures = ", ".join(f"{key} {value:.2f}" for key, value in last.items() if key.startswith(f"{prefix}/"))
-            print(f"{prefix:<12} iteration {last['iteration']}: {figures.replace(f'{prefix}/', '')}")
+            print(one_line(f"{prefix:<12} iteration {last['iteration']}: {figures.replace(f'{prefix}/', '')}"))
     last = next((line for line in reversed(lines) if "continual/average_performance" in line), None)
     if last:
         account = {key.removeprefix("continual/"): value for key, value in last.items() if key.startswith("continual/")}
         figures = ", ".join(f"{name} {value:.2f}" for name, value in account.items() if "/" not in name)
-        print(f"continual    iteration {last['iteration']}: {figures}")
+        print(one_line(f"continual    iteration {last['iteration']}: {figures}"))
     for path in sorted((run_dir / "evaluation").glob("*.json")):
-        print(f"report       {path}")
+        print(one_line(f"report       {path}"))
     return 0
 
 
