@@ -2,6 +2,7 @@
 
 The seed of an iteration's rollouts is a function of (root seed, stage, iteration). A run therefore does not depend on
 the number of workers or on how often it is evaluated, and a resumed run needs no saved generator to go on exactly.
+(`random_state.py` saves the global ones, for what is not metarl's own.)
 """
 
 from __future__ import annotations
