@@ -23,16 +23,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does not say that it is public
 
 from metarl import stability
 from metarl.account import Account, plasticity
 from metarl.checkpoint import Position, Spaces, save
-from metarl.config import RunConfig, dump_config, explain_validation, load_config
+from metarl.config import RunConfig, explain_validation, load_config
 from metarl.divergence import not_finite, write_statistics
 from metarl.envs.manager import JointManager, Manager
 from metarl.envs.together import Together, make_stage_envs
@@ -41,14 +39,16 @@ from metarl.errors import RunError, UserError
 from metarl.evaluation import Report, evaluate_agent, held_out_metrics, select_tasks
 from metarl.lock import locked
 from metarl.plotting import score_matrix_image
-from metarl.policy import Policy, build_agent, resolve_device, restore
+from metarl.policy import Policy, resolve_device
 from metarl.random_state import random_state, set_random_state
-from metarl.run_directory import checkpoint_to_resume, clear_run_dir, differences, flatten, hash_of, write_config
+from metarl.run_directory import flatten, hash_of, write_config
 from metarl.sampling import BrokenRolloutsError, adapt_and_collect, by_phase
 from metarl.seeding import Purpose, children, seeds
-from metarl.stages import load_methods, max_envs, num_workers, stage_distributions, task_manager
+from metarl.stages import max_envs, num_workers, stage_distributions, task_manager
+from metarl.start import Start, begin
+from metarl.start import resume as start_again
 from metarl.tracking import Tracker, read_metrics
-from metarl.transfer import stage_starts, start_from
+from metarl.transfer import start_from
 from metarl.types import Rollout, StabilityMethod, TaskDistribution
 
 MOST_SKIPPED = 3
@@ -137,12 +137,26 @@ def train(
         distributions = stage_distributions(config, distribution)
         if methods is None:
             methods = [stability.build(method, run_dir) for method in config.stability]
-        trainer = _Trainer(config, distributions, methods, device, run_dir, limits, progress)
+        managers, spaces = _managers(config, distributions), _common_spaces(distributions)
         if resume:
-            trainer.resume(allow_config_change)
+            start = start_again(config, spaces, device, run_dir, methods, allow_config_change)
         else:
-            trainer.begin()
-        return trainer.run()
+            start = begin(config, spaces, device, run_dir)
+        return _Trainer(config, distributions, managers, methods, spaces, start, run_dir, limits, progress).run()
+
+
+def _managers(config: RunConfig, distributions: Sequence[TaskDistribution]) -> Sequence[Manager]:
+    own = [task_manager(f"stages.{i}", *pair) for i, pair in enumerate(zip(config.stages, distributions, strict=True))]
+    return [JointManager(own)] * len(own) if config.control == "joint" else own
+
+
+def _common_spaces(distributions: Sequence[TaskDistribution]) -> Spaces:
+    spaces = [_spaces(distribution) for distribution in distributions]
+    if len(set(spaces)) > 1:
+        raise UserError(
+            f"all stages need the same observation and action space; they have {', '.join(map(str, spaces))}"
+        )
+    return spaces[0]
 
 
 def _spaces(distribution: TaskDistribution) -> Spaces:
@@ -158,85 +172,34 @@ class _Trainer:
         self,
         config: RunConfig,
         distributions: Sequence[TaskDistribution],
+        managers: Sequence[Manager],
         methods: Sequence[StabilityMethod],
-        device: torch.device,
+        spaces: Spaces,
+        start: Start,
         run_dir: Path,
         limits: Limits,
         progress: Progress,
     ) -> None:
-        self.config, self.distributions, self.methods, self.run_dir = config, distributions, methods, run_dir
-        self.device, self.limits, self.progress = device, limits, progress
-        self.position = Position()
+        self.config, self.distributions, self.managers, self.methods = config, distributions, managers, methods
+        self.spaces, self.start, self.run_dir, self.limits, self.progress = spaces, start, run_dir, limits, progress
+        self.agent, self.position = start.agent, start.position
+        self.score = start.score  # of the evaluation in this iteration, if there was one
         self.report: Report | None = None
-        self.score: float | None = None  # of the evaluation in this iteration, if there was one
-        self.random_state: Mapping[str, Tensor] | None = None
-        self.logs: Mapping[str, int] | None = None
-        self.managers: Sequence[Manager] = [
-            task_manager(f"stages.{i}", *pair) for i, pair in enumerate(zip(config.stages, distributions, strict=True))
-        ]
-        if config.control == "joint":
-            self.managers = [JointManager(list(self.managers))] * len(self.managers)
-        different = [_spaces(distribution) for distribution in distributions]
-        if len(set(different)) > 1:
-            told = ", ".join(map(str, different))
-            raise UserError(f"all stages need the same observation and action space; they have {told}")
-        self.spaces = different[0]
-
-    def begin(self) -> None:
-        """Start with a new agent, in the place of a run that the directory may hold."""
-        self.agent = build_agent(self.config, self.spaces, self.device)
-        self._find_starts()  # before an old run is thrown away
-        self.config_text, self.config_is_new = dump_config(self.config), True
-        clear_run_dir(self.run_dir)
-
-    def resume(self, allow_config_change: bool) -> None:
-        """Start with what the run's last checkpoint holds."""
-        run_dir = self.run_dir
-        checkpoint, self.position = checkpoint_to_resume(run_dir, self.config, allow_config_change=allow_config_change)
-        if checkpoint.spaces != self.spaces:
-            raise UserError(f"{run_dir} was trained for {checkpoint.spaces}; its tasks now have {self.spaces}")
-        self.agent = restore(self.config, checkpoint, self.device).agent
-        load_methods(self.methods, checkpoint)
-        manifest = checkpoint.manifest
-        self.logs, self.score, self.random_state = manifest.logs, manifest.score, checkpoint.load("random")
-        self._find_starts()
-        path = run_dir / "config.yaml"
-        self.config_is_new = bool(differences(load_config(path), self.config)) or manifest.config_sha256 != hash_of(
-            path.read_bytes()
-        )
-        self.config_text = dump_config(self.config) if self.config_is_new else path.read_text(encoding="utf-8")
-
-    def _find_starts(self) -> None:
-        """Find what stages that are still to begin take over from other runs, or from a new agent."""
-        config, position = self.config, self.position
-        self.starts = stage_starts(self._policy(), position, self.run_dir)
-        if config.control == "scratch":
-            new = build_agent(config, self.spaces, self.device).state_dict()
-            begun = [(position.stage, position.stage_iteration) > (stage, 0) for stage in range(len(config.stages))]
-            self.starts = {
-                stage: {name: value.clone() for name, value in new.items()}
-                for stage in range(len(config.stages))
-                if not begun[stage]
-            }
-
-    def _policy(self) -> Policy:
-        return Policy(self.config, self.agent, self.spaces, self.position.env_steps, self.agent.initial_state(1))
 
     def run(self) -> Run:
-        config, stages = self.config, self.config.stages
-        flat = flatten(config.model_dump())
-        config_text = self.config_text if self.config_is_new else None
-        with Tracker(self.run_dir, config_text, flat, self.position, self.logs) as self.tracker:
+        config, stages, start = self.config, self.config.stages, self.start
+        shown = start.config_text if start.config_is_new else None
+        with Tracker(self.run_dir, shown, flatten(config.model_dump()), self.position, start.logs) as self.tracker:
             self.account = Account(stages, read_metrics(self.run_dir)) if len(stages) > 1 else None
             most = [max_envs(config, stage) for stage in range(len(stages))]
             sources = [Together(self.distributions)] * len(most) if config.control == "joint" else self.distributions
             self.envs = make_stage_envs(sources, most, num_workers(config), config.worker_timeout)
             try:
-                if self.config_is_new:
+                if start.config_is_new:
                     self._save()
-                    write_config(self.run_dir, self.config_text, self.position)  # last: it makes a run of it
-                if self.random_state:
-                    set_random_state(self.random_state)
+                    write_config(self.run_dir, start.config_text, self.position)  # last: it makes a run of it
+                if start.random_state is not None:
+                    set_random_state(start.random_state)
                 if self.account is not None and self.account.empty and not self.limits.reached(self.position):
                     self._evaluate(0)
                 for stage in range(self.position.stage, len(stages)):
@@ -245,13 +208,14 @@ class _Trainer:
             finally:
                 for envs in self.envs:
                     envs.close()
-        return Run(self.run_dir, self._policy(), self.report, finished=self.position.stage == len(stages))
+        policy = Policy(config, self.agent, self.spaces, self.position.env_steps, self.agent.initial_state(1))
+        return Run(self.run_dir, policy, self.report, finished=self.position.stage == len(stages))
 
     def _run_stage(self, stage: int) -> bool:
         """Train to the end of a stage; returns whether it was reached."""
         config, iterations = self.config, self.config.stages[stage].iterations
-        if stage in self.starts:
-            start_from(self.agent, self.starts[stage])
+        if stage in self.start.stages:
+            start_from(self.agent, self.start.stages[stage])
         for number in range(self.position.stage_iteration, iterations):
             if self.limits.reached(self.position):
                 self._save()
@@ -446,7 +410,7 @@ class _Trainer:
                 self.config.keep_checkpoints,
                 keep_best=self.config.keep_best_checkpoints,
                 score=self.score,
-                config_sha256=hash_of(self.config_text.encode()),
+                config_sha256=hash_of(self.start.config_text.encode()),
                 logs=self.tracker.sync(),
             )
 

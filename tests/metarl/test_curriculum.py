@@ -228,7 +228,7 @@ def execute(run_dir):
     ("source", "change", "expected"),
     [
         (None, None, r"source holds no run: there is no config\.yaml"),
-        (config(stage()), damage, r"cannot load .*source: .*agent\.safetensors.*is damaged"),
+        (config(stage()), damage, r"cannot load .*source: .*agent\.safetensors: [0-9,]+ bytes; the manifest says"),
         (config(stage()), execute, r"source/config\.yaml:1:7: not valid YAML"),
         (
             config(stage(tasks={"name": "cued_wedges"})),
