@@ -178,6 +178,9 @@ def save(
 ) -> Path:
     """Write `folder/<iteration>/`, and remove all checkpoints but the newest and the best.
 
+    Whoever saves this iteration has none that comes later: those that are there were rejected, when the run was gone on
+    with. They are kept under another name, `<iteration>.rejected`.
+
     Args:
         folder: the run's `checkpoints` folder.
         states: an agent's `state_dict`, under `agent`, and others; each goes into a file of its own, empty ones do not.
@@ -190,7 +193,7 @@ def save(
         logs: likewise.
 
     Raises:
-        OSError: (also SafetensorError) it cannot be written; all other checkpoints are as they were.
+        OSError: (also SafetensorError) it cannot be written; all is as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{position.iteration:06d}"
@@ -224,11 +227,14 @@ def save(
         temporary.rename(target)
         sync(folder)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if replaced.exists() and not target.exists():
+        if not temporary.exists():
+            target.rename(temporary)  # it may not have come through to the disk
+        if replaced.exists():
             replaced.rename(target)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+    _set_aside(folder, position.iteration)
     _prune(folder, keep, keep_best)
     return target
 
@@ -240,6 +246,16 @@ def _clear(folder: Path) -> None:
             path.rename(folder / _number(path))
     for left_over in folder.glob(".*.tmp"):
         shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _set_aside(folder: Path, iteration: int) -> None:
+    """Give checkpoints of later iterations another name: they would take the place of those that are still to come."""
+    for path in _newest_first(folder):
+        if int(path.name) > iteration:
+            rejected = path.with_name(f"{path.name}.rejected")
+            with contextlib.suppress(OSError):
+                shutil.rmtree(rejected, ignore_errors=True)
+                path.rename(rejected)
 
 
 def _prune(folder: Path, keep: int, keep_best: int) -> None:
@@ -326,7 +342,8 @@ def _read_manifest(path: Path) -> Manifest:
         if not isinstance(content, dict):
             raise CorruptCheckpointError(f"{file}: holds a {type(content).__name__}, not a manifest")
         if content.get("format") != FORMAT:
-            raise CorruptCheckpointError(f"{file}: format {content.get('format')}; this metarl reads format {FORMAT}")
+            found = f"{content.get('format')!r:.20}"
+            raise CorruptCheckpointError(f"{file}: format {found}; this metarl reads format {FORMAT}")
         if content.pop("sha256", None) != _checksum(content):
             raise CorruptCheckpointError(f"{file}: its hash is not its own; the file is damaged")
         return Manifest.model_validate(content, strict=False)

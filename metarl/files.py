@@ -11,10 +11,12 @@ from pathlib import Path
 def replace_file(path: Path, data: bytes) -> None:
     """Put `data` in the place of what `path` holds: whoever reads it, whenever, finds the old or the new.
 
+    One process at a time may write it. What one that was killed has left is written over by the next.
+
     Raises:
         OSError: it cannot be written; the old content stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         write_file(temporary, data)
         temporary.replace(path)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import math
 import os
+import re
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +18,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+from torch.utils.tensorboard import summary
 
 from metarl.checkpoint import Position
 from metarl.files import sync
@@ -46,38 +52,36 @@ class Tracker:
         self._run_dir = run_dir
         if logs is not None:
             _cut(run_dir, logs)
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = _open_to_append(run_dir / "metrics.jsonl")
         purge = position.env_steps + 1 if logs is not None else None  # from the memory of a TensorBoard that is looking
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        self._events = _Events(run_dir / "tensorboard", purge)
         if config is not None:
-            self._writer.add_text("config", f"```yaml\n{config}\n```", position.env_steps)
+            text = summary.text("config", f"```yaml\n{config}\n```")  # type: ignore[no-untyped-call]
+            self._events.add(text, position.env_steps)
         if logs is None:
-            for summary in hparams(  # type: ignore[no-untyped-call]
-                {
-                    key: value if isinstance(value, bool | int | float) else str(value)
-                    for key, value in hyperparameters.items()
-                },
-                dict.fromkeys(_HPARAM_METRICS, 0.0),
-            ):
-                self._writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+            shown = {key: v if isinstance(v, bool | int | float) else str(v) for key, v in hyperparameters.items()}
+            for each in summary.hparams(shown, dict.fromkeys(_HPARAM_METRICS, 0.0)):  # type: ignore[no-untyped-call]
+                self._events.add(each)
 
     def write(self, position: Position, metrics: Mapping[str, float]) -> None:
         """Write scalars at a position; those that are not finite are left out."""
         scalars = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         line = {"iteration": position.iteration, "stage": position.stage, "env_steps": position.env_steps, **scalars}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, position.env_steps)
+            scalar = summary.scalar(name, value)  # type: ignore[no-untyped-call]
+            self._events.add(scalar, position.env_steps)
+        self._events.flush()
 
     def write_image(self, position: Position, name: str, image: NDArray[np.uint8]) -> None:
         """Show an image `[H, W, 3]` in TensorBoard."""
-        self._writer.add_image(name, image, position.env_steps, dataformats="HWC")
+        shown = summary.image(name, image, dataformats="HWC")  # type: ignore[no-untyped-call]
+        self._events.add(shown, position.env_steps)
 
     def sync(self) -> dict[str, int]:
         """Write everything through to the disk; returns how many bytes each log has now, by its name."""
-        self._file.flush()
-        self._writer.flush()
+        self._events.flush()
         sizes = {}
         for name, path in _logs(self._run_dir).items():
             sync(path)
@@ -90,13 +94,57 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):  # of what could not be written, which has been told then
+                file.close()
+
+
+class _Events:
+    """An event file of TensorBoard. No thread writes it, as elsewhere: an error comes to whoever has something to say.
+
+    Args:
+        folder: where it is made.
+        purge: whoever reads the folder forgets what was told of this step and of later ones.
+    """
+
+    def __init__(self, folder: Path, purge: int | None) -> None:
+        folder.mkdir(exist_ok=True)
+        names = [re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in folder.iterdir()]
+        # They are read in the order of their names.
+        number = max(int(time.time()), *(int(name[1]) + 1 for name in names if name), 0)
+        self._file = (folder / f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}.0").open("xb")
+        self._records = RecordWriter(self._file)
+        self._write(Event(file_version="brain.Event:2"))
+        if purge is not None:
+            self._write(Event(step=purge, session_log=SessionLog(status=SessionLog.START)))
+        self.flush()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+    def add(self, what: Any, env_steps: int = 0) -> None:
+        """Write a summary, as `torch.utils.tensorboard.summary` makes it."""
+        self._write(Event(summary=what, step=env_steps))
+
+    def flush(self) -> None:
+        """Have what was added written to the file."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file, also if the last of it cannot be written."""
         self._file.close()
-        self._writer.close()
+
+
+def _open_to_append(path: Path) -> io.BufferedWriter:
+    """Open a file of ours; raises OSError for a link, which may lead anywhere."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "ab")
 
 
 def _logs(run_dir: Path) -> dict[str, Path]:
     """Return the files that grow with a run, by their names within it; links are none of ours."""
-    paths = [run_dir / "metrics.jsonl", *sorted((run_dir / "tensorboard").glob("*"))]
+    paths = [run_dir / "metrics.jsonl", *sorted((run_dir / "tensorboard").glob("events.out.tfevents.*"))]
     return {str(path.relative_to(run_dir)): path for path in paths if path.is_file() and not path.is_symlink()}
 
 

@@ -189,17 +189,20 @@ class _Trainer:
     def run(self) -> Run:
         config, stages, start = self.config, self.config.stages, self.start
         shown = start.config_text if start.config_is_new else None
-        with Tracker(self.run_dir, shown, flatten(config.model_dump()), self.position, start.logs) as self.tracker:
+        with self._writing():
+            tracker = Tracker(self.run_dir, shown, flatten(config.model_dump()), self.position, start.logs)
+        with tracker as self.tracker:
             self.account = Account(stages, read_metrics(self.run_dir)) if len(stages) > 1 else None
             most = [max_envs(config, stage) for stage in range(len(stages))]
             sources = [Together(self.distributions)] * len(most) if config.control == "joint" else self.distributions
             self.envs = make_stage_envs(sources, most, num_workers(config), config.worker_timeout)
             try:
-                if start.config_is_new:
-                    self._save()
-                    write_config(self.run_dir, start.config_text, self.position)  # last: it makes a run of it
                 if start.random_state is not None:
                     set_random_state(start.random_state)
+                if start.config_is_new:
+                    self._save()
+                    with self._writing():
+                        write_config(self.run_dir, start.config_text, self.position)  # last: it makes a run of it
                 if self.account is not None and self.account.empty and not self.limits.reached(self.position):
                     self._evaluate(0)
                 for stage in range(self.position.stage, len(stages)):
@@ -363,7 +366,8 @@ class _Trainer:
                 self.report = {**self.report, "continual": continual}
                 for phase, name in (("post", "continual/score_matrix"), ("pre", "continual/score_matrix_pre")):
                     image = score_matrix_image(self.account.matrix(stage + 1, phase), self.account.names)
-                    self.tracker.write_image(self.position, name, image)
+                    with self._writing():
+                        self.tracker.write_image(self.position, name, image)
         self._track(found | {"time/evaluation_seconds": time.perf_counter() - began})
 
     def _reports(self) -> list[Report]:
