@@ -11,13 +11,14 @@ from pathlib import Path
 def replace_file(path: Path, data: bytes) -> None:
     """Put `data` in the place of what `path` holds: whoever reads it, whenever, finds the old or the new.
 
-    One process at a time may write it. What one that was killed has left is written over by the next.
+    One process at a time may write it. What one that was killed has left is removed by the next.
 
     Raises:
         OSError: it cannot be written; the old content stays.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)
         write_file(temporary, data)
         temporary.replace(path)
         sync(path.parent)
@@ -27,8 +28,8 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file through to the disk."""
-    with path.open("wb") as file:
+    """Write a new file through to the disk; raises OSError if there is something at its place, be it a link."""
+    with path.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

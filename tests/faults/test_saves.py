@@ -118,7 +118,7 @@ def test_a_save_killed_at_any_operation_loses_nothing(case):
 
 
 @pytest.mark.slow
-@each_save
+@pytest.mark.parametrize("kind", ["the next", "a new best"])
 def test_a_save_killed_while_it_mends_what_another_kill_has_left_loses_nothing(case):
     first = 1
     while killed_before(first, case.save):
@@ -194,6 +194,15 @@ def test_a_file_replaced_and_killed_at_any_operation_is_the_old_or_the_new_one(t
         assert path.read_bytes() in (b"old", b"new")
         number += 1
     assert path.read_bytes() == b"new" and number > 3
+
+
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
+    precious, path = tmp_path / "precious", tmp_path / "file"
+    precious.write_bytes(b"precious")
+    (tmp_path / ".file.tmp").symlink_to(precious)
+    replace_file(path, b"new")
+    assert precious.read_bytes() == b"precious" and path.read_bytes() == b"new" and not path.is_symlink()
+    assert names(tmp_path) == ["file", "precious"]
 
 
 def test_a_folder_that_cannot_be_written_is_told_and_stays_as_it_is(tmp_path):
