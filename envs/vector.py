@@ -263,6 +263,10 @@ class _Worker:
         if cause:
             self.process.kill()
         self.process.join(timeout=5.0)
+        if self.process.is_alive():
+            cause = cause or "closed its connection and was killed"
+            self.process.kill()
+            self.process.join(timeout=5.0)
         self.connection.close()
         self.lost = f"environment worker {self.number} {cause or _how_it_ended(self.process.exitcode)}"
 
@@ -276,12 +280,10 @@ def _poll_of(connection: Connection) -> Callable[[float], Any]:
     return lambda seconds: poll.poll(1000.0 * seconds)
 
 
-def _how_it_ended(exit_code: int | None) -> str:
-    if exit_code is None:
-        return "closed its connection"
+def _how_it_ended(exit_code: int) -> str:
     if exit_code >= 0:
         return f"ended with exit code {exit_code}"
-    name = signal.Signals(-exit_code).name
+    name = next((each.name for each in signal.Signals if each == -exit_code), f"signal {-exit_code}")
     return f"was killed by {name}" + (" (as happens when memory runs out)" if name == "SIGKILL" else "")
 
 

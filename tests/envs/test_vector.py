@@ -123,7 +123,7 @@ def workers():
     """Builds WorkerEnvs, closes them, and makes sure that nothing hangs or is left over."""
 
     def too_long(*_):
-        raise TimeoutError("the call hangs")
+        raise AssertionError("the call hangs")
 
     opened = []
 
@@ -385,12 +385,13 @@ def test_a_worker_killed_between_two_calls_loses_no_episode_that_begins_later(wo
     tasks = toys("a", "a")
     envs = workers(Toys(tasks), 2, 1)
     envs.reset(tasks, seeds(2))
-    for restarts in (1, 2):
+    for restarts, stepping in ((1, True), (2, False)):
         (process,) = multiprocessing.active_children()
         process.kill()
         process.join()
-        with pytest.raises(EpisodesLostError, match="worker 0 was killed by SIGKILL"):
-            step_all(envs, 2)
+        if stepping:
+            with pytest.raises(EpisodesLostError, match="worker 0 was killed by SIGKILL"):
+                step_all(envs, 2)
         assert envs.reset(tasks, seeds(2))[:, GOAL].tolist() == [0.0, 1.0]
         assert envs.restarts == restarts
 

@@ -20,8 +20,8 @@ class Fragile(gymnasium.Env):
     """Walks: what it observes follows from its seed and its actions.
 
     The name of its task says when something happens to its process (`build`, `reset`, `step`), and the task's options
-    say what: a signal (once: `mark` is the file that tells whether it has happened), or `exit`, each time. Others are
-    `crawl`, `sleep` and `raise`, which is what their steps do, and `walk`.
+    say what: a signal (once: `mark` is the file that tells whether it has happened), or `exit` or `sleep`, each time.
+    Others are `crawl` and `raise`, which is what their steps do, and `walk`.
     """
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float64)
@@ -41,8 +41,6 @@ class Fragile(gymnasium.Env):
         self.elapsed += 1
         if self.task.name == "crawl":
             time.sleep(0.3)
-        if self.task.name == "sleep":
-            time.sleep(1000.0)
         if self.elapsed == BREAK_AT:
             self._happens("step")
             if self.task.name == "raise":
@@ -55,8 +53,11 @@ class Fragile(gymnasium.Env):
         if self.task.name != when:
             return
         what = dict(self.task.options)
+        time.sleep(what.get("sleep", 0.0))
         if "exit" in what:
             os._exit(what["exit"])
+        if "mark" not in what:
+            return
         try:
             Path(what["mark"]).touch(exist_ok=False)
         except FileExistsError:

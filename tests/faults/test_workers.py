@@ -69,7 +69,7 @@ def workers():
     opened = []
 
     def too_long(*_):
-        raise TimeoutError("the call hangs")
+        raise AssertionError("the call hangs")
 
     def build_envs(*arguments):
         opened.append(WorkerEnvs(*arguments))
@@ -198,34 +198,39 @@ def test_workers_of_a_thread_that_has_ended_are_started_again(workers):
 
 
 class Failing(Noisy):
-    """Its action in one rollout of task 1 is not a number at step 3, later in the trial than other rollouts are."""
+    """Its actions in the first rollouts of some tasks are not finite at the second step."""
 
-    def __init__(self, value, **settings):
-        super().__init__(**settings)
-        self.value = value
+    def __init__(self, value, failing_tasks, trial_episodes):
+        super().__init__(trial_episodes)
+        self.value, self.failing_tasks = value, failing_tasks
 
     def act(self, percept, noise, state):
         actions, log_probs, state = super().act(percept, noise, state)
-        if self.acts == 3:
-            actions[1, 0, 1] = self.value
+        if self.acts == 3:  # the second one of the first of two lanes
+            actions[self.failing_tasks, 0, 1] = self.value
         return actions, log_probs, state
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("trial_episodes", [1, 2])
-def test_an_action_that_is_not_finite_is_never_taken(value, trial_episodes, workers):
+@pytest.mark.parametrize(
+    ("value", "failing_tasks"),
+    [(float("nan"), [1]), (float("inf"), [1]), (float("nan"), [0, 1])],
+    ids=["nan", "inf", "a whole lane"],
+)
+def test_an_action_that_is_not_finite_is_never_taken(value, failing_tasks, trial_episodes, workers):
     tasks = walks("walk", "walk")
     found = []
-    for envs in (SerialEnvs(Tasks(tasks), 2), workers(Tasks(tasks), 2, 2)):
-        found.append(rollout_of(envs, tasks, rollouts=2, agent=Failing(value, trial_episodes=trial_episodes)))
-    clean = rollout_of(SerialEnvs(Tasks(tasks), 2), tasks, rollouts=2, agent=Noisy(trial_episodes))
+    for envs in (SerialEnvs(Tasks(tasks), 4), workers(Tasks(tasks), 4, 2)):
+        agent = Failing(value, failing_tasks, trial_episodes)
+        found.append(rollout_of(envs, tasks, rollouts=2, agent=agent))
     assert_same(found[0], found[1])
-    assert found[0].valid.any(-1).tolist() == [[True, True], [False, True]]
+    kept = torch.tensor([[0 not in failing_tasks, True], [False, True]])
+    assert torch.equal(found[0].valid.any(-1), kept)
+    clean = rollout_of(SerialEnvs(Tasks(tasks), 4), tasks, rollouts=2, agent=Noisy(trial_episodes))
     for name, tensor in vars(found[0]).items():
-        assert not tensor[1, 0].any() and not tensor.isnan().any(), name
-        length = tensor.shape[2]
-        torch.testing.assert_close(tensor[0], getattr(clean, name)[0, :, :length], rtol=0, atol=0, msg=name)
-        torch.testing.assert_close(tensor[1, 1], getattr(clean, name)[1, 1, :length], rtol=0, atol=0, msg=name)
+        assert not tensor[~kept].any(), name
+        expected = getattr(clean, name)[:, :, : tensor.shape[2]]
+        torch.testing.assert_close(tensor[kept], expected[kept], rtol=0, atol=0, msg=name)
 
 
 def test_an_agent_without_a_finite_action_is_told(workers):
@@ -296,7 +301,7 @@ def wait_until(condition, seconds):
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
-AT_ANY_TIME = [("SIGKILL", doing) for doing in ("starting", "idle", "stepping", "sleep", "stopped")]
+AT_ANY_TIME = [("SIGKILL", doing) for doing in ("starting", "idle", "stepping", "asleep", "stopped")]
 IN_ANY_WAY = [(ending, "stepping") for ending in ("exit", "raise", "os._exit", "SIGTERM", "SIGINT")]
 
 
@@ -315,6 +320,8 @@ def test_nothing_is_left_of_workers_whose_parent_ends(ending, doing, tmp_path):
         assert parent.stdout.readline() == b"ready\n", parent.stderr.read()
         found = children_of(parent.pid)
         assert len(found) == 3 and len(workers_of(parent.pid)) == 2  # and the resource tracker
+        if doing == "starting":
+            time.sleep(0.2)  # it has sent them what to do
         if doing == "stopped":
             wait_until(lambda: "T" in [state_of(pid)[1] for pid in found], 5.0)
         if ending.startswith("SIG"):
