@@ -38,7 +38,7 @@ class Poison:
 
     def __init__(self, iterations=(), ends=0, value=float("nan")):
         self.iterations, self.ends, self.value = set(iterations), ends, value
-        self.iteration, self.consolidated = 1, 0
+        self.iteration, self.consolidated, self.asked = 1, 0, []
 
     def loss(self, agent, rng, fraction):
         theta = agent.parameters()[
@@ -50,6 +50,7 @@ class Poison:
         self.iteration += 1
 
     def end_stage(self, agent, rollouts, rng):
+        self.asked.append((float(rollouts[0].rewards.sum()), rng.random()))
         if self.ends:
             self.ends -= 1
             raise FloatingPointError("the importance of parameters is not finite")
@@ -142,6 +143,7 @@ def test_a_fisher_that_is_not_finite_is_measured_again_on_other_rollouts(tmp_pat
     method, other = Poison(ends=2), Poison()
     run = train(config(iterations=1, stages=2), methods=[method, other], run_dir=tmp_path)
     assert run.finished and method.consolidated == 1 and other.consolidated == 1  # each once
+    assert len(method.asked) == 3 and all(len(set(part)) == 3 for part in zip(*method.asked, strict=True))
     assert caplog.text.count("the end of stage 0 came to nothing: the importance of parameters is not finite") == 2
     sound = train(config(iterations=1, stages=2), methods=[Poison()], run_dir=tmp_path / "sound")
     assert run.policy.env_steps == sound.policy.env_steps + 2 * 40  # those of the other rollouts count

@@ -170,6 +170,13 @@ def test_an_evaluation_between_checkpoints_makes_one_only_to_keep_the_best(tmp_p
         assert sorted(path.name for path in (tmp_path / str(best) / "checkpoints").iterdir()) == expected
 
 
+def test_a_checkpoint_has_the_score_of_an_evaluation_in_its_own_iteration(tmp_path):
+    train(config("--stages.0.iterations 4 --evaluation.every-iterations 2 --keep-checkpoints 9"), run_dir=tmp_path)
+    manifests = sorted((tmp_path / "checkpoints").glob("*/manifest.json"))
+    scores = [json.loads(path.read_text())["score"] is not None for path in manifests]
+    assert scores == [False, False, True, False, True]
+
+
 # Logs
 
 
@@ -213,8 +220,12 @@ def test_nothing_else_is_cut_whatever_a_checkpoint_says(tmp_path, track):
     run.write_text("precious")
     outside = tmp_path.parent / f"{tmp_path.name}-outside"
     outside.write_text("precious")
-    (tmp_path / "tensorboard" / "link").symlink_to(outside)
-    track(2, logs={**sizes, "config.yaml": 2, f"../{outside.name}": 2, "tensorboard/link": 2}, sync_at=2)
+    (tmp_path / "tensorboard" / "events.out.tfevents.9.link").symlink_to(outside)
+    track(
+        2,
+        logs={**sizes, "config.yaml": 2, f"../{outside.name}": 2, "tensorboard/events.out.tfevents.9.link": 2},
+        sync_at=2,
+    )
     assert run.read_text() == outside.read_text() == "precious"
 
 
