@@ -170,6 +170,16 @@ def test_a_worker_that_cannot_start_is_not_tried_again(workers, capfd):
     assert "these tasks stay here" in capfd.readouterr().err
 
 
+def test_a_worker_that_is_starting_leaves_ctrl_c_to_the_main_process(workers):
+    tasks = walks("walk", "walk")
+    envs = workers(Tasks(tasks), 2, 2)
+    for process in multiprocessing.active_children():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(process.pid, number)
+    assert rollout_of(envs, tasks, rollouts=1).env_steps > 0
+    assert envs.restarts == 0
+
+
 def test_a_slow_worker_that_makes_progress_is_not_hung(workers):
     """A step of all takes 6 · 0.3 s, more than the 1 s in which one of them must be stepped."""
     tasks = walks(*["crawl"] * 6, horizon=2)
