@@ -7,6 +7,7 @@ says what every file holds and its hash, is written last. Whatever is loaded pas
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -22,7 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import safetensors
 import safetensors.torch
-from pydantic import BaseModel, Field, NonNegativeInt, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 from torch import Tensor
 
 from metarl.errors import STRICT
@@ -38,6 +39,8 @@ _MOST_BYTES = 16 * 2**20
 """Of a manifest and of a file's header, which have some 100 KiB; what is larger is refused unread."""
 _MOST_FILE_BYTES = 2**37
 
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+
 
 @dataclass(frozen=True)
 class Position:
@@ -51,11 +54,11 @@ class Position:
         skipped: the last so many iterations came to nothing, since their numbers were not finite.
     """
 
-    stage: NonNegativeInt = 0
-    stage_iteration: NonNegativeInt = 0
-    iteration: NonNegativeInt = 0
-    env_steps: NonNegativeInt = 0
-    skipped: NonNegativeInt = 0
+    stage: Count = 0
+    stage_iteration: Count = 0
+    iteration: Count = 0
+    env_steps: Count = 0
+    skipped: Count = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Entry(BaseModel):
 
     sha256: str
     bytes: int = Field(ge=8, le=_MOST_FILE_BYTES)
-    tensors: dict[str, tuple[NonNegativeInt, ...]]  # shapes by name
+    tensors: dict[str, tuple[Count, ...]]  # shapes by name
 
 
 class Manifest(BaseModel):
@@ -126,7 +129,7 @@ class Manifest(BaseModel):
     spaces: Spaces
     score: float | None
     config_sha256: str
-    logs: dict[str, NonNegativeInt]
+    logs: dict[str, Count]
     files: dict[Annotated[str, StringConstraints(pattern=r"^[a-z_]+\.safetensors$")], Entry]
     versions: dict[str, str]
 
@@ -157,7 +160,7 @@ class Checkpoint:
     def load(self, name: str) -> dict[str, Tensor]:
         """Return another state, e.g. `stability`, empty if there was none; raises CorruptCheckpointError."""
         file = f"{name}.safetensors"
-        return _tensors(self.path / file, self.manifest.files[file]) if file in self.manifest.files else {}
+        return _tensors(self.path / file) if file in self.manifest.files else {}
 
 
 class CorruptCheckpointError(Exception):
@@ -217,7 +220,7 @@ def save(
             config_sha256=config_sha256,
             logs=dict(logs or {}),
             files=files,
-            versions={name: version(name) for name in _LIBRARIES},
+            versions=_versions(),
         ).model_dump(mode="json")
         manifest["sha256"] = _checksum(manifest)
         write_file(temporary / _MANIFEST, json.dumps(manifest, indent=2).encode())
@@ -237,6 +240,11 @@ def save(
     _set_aside(folder, position.iteration)
     _prune(folder, keep, keep_best)
     return target
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _LIBRARIES}
 
 
 def _clear(folder: Path) -> None:
@@ -325,7 +333,7 @@ def load(path: Path) -> Checkpoint:
         raise CorruptCheckpointError(f"{path}: the manifest does not name {_AGENT}")
     for name, entry in manifest.files.items():
         _verify(path / name, entry)
-    return Checkpoint(path, manifest, _tensors(path / _AGENT, manifest.files[_AGENT]))
+    return Checkpoint(path, manifest, _tensors(path / _AGENT))
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -349,14 +357,18 @@ def _read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate(content, strict=False)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
+        where = _shown(".".join(map(str, first["loc"])))
         raise CorruptCheckpointError(f"{file}: {where}: {first['msg']}, found {first['input']!r:.80}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"{file}: {_reason(error)}") from error
 
 
 def _verify(path: Path, entry: Entry) -> None:
-    """Check that a file is the one that was written; raises CorruptCheckpointError."""
+    """Check that a file is the one that was written, with the tensors that the manifest names.
+
+    Raises:
+        CorruptCheckpointError: it is not.
+    """
     try:
         with open_plain(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -368,27 +380,34 @@ def _verify(path: Path, entry: Entry) -> None:
             file.seek(0)
             if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
                 raise CorruptCheckpointError(f"{path}: its hash is not the manifest's; the file is damaged")
-    except OSError as error:
+        with safetensors.safe_open(path, "pt") as tensors:
+            shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
         raise CorruptCheckpointError(f"{path}: {_reason(error)}") from error
-
-
-def _tensors(path: Path, entry: Entry) -> dict[str, Tensor]:
-    """Read a file whose tensors must be those that the manifest names; raises CorruptCheckpointError."""
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise CorruptCheckpointError(f"{path}: {_reason(error)}") from error
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     for name in shapes.keys() | entry.tensors.keys():
         if shapes.get(name) != entry.tensors.get(name):
             found, expected = (each.get(name, "nothing") for each in (shapes, entry.tensors))
-            raise CorruptCheckpointError(f"{path}: {name!r} has shape {found}; the manifest says {expected}")
-    return tensors
+            raise CorruptCheckpointError(
+                f"{path}: {_shown(name)} has shape {found!r:.80}; the manifest says {expected!r:.80}"
+            )
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file that is verified; raises CorruptCheckpointError for what torch cannot hold."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise CorruptCheckpointError(f"{path}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
     told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return f"{type(error).__name__}: {told}"
+    return f"{type(error).__name__}: {_shown(told)}"
+
+
+def _shown(text: str) -> str:
+    """Return somebody else's words for a message: in one line, and not too long."""
+    return repr(text[:200])[1:-1]
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
@@ -400,7 +419,7 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors that share memory with others, which safetensors refuses; large ones of their own stay."""
     shared = Counter(value.untyped_storage().data_ptr() for value in state.values())
     return {
-        name: value.clone() if shared[value.untyped_storage().data_ptr()] > 1 else value.contiguous()
+        name: (value.clone() if shared[value.untyped_storage().data_ptr()] > 1 else value).contiguous()
         for name, value in state.items()
     }
 

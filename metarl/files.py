@@ -46,12 +46,22 @@ def sync(path: Path) -> None:
 
 def open_plain(path: Path) -> io.BufferedReader:
     """Open a file to read it; raises OSError for a link, a pipe, a device or anything else that is no plain file."""
-    # Not blocking: a pipe in the place of a file would have us wait for ever.
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(_opened(path, os.O_RDONLY), "rb")
+
+
+def append_plain(path: Path) -> io.BufferedWriter:
+    """Open a file to write at its end, or a new one; raises OSError as `open_plain` does."""
+    return os.fdopen(_opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+
+
+def _opened(path: Path, flags: int) -> int:
     if path.is_symlink():
         raise OSError(f"{path} is a link, which is not followed")
-    file = os.fdopen(os.open(path, flags), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    # Not blocking: a pipe in the place of a file would have us wait for ever.
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(f"{path} is not a plain file")
-    return file
+    return descriptor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import math
@@ -23,7 +22,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignor
 from torch.utils.tensorboard import summary
 
 from metarl.checkpoint import Position
-from metarl.files import sync
+from metarl.files import append_plain, sync
 
 _LOG = logging.getLogger(__name__)
 _HPARAM_METRICS = ("meta_train/return_post", "meta_test/return_post", "meta_test/success_post")
@@ -52,7 +51,7 @@ class Tracker:
         self._run_dir = run_dir
         if logs is not None:
             _cut(run_dir, logs)
-        self._file = _open_to_append(run_dir / "metrics.jsonl")
+        self._file = append_plain(run_dir / "metrics.jsonl")
         purge = position.env_steps + 1 if logs is not None else None  # from the memory of a TensorBoard that is looking
         self._events = _Events(run_dir / "tensorboard", purge)
         if config is not None:
@@ -136,12 +135,6 @@ class _Events:
         self._file.close()
 
 
-def _open_to_append(path: Path) -> io.BufferedWriter:
-    """Open a file of ours; raises OSError for a link, which may lead anywhere."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    return os.fdopen(os.open(path, flags, 0o666), "ab")
-
-
 def _logs(run_dir: Path) -> dict[str, Path]:
     """Return the files that grow with a run, by their names within it; links are none of ours."""
     paths = [run_dir / "metrics.jsonl", *sorted((run_dir / "tensorboard").glob("events.out.tfevents.*"))]
@@ -161,12 +154,15 @@ def _cut(run_dir: Path, sizes: Mapping[str, int]) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl; a last line that was cut off in writing is passed over."""
+    """Return the lines of a run's metrics.jsonl, up to one that is none: the last may have been cut off in writing."""
     path = run_dir / "metrics.jsonl"
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(line, dict):
+            break
+        lines.append(line)
     return lines
