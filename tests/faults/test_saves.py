@@ -264,9 +264,10 @@ def undisturbed(tmp_path_factory):
     return run_dir
 
 
-@pytest.mark.parametrize(
-    "kib", [4, 12, 36, 100, *(pytest.param(kib, marks=pytest.mark.slow) for kib in (8, *range(16, 36, 4), 40, 200, 252))]
-)
+MORE = [pytest.param(kib, marks=pytest.mark.slow) for kib in (8, *range(16, 36, 4), 40, 200, 252)]
+
+
+@pytest.mark.parametrize("kib", [4, 12, 36, 100, *MORE])
 def test_a_disk_that_fills_up_ends_a_run_in_one_line_and_with_room_it_goes_on(tmp_path, undisturbed, kib):
     """Whatever finds it full first: the logs, the config or a file of a checkpoint."""
     config = load_config("navigation_maml_ppo", [*processes.SMALL.split(), *LONG])
