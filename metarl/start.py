@@ -13,7 +13,7 @@ from metarl.checkpoint import Position, Spaces
 from metarl.config import RunConfig, dump_config, load_config
 from metarl.errors import UserError
 from metarl.policy import Policy, build_agent, restore
-from metarl.run_directory import checkpoint_to_resume, clear_run_dir, differences, hash_of
+from metarl.run_directory import checkpoint_to_resume, clear_run_dir, differences
 from metarl.stages import load_methods
 from metarl.transfer import stage_starts
 from metarl.types import Agent, StabilityMethod
@@ -69,12 +69,10 @@ def resume(
     load_methods(methods, checkpoint)
     stages = _stages(config, spaces, device, run_dir, agent, position)
     path, manifest = run_dir / "config.yaml", checkpoint.manifest
-    written = path.read_bytes()
-    changed = bool(differences(load_config(path), config)) or manifest.config_sha256 != hash_of(written)
-    text = dump_config(config) if changed else written.decode()
-    return Start(
-        agent, position, stages, text, changed, manifest.score, manifest.logs, checkpoint.load("random") or None
-    )
+    changed = bool(differences(load_config(path), config))
+    text = dump_config(config) if changed else path.read_bytes().decode()
+    random_state = checkpoint.load("random") or None
+    return Start(agent, position, stages, text, changed, manifest.score, manifest.logs, random_state)
 
 
 def _stages(

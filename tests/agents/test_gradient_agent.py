@@ -298,6 +298,16 @@ def test_the_agent_fits_its_value_function_on_all_phases(monkeypatch):
     assert "train/value_loss" not in make_agent().update(rollouts)
 
 
+def test_every_fit_of_every_run_goes_through_the_data_in_an_order_of_its_own(monkeypatch):
+    orders, fit = [], LearnedValue.fit
+    monkeypatch.setattr(LearnedValue, "fit", lambda *a: orders.append(a[4]) or fit(*a))
+    for seed in (0, 1, 0):
+        agent = make_agent(seed=seed, baseline="learned")
+        for _ in range(2):
+            agent.update(iteration(agent))
+    assert orders[:2] == orders[4:] and len(set(orders)) == 4
+
+
 # Saving
 
 

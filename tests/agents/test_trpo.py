@@ -191,3 +191,13 @@ def test_conjugate_gradient_stops_where_the_system_is_not_positive():
     assert all(torch.equal(found[name], names[name]) for name in names)
     zero = conjugate_gradient(product, {name: torch.zeros_like(value) for name, value in names.items()}, 4)
     assert all((value == 0).all() for value in zero.values())
+
+
+def test_a_natural_gradient_that_is_not_finite_is_no_step(theta, monkeypatch):
+    """It counts as one that came to nothing; a direction along which nothing bends is a step of length 0."""
+    monkeypatch.setattr(MetaObjective, "fisher_product", lambda self, v: {k: x * float("nan") for k, x in v.items()})
+    with pytest.raises(FloatingPointError, match="natural gradient is not finite"):
+        trust_region(theta)
+    monkeypatch.setattr(MetaObjective, "fisher_product", lambda self, v: {k: 0.0 * x for k, x in v.items()})
+    _, leaf, metrics = trust_region(theta, damping=0.0)
+    assert metrics["step_fraction"] == 0 and torch.equal(leaf, theta)

@@ -112,6 +112,18 @@ def test_what_speaks_against_a_run_is_told_before_anything_is_made(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+def test_a_run_that_came_about_while_the_lock_was_fetched_is_not_written_over(tmp_path, monkeypatch):
+    acquire = lock._acquire
+
+    def another_was_faster(path):
+        (tmp_path / "config.yaml").touch()
+        return acquire(path)
+
+    monkeypatch.setattr(lock, "_acquire", another_was_faster)
+    with pytest.raises(UserError, match="already holds a run"), locked(tmp_path):
+        pytest.fail("written over")
+
+
 def test_a_directory_in_which_nothing_was_made_is_removed_again(tmp_path):
     with locked(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
