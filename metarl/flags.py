@@ -23,6 +23,8 @@ def parse_flags(arguments: Sequence[str]) -> dict[tuple[str, ...], Any]:
     flags: dict[tuple[str, ...], list[str]] = {}
     values: list[str] | None = None
     for word in arguments:
+        if not word.isascii() and any("\ud800" <= each <= "\udfff" for each in word):
+            raise UserError(f"{word[:80]!r} is not valid UTF-8; write it in UTF-8")
         if word.startswith("--"):
             flag, equals, value = word[2:].partition("=")
             keys = tuple(flag.replace("-", "_").split("."))
@@ -92,7 +94,7 @@ def lay_over(tree: Any, keys: tuple[str, ...], value: Any) -> None:
         if isinstance(tree, list):
             if not (key.isascii() and key.isdigit()) or int(key) >= len(tree):
                 raise UserError(
-                    f"{flag_of(keys)}: there is no {'.'.join(keys[: i + 1])}; the list has {len(tree)} item(s)"
+                    f"{flag_of(keys)}: there is no {flag_of(keys[: i + 1])[2:]}; the list has {len(tree)} item(s)"
                 )
             tree = tree[int(key)]
         else:

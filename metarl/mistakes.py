@@ -70,8 +70,10 @@ class Wording:
                 continue
             if item["type"] == "too_short" and len(items) > 1:
                 continue  # pydantic counts an invalid item as missing, too
-            problem = self._problem(item, keys, by_flag=_is_flags(keys, flags))
-            lines.append(f"{_where(keys, item['msg'], source, flags)}: {problem}")
+            where, by_flag = _where(keys, item["msg"], source, flags), _is_flags(keys, flags)
+            if item["type"] == "extra_forbidden" and given:  # the flag of something below what is not there
+                where, by_flag = flag_of(given[0]), True
+            lines.append(f"{where}: {self._problem(item, keys, by_flag=by_flag)}")
         return " ".join("; ".join(lines).split())
 
     def truth_for_a_number(self, tree: Any, source: str, flags: Flags) -> str | None:

@@ -6,6 +6,7 @@ more values than a machine has memory for. Imports errors alone of metarl.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ MOST_BYTES = 1 << 20
 
 _MOST_VALUES = 100_000  # with all aliases written out
 _MOST_BITS = 64  # of a whole number; beyond some thousand, Python refuses to print it
+_OLD_NUMBER = re.compile(r"[-+]?0[0-7_]+|[^:]+:.+")  # YAML 1.1: octal, and to the base of 60
 _MERGE = "tag:yaml.org,2002:merge"  # <<
 
 
@@ -88,7 +90,7 @@ def _written_out(node: yaml.Node, known: dict[int, int | None]) -> int:
         children = node.value
     else:
         children = []
-        _check_number(node)
+        _check_scalar(node)
     count = 1
     for child in children:
         count += _written_out(child, known)
@@ -109,10 +111,17 @@ def _check_keys(node: yaml.MappingNode) -> None:
             )
 
 
-def _check_number(node: yaml.Node) -> None:
+def _check_scalar(node: yaml.Node) -> None:
+    if any("\ud800" <= each <= "\udfff" for each in node.value):
+        raise _Refused("half a character (a surrogate), which no file can hold", node)
     if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:int":
         return
-    value = yaml.SafeLoader("").construct_yaml_int(node)
+    try:
+        value = yaml.SafeLoader("").construct_yaml_int(node)
+    except ValueError as error:
+        raise _Refused(f"{node.value[:40]!r} is no whole number", node) from error
+    if _OLD_NUMBER.fullmatch(node.value):
+        raise _Refused(f"{node.value} would be read as {value}; write it without leading zeros or colons", node)
     if value.bit_length() > _MOST_BITS:
         raise _Refused(f"a whole number of {value.bit_length()} bits; expected at most {_MOST_BITS}", node)
 

@@ -62,7 +62,8 @@ def _told(error: Exception) -> tuple[int, str]:
         except UserError as mistake:
             return 2, str(mistake)
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return 2, f"{os.path.basename(str(error.filename))[:40]}…: too long for the name of a file; give a shorter one"
+        longest = max(str(error.filename).split(os.sep), key=len)
+        return 2, f"{longest[:40]}…: too long for the name of a file; give a shorter one"
     first, *_ = str(error).splitlines() or [""]
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in first:
         return 1, (
@@ -112,4 +113,4 @@ def _dispatch(arguments: list[str]) -> int:
         return 0 if arguments else 2
     near = difflib.get_close_matches(arguments[0].lower(), verbs, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown verb {arguments[0]!r}: {hint}there are {', '.join(verbs)}; see metarl --help")
+    raise UserError(f"unknown verb {arguments[0][:40]!r}: {hint}there are {', '.join(verbs)}; see metarl --help")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,12 +41,28 @@ def any_path(text: str) -> Path:
     return Path(text)
 
 
+def run_folder(text: str) -> Path:
+    """Read the name of a run directory; whether it holds a run is found out later."""
+    any_path(str(any_path(text) / "config.yaml"))
+    return Path(text)
+
+
 def new_file(text: str) -> Path:
     """Read the name of a file that is written."""
     found = any_path(text)
     if found.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
     return found
+
+
+def task_name(text: str) -> str:
+    """Read the name of a task, `reach-v3` or `reach-v3:7`."""
+    name, colon, number = text.partition(":")
+    if colon and not (number.isascii() and number.isdigit() and len(number) < 10):
+        raise argparse.ArgumentTypeError(
+            f"got {text[:80]!r}, expected a number behind the colon, e.g. {name[:40] or 'reach-v3'}:3"
+        )
+    return text
 
 
 def positive(text: str) -> int:
@@ -59,8 +76,8 @@ def not_negative(text: str) -> int:
 
 
 def _at_least(least: int, text: str) -> int:
-    if not text.lstrip("-").isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least {least}")
+    if not re.fullmatch(r"-?[0-9]{1,18}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, expected a whole number of at least {least}")
     return int(text)
 
 

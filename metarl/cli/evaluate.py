@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from metarl.cli.arguments import Parser, add_checkpoint, any_path, new_file, not_negative, positive
+from metarl.cli.arguments import Parser, add_checkpoint, new_file, not_negative, positive, run_folder
 from metarl.errors import UserError
 from metarl.files import replace_file
 
@@ -17,7 +17,7 @@ from metarl.files import replace_file
 def evaluate(arguments: list[str]) -> int:
     """Evaluate a run on held-out tasks."""
     parser = Parser("metarl evaluate", description="Adapt to held-out tasks as in training, beside an untrained agent.")
-    parser.add_argument("run_dir", type=any_path, help="what `metarl train` wrote")
+    parser.add_argument("run_dir", type=run_folder, help="what `metarl train` wrote")
     add_checkpoint(parser)
     parser.add_argument("--split", choices=("test", "train"), default="test", help="tasks to evaluate on (test)")
     parser.add_argument("--tasks", metavar="NAME", help="another benchmark or task than the run was trained on")

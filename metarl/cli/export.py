@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from metarl.cli.arguments import Parser, add_checkpoint, any_path, new_file, not_negative, positive
+from metarl.cli.arguments import Parser, add_checkpoint, new_file, not_negative, positive, run_folder, task_name
 from metarl.errors import UserError
 
 
@@ -15,13 +15,16 @@ def export(arguments: list[str]) -> int:
         description="Write the policy of a run, before or after adapting, as one ONNX file, for "
         "metarl.runtime.OnnxPolicy (numpy and onnxruntime) or another runtime. It is compared with torch first.",
     )
-    parser.add_argument("run_dir", type=any_path, help="what `metarl train` wrote")
+    parser.add_argument("run_dir", type=run_folder, help="what `metarl train` wrote")
     add_checkpoint(parser)
     parser.add_argument(
         "file", type=new_file, metavar="FILE.onnx", help="where the model goes; replaced if it is there"
     )
     parser.add_argument(
-        "--adapt-on", metavar="TASK", help="adapt to a task first, as in training, e.g. reach-v3 or reach-v3:7"
+        "--adapt-on",
+        metavar="TASK",
+        type=task_name,
+        help="adapt to a task first, as in training, e.g. reach-v3 or reach-v3:7",
     )
     parser.add_argument("--stage", metavar="NAME", help="whose TASK, and whose cue (the last)")
     parser.add_argument("--split", choices=("test", "train"), help="which TASK (test)")

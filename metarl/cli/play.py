@@ -7,7 +7,7 @@ import contextlib
 import math
 from pathlib import Path
 
-from metarl.cli.arguments import Parser, add_checkpoint, any_path, new_file, not_negative
+from metarl.cli.arguments import Parser, add_checkpoint, new_file, not_negative, run_folder, task_name
 from metarl.errors import UserError
 
 
@@ -19,10 +19,13 @@ def play(arguments: list[str]) -> int:
         epilog="An agent of the MAML family adapts as in training, on episodes that are not shown; of an agent with a "
         "memory, the first and the last episode of one trial are shown. Both begin from the same seed.",
     )
-    parser.add_argument("run_dir", type=any_path, help="what `metarl train` wrote")
+    parser.add_argument("run_dir", type=run_folder, help="what `metarl train` wrote")
     add_checkpoint(parser)
     parser.add_argument(
-        "--task", metavar="TASK", help="which task, e.g. reach-v3 or reach-v3:7, of this run or another (its first one)"
+        "--task",
+        metavar="TASK",
+        type=task_name,
+        help="which task, e.g. reach-v3 or reach-v3:7, of this run or another (its first one)",
     )
     parser.add_argument("--stage", metavar="NAME", help="the tasks of another stage of the run, by its name (the last)")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="of which tasks (test)")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from metarl.cli.arguments import Parser, any_path
+from metarl.cli.arguments import Parser, any_path, run_folder
 from metarl.cli.tracked import tracked
 from metarl.errors import UserError
 
@@ -44,7 +44,7 @@ def plot(arguments: list[str]) -> int:
         "of several stages that have finished in stability_plasticity.png. Runs that differ in their seed alone are "
         "one method.",
     )
-    parser.add_argument("run_dirs", nargs="+", type=any_path, metavar="RUN_DIR", help="what `metarl train` wrote")
+    parser.add_argument("run_dirs", nargs="+", type=run_folder, metavar="RUN_DIR", help="what `metarl train` wrote")
     parser.add_argument(
         "--out",
         metavar="DIR",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metarl.cli.arguments import Parser, any_path, one_line
+from metarl.cli.arguments import Parser, one_line, run_folder
 from metarl.cli.tracked import tracked
 
 
 def inspect(arguments: list[str]) -> int:
     """Show what a run directory holds."""
     parser = Parser("metarl inspect", description="Show what a run directory holds.")
-    parser.add_argument("run_dir", type=any_path, help="what `metarl train` wrote")
+    parser.add_argument("run_dir", type=run_folder, help="what `metarl train` wrote")
     options = parser.parse_args(arguments)
 
     from metarl.policy import load
