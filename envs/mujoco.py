@@ -302,7 +302,8 @@ class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         data.ctrl[:] = action
         time_s = data.time
         mujoco.mj_step(model, data, nstep=self._frame_skip)
-        if data.time <= time_s:
+        # MuJoCo's reset puts time and the numbers of warnings to 0. In an episode's first step only those tell.
+        if data.time <= time_s or (not time_s and not data.warning.number.all()):
             raise FloatingPointError(f"physics of {self.task.name} diverged and was reset; drop the episode")
         if family.contacts:
             mujoco.mj_rnePostConstraint(model, data)

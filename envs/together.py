@@ -66,7 +66,7 @@ def make_stage_envs(
     distributions: Sequence[TaskDistribution],
     max_envs: Sequence[int],
     num_workers: int,
-    worker_timeout: float = WORKER_TIMEOUT,
+    worker_timeout_s: float = WORKER_TIMEOUT,
 ) -> list[BatchEnv]:
     """Return environments for each of several distributions; close each of them, once or more often.
 
@@ -74,7 +74,7 @@ def make_stage_envs(
         distributions: of the stages; the same object may come again.
         max_envs: how many are stepped together, for each.
         num_workers: processes, for all together.
-        worker_timeout: see `make_envs`.
+        worker_timeout_s: see `make_envs`.
     """
     check_apart(distributions)
     made: dict[int, BatchEnv] = {}
@@ -82,7 +82,7 @@ def make_stage_envs(
     different = list({id(distributions[i]): distributions[i] for i in shared}.values())
     if different:
         whole = different[0] if len(different) == 1 else Together(different)
-        envs = make_envs(whole, max(max_envs[i] for i in shared), num_workers, worker_timeout)
+        envs = make_envs(whole, max(max_envs[i] for i in shared), num_workers, worker_timeout_s)
         made |= dict.fromkeys(shared, envs)
     for i in set(range(len(distributions))) - made.keys():
         made[i] = make_envs(distributions[i], max_envs[i], num_workers)

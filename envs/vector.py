@@ -46,7 +46,7 @@ START_TIMEOUT = 300.0
 
 
 def make_envs(
-    distribution: TaskDistribution, max_envs: int, num_workers: int, worker_timeout: float = WORKER_TIMEOUT
+    distribution: TaskDistribution, max_envs: int, num_workers: int, worker_timeout_s: float = WORKER_TIMEOUT
 ) -> BatchEnv:
     """Return a `BatchEnv` for the tasks of a distribution.
 
@@ -54,7 +54,7 @@ def make_envs(
         distribution: if it has a method `make_batch(max_envs)`, that one steps all environments as one computation.
         max_envs: how many environments are stepped together at most.
         num_workers: processes; 0 steps in this one.
-        worker_timeout: seconds without any progress after which a process counts as hung and is started again.
+        worker_timeout_s: seconds without any progress after which a process counts as hung and is started again.
     """
     make_batch = getattr(distribution, "make_batch", None)
     if make_batch is not None:
@@ -62,7 +62,7 @@ def make_envs(
         return batch
     if num_workers == 0:
         return SerialEnvs(distribution, max_envs)
-    return WorkerEnvs(distribution, max_envs, min(num_workers, max_envs), worker_timeout)
+    return WorkerEnvs(distribution, max_envs, min(num_workers, max_envs), worker_timeout_s)
 
 
 def usable_cores() -> int:
@@ -302,7 +302,7 @@ class WorkerEnvs:
         distribution: builds them, in the workers; must be picklable.
         max_envs: how many at most.
         num_workers: how many processes, at least 1.
-        worker_timeout: seconds in which a worker must have built, reset or stepped an environment, else it is hung.
+        worker_timeout_s: seconds in which a worker must have built, reset or stepped an environment, else it is hung.
 
     Attributes:
         restarts: how often a worker was started again.
@@ -320,7 +320,7 @@ class WorkerEnvs:
         distribution: TaskDistribution,
         max_envs: int,
         num_workers: int,
-        worker_timeout: float = WORKER_TIMEOUT,
+        worker_timeout_s: float = WORKER_TIMEOUT,
     ) -> None:
         self.max_envs = max_envs
         self.observation_space, self.action_space = env_spaces(distribution)
@@ -333,7 +333,7 @@ class WorkerEnvs:
             for name, (shape, dtype) in self._shapes.items()
         }
         self._buffers = _Buffers.view(self._memory, self._shapes)
-        self._watch = _Watch(self._buffers.progress, worker_timeout)
+        self._watch = _Watch(self._buffers.progress, worker_timeout_s)
         self._distribution = distribution
         self._pool_size = -(-max(max_envs, POOL) // num_workers)
         self._requests = 0  # sent, and not yet answered by all
@@ -421,7 +421,7 @@ class WorkerEnvs:
         try:
             while not worker.poll(self._watch.slice_s):
                 if self._watch.hangs(worker.number):
-                    seconds = f"{self._watch.limit_s(worker.number):g} s (worker_timeout)"
+                    seconds = f"{self._watch.limit_s(worker.number):g} s (worker_timeout_s)"
                     worker.end(f"made no progress for {seconds} and was killed")
                     return _OK
             return worker.connection.recv_bytes()

@@ -142,7 +142,7 @@ NO_EFFECT = frozenset(
     {
         "device",
         "num_workers",
-        "worker_timeout",
+        "worker_timeout_s",
         "checkpoint_every_iterations",
         "keep_checkpoints",
         "keep_best_checkpoints",
@@ -164,7 +164,7 @@ class RunConfig(BaseModel):
         le=1024,
         description="processes that step environments; 0: this one; none: one a core. No effect on results",
     )
-    worker_timeout: float = Field(
+    worker_timeout_s: float = Field(
         60.0,
         gt=0,
         description="seconds without any progress after which one of these processes counts as hung, and is restarted",

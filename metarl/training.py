@@ -195,7 +195,7 @@ class _Trainer:
             self.account = Account(stages, read_metrics(self.run_dir)) if len(stages) > 1 else None
             most = [max_envs(config, stage) for stage in range(len(stages))]
             sources = [Together(self.distributions)] * len(most) if config.control == "joint" else self.distributions
-            self.envs = make_stage_envs(sources, most, num_workers(config), config.worker_timeout)
+            self.envs = make_stage_envs(sources, most, num_workers(config), config.worker_timeout_s)
             try:
                 if start.random_state is not None:
                     set_random_state(start.random_state)

@@ -289,13 +289,16 @@ def test_an_action_that_is_not_finite_is_refused(broken):
         env.step(np.full(6, broken))
 
 
-@pytest.mark.parametrize("name", ["HalfCheetahDir", "AntDir"])
-def test_diverging_physics_is_an_error_and_leaves_no_log(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("velocity", [np.nan, 1e20])
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("name", ["HalfCheetahDir", "AntDir", "HopperRandParams", "HumanoidDir"])
+def test_diverging_physics_is_an_error_and_leaves_no_log(name, steps, velocity, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT
     env = make(first_task(name))
     expected, _ = env.reset(seed=0)
-    env.step(env.action_space.high)
-    env.data.qvel[0] = np.nan
+    for _ in range(steps):
+        env.step(env.action_space.high)
+    env.data.qvel[0] = velocity
     with pytest.raises(FloatingPointError, match="diverged"):
         env.step(env.action_space.high)
     assert not list(tmp_path.iterdir())
