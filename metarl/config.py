@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -33,7 +32,7 @@ from metarl.errors import STRICT, UserError
 from metarl.flags import change_members, lay_over, parse_flags
 from metarl.mistakes import Wording, shown
 from metarl.sequences import DEFAULT_NAME, as_written, named, written_out
-from metarl.settings_yaml import read_yaml
+from metarl.settings_yaml import read_yaml, write_yaml
 from metarl.stability import StabilityConfig, by_name
 
 StageCue = Literal["none", "input", "head"]
@@ -291,7 +290,7 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
 
 def dump_config(config: RunConfig) -> str:
     """Return the whole config as YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def explain_validation(error: ValidationError) -> str:

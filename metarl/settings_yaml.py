@@ -1,4 +1,4 @@
-"""Reads settings from YAML that anyone may have written: no objects, nothing twice, bounded in size and in time.
+"""Settings as YAML. Reads what anyone may have written: no objects, nothing twice, bounded in size and in time.
 
 PyYAML's safe loader runs nothing, but lets the last of two equal settings win without a word, and aliases stand for
 more values than a machine has memory for. Imports errors alone of metarl.
@@ -73,6 +73,23 @@ def parse_yaml(text: str) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def write_yaml(value: Any) -> str:
+    """Return a tree of mappings, lists and plain values as YAML that `parse_yaml` reads back to an equal one."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's, but for text with line breaks of Unicode, which comes back as another text unless it is quoted."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    quoted = any(each in text for each in "\x85\u2028\u2029")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _written_out(node: yaml.Node, known: dict[int, int | None]) -> int:
