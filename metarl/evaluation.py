@@ -112,7 +112,8 @@ def evaluate(
     seed = config.seed if seed is None else seed
     rollouts = rollouts_per_task or config.evaluation.rollouts_per_task or config.rollouts_per_task
     untrained = build_agent(config, policy.spaces, policy.agent.device, Purpose.UNTRAINED_AGENT)
-    envs = make_envs(_Tasks(tasks, make), min(len(tasks) * rollouts, MAX_ENVS), num_workers)
+    most = min(len(tasks) * rollouts, MAX_ENVS)
+    envs = make_envs(_Tasks(tasks, make), most, num_workers, config.worker_timeout_s)
     try:
         _check_sizes(policy, envs)
         report = evaluate_agent(
