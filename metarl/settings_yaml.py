@@ -61,7 +61,7 @@ def parse_yaml(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: it is none, names a setting twice, or its aliases stand for too much.
-        ValueError: a number or date that is none.
+        ValueError: it holds characters that YAML cannot.
         RecursionError: it is nested too deeply.
     """
     loader = yaml.SafeLoader(text)
@@ -69,7 +69,7 @@ def parse_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _written_out(node, {})
+        _written_out(loader, node, {})
         return loader.construct_document(node)
     finally:
         loader.dispose()
@@ -92,7 +92,7 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _written_out(node: yaml.Node, known: dict[int, int | None]) -> int:
+def _written_out(loader: yaml.SafeLoader, node: yaml.Node, known: dict[int, int | None]) -> int:
     """Return how many values a node stands for with all aliases written out; refuses what cannot be meant."""
     count = known.get(id(node), 0)
     if count is None:
@@ -107,10 +107,10 @@ def _written_out(node: yaml.Node, known: dict[int, int | None]) -> int:
         children = node.value
     else:
         children = []
-        _check_scalar(node)
+        _check_scalar(loader, node)
     count = 1
     for child in children:
-        count += _written_out(child, known)
+        count += _written_out(loader, child, known)
         if count > _MOST_VALUES:
             raise _Refused(f"with its aliases written out it has more than {_MOST_VALUES:,} values", node)
     known[id(node)] = count
@@ -128,18 +128,16 @@ def _check_keys(node: yaml.MappingNode) -> None:
             )
 
 
-def _check_scalar(node: yaml.Node) -> None:
+def _check_scalar(loader: yaml.SafeLoader, node: yaml.Node) -> None:
     if any("\ud800" <= each <= "\udfff" for each in node.value):
         raise _Refused("half a character (a surrogate), which no file can hold", node)
-    if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:int":
-        return
     try:
-        value = yaml.SafeLoader("").construct_yaml_int(node)
-    except ValueError as error:
-        raise _Refused(f"{node.value[:40]!r} is no whole number", node) from error
-    if _OLD_NUMBER.fullmatch(node.value):
+        value = loader.construct_object(node)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # all that PyYAML runs into
+        raise _Refused(f"{node.value[:40]!r} is no {node.tag.rpartition(':')[2]}", node) from error
+    if isinstance(value, int) and _OLD_NUMBER.fullmatch(node.value):
         raise _Refused(f"{node.value} would be read as {value}; write it without leading zeros or colons", node)
-    if value.bit_length() > _MOST_BITS:
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
         raise _Refused(f"a whole number of {value.bit_length()} bits; expected at most {_MOST_BITS}", node)
 
 
