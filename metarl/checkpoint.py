@@ -201,7 +201,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{position.iteration:06d}"
     temporary, replaced = folder / f".{target.name}.{os.getpid()}.tmp", _replaced(target)
-    _clear(folder)
+    clear(folder)
     temporary.mkdir()
     try:
         files = {}
@@ -247,8 +247,11 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in _LIBRARIES}
 
 
-def _clear(folder: Path) -> None:
-    """Remove what a killed process has left; a checkpoint that it was about to replace is put back."""
+def clear(folder: Path) -> None:
+    """Remove what a killed process has left; a checkpoint that it was about to replace is put back.
+
+    Nobody else may be at work there. Raises OSError: it cannot be put back.
+    """
     for path in _newest_first(folder):
         if not path.name.isdigit():
             path.rename(folder / _number(path))

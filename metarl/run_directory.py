@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, load_latest
+from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, clear, load_latest
 from metarl.config import NO_EFFECT, RunConfig, load_config
 from metarl.divergence import DIVERGED
 from metarl.errors import UserError
@@ -23,6 +24,8 @@ def checkpoint_to_resume(run_dir: Path, config: RunConfig, *, allow_config_chang
         UserError: its config differs, and that was not allowed; or none of its checkpoints can be loaded.
     """
     before = load_config(run_dir / "config.yaml")
+    with contextlib.suppress(OSError):  # the next one to be saved will tell
+        clear(run_dir / "checkpoints")
     try:
         checkpoint = load_latest(run_dir / "checkpoints")
     except CorruptCheckpointError as error:
