@@ -131,6 +131,8 @@ def _check_keys(node: yaml.MappingNode) -> None:
 def _check_scalar(loader: yaml.SafeLoader, node: yaml.Node) -> None:
     if any("\ud800" <= each <= "\udfff" for each in node.value):
         raise _Refused("half a character (a surrogate), which no file can hold", node)
+    if node.tag.rpartition(":")[2] not in ("binary", "bool", "float", "int", "timestamp"):
+        return
     try:
         value = loader.construct_object(node)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # all that PyYAML runs into
