@@ -76,6 +76,28 @@ def before_operation(number, strike):
         yield
 
 
+@contextlib.contextmanager
+def recorded():
+    """Have what is synced and renamed noted down, by name, in a list."""
+    told, fsync, rename, replace = [], os.fsync, os.rename, os.replace
+
+    def noted_fsync(descriptor):
+        told.append(f"sync {os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))}")
+        fsync(descriptor)
+
+    def noted(move):
+        def call(source, target):
+            told.append(f"{os.path.basename(source)} becomes {os.path.basename(target)}")
+            move(source, target)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name, call in (("fsync", noted_fsync), ("rename", noted(rename)), ("replace", noted(replace))):
+            stack.enter_context(mock.patch.object(os, name, call))
+        yield told
+
+
 def in_child(work):
     """Do a piece of work in a process of its own, forked from this one; returns the signal that ended it, 0 if none."""
     with warnings.catch_warnings():

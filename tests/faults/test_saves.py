@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 import threading
 
 import pytest
@@ -25,6 +26,7 @@ from tests.faults.harness import (
     mounted,
     names,
     newest,
+    recorded,
     save_states,
     small_disk,
 )
@@ -51,6 +53,7 @@ SAVES = {
         ["000002"],
     ),
 }
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for names of open files in /proc")
 each_save = pytest.mark.parametrize("kind", SAVES)
 
 
@@ -103,6 +106,43 @@ class Case:
 @pytest.fixture
 def case(tmp_path, kind):
     return Case(kind, tmp_path)
+
+
+@linux
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_takes_its_place(tmp_path):
+    """So that it is whole after a power cut: its files, then the manifest that vouches for them, then their names."""
+    folder = tmp_path / "checkpoints"
+    two_checkpoints(folder)
+    with recorded() as told:
+        save_states(folder, 2, seed=3)
+    temporary = f".000002.{os.getpid()}.tmp"
+    assert told == [
+        "sync agent.safetensors",
+        "sync stability.safetensors",
+        "sync manifest.json",
+        f"sync {temporary}",
+        "000002 becomes .000002.replaced.tmp",
+        f"{temporary} becomes 000002",
+        "sync checkpoints",
+    ]
+
+
+@linux
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path):
+    with recorded() as told:
+        replace_file(tmp_path / "file", b"new")
+    assert told == ["sync .file.tmp", ".file.tmp becomes file", f"sync {tmp_path.name}"]
+
+
+@linux
+def test_logs_are_on_the_disk_before_the_checkpoint_that_counts_on_them(tmp_path):
+    with recorded() as told:
+        train(load_config("navigation_maml_ppo", processes.SMALL.split()), run_dir=tmp_path / "run")
+    (events,) = (path.name for path in (tmp_path / "run" / "tensorboard").iterdir())
+    places = [place for place, each in enumerate(told) if each == "sync manifest.json"]
+    assert len(places) == 3  # at the start, at the end of the stage and after its evaluation
+    for place in places:
+        assert told[place - 4 : place - 2] == ["sync metrics.jsonl", f"sync {events}"]
 
 
 @each_save
