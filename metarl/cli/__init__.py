@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A thread that waits for others goes to sleep sooner. On a machine that has other work to do, too, updates that are
     # made of many small operations take several times as long otherwise; OpenMP reads it when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime would send names and sizes of models over the net
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without our letters shows the others
     arguments = list(sys.argv[1:] if arguments is None else arguments)
