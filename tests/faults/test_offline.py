@@ -43,7 +43,7 @@ def watched(tmp_path):
         for log in tmp_path.glob("log.*"):
             log.unlink()
         variables = {
-            "PYTHONPATH": tmp_path,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])),
             "METARL_WATCH_LOG": tmp_path / "log",
             "METARL_WATCH_CANARY": CANARY,
             "HOME": tmp_path / "home",
