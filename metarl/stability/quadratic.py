@@ -54,6 +54,8 @@ class Anchors:
 
     def add(self, agent: Agent, weights: Weights) -> None:
         """Add an anchor where the agent's parameters are now."""
+        if weights:
+            self._on(next(iter(weights.values())))  # what was loaded is where it was loaded
         params = agent.parameters()
         for name, new in weights.items():
             here = params[name].detach().clone()
@@ -66,6 +68,8 @@ class Anchors:
 
     def replace(self, agent: Agent, weights: Weights, decay: float) -> None:
         """Let `weights`, added to `decay` times the old ones, have their one anchor where the agent is now."""
+        if weights:
+            self._on(next(iter(weights.values())))  # what was loaded is where it was loaded
         params = agent.parameters()
         for name, new in weights.items():
             self.weights[name] = decay * self.weights[name] + new if name in self.weights else new

@@ -194,6 +194,32 @@ def test_an_entry_that_is_missing_is_named(entry):
         Anchors().load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "meta",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
+        ),
+    ],
+)
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_what_was_loaded_on_the_cpu_is_added_to_where_the_agent_is(device, decay):
+    """A run that goes on loads its anchors on the CPU; its agent may be elsewhere, and its next stage end first."""
+    anchors, agent = Anchors(), Two(1.0, 2.0)
+    anchors.add(agent, {"policy.theta": torch.ones(2)})
+    other = Anchors()
+    other.load_state_dict(copy_of(anchors.state_dict()))
+    agent.theta, weights = agent.theta.detach().to(device), {"policy.theta": torch.ones(2, device=device)}
+    if decay is None:
+        other.add(agent, weights)
+    else:
+        other.replace(agent, weights, decay)
+    assert {value.device.type for value in (other.weights | other.centers).values()} == {device}
+    assert other.penalty(agent).device.type == device
+
+
 def test_an_entry_of_another_shape_is_named():
     state = copy_of(two_anchors(make("maml")).state_dict())
     state["center.policy.weight_0"] = torch.zeros(7)
