@@ -5,6 +5,9 @@ Must not import agents, environments or training.
 
 from __future__ import annotations
 
+import errno
+import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -48,6 +51,9 @@ class Reservoir:
         capacity: trials that it holds at most.
         memory_bytes: if its trials would take more, they lie on disk.
         folder: where on disk; the files vanish with the process, whatever ends it.
+
+    Raises:
+        OSError: (by whatever writes) there is no room for its files, which are allocated as a whole.
     """
 
     def __init__(self, capacity: int, memory_bytes: float, folder: Path | None) -> None:
@@ -97,6 +103,7 @@ class Reservoir:
         if self.capacity * self._trial_bytes <= self._memory_bytes:
             return np.zeros(shape, dtype)
         with tempfile.TemporaryFile(dir=self._folder) as file:  # without a name; the map keeps it
+            _allocate_on_disk(file.fileno(), max(1, math.prod(shape) * dtype.itemsize))
             return np.memmap(file, dtype, shape=shape)
 
     def shrink(self, capacity: int, rng: np.random.Generator) -> None:
@@ -129,6 +136,16 @@ class Reservoir:
                 raise ValueError(f"cannot load {name!r}: expected {len(self)} trials, found {len(value)}")
         if held:
             self._write(np.arange(len(self)), held)
+
+
+def _allocate_on_disk(file: int, size: int) -> None:
+    """Reserve the blocks of a file: a map of one that the disk has no room for would end the process by SIGBUS."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
+            raise
 
 
 def join(parts: Sequence[Items]) -> Items:

@@ -1,5 +1,8 @@
 """The reservoir: a uniform sample however trials arrive, shrunk, grown, on disk or in memory."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -157,6 +160,43 @@ def test_trials_lie_on_disk_if_all_together_are_too_large(tmp_path, memory_bytes
     reservoir = Reservoir(10, memory_bytes, tmp_path)
     reservoir.add(trials(0, 1), np.random.default_rng(0))
     assert {isinstance(array, np.memmap) for array in reservoir._arrays.values()} == {disk}
+
+
+allocates = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve blocks")
+
+
+def refuse(number):
+    def allocate(*_):
+        raise OSError(number, os.strerror(number))
+
+    return allocate
+
+
+@allocates
+def test_a_disk_without_room_is_an_error_and_nothing_is_mapped(tmp_path, monkeypatch):
+    """A page of a map that finds no block when it is written ends the process, whatever it would have caught."""
+    reservoir = on_disk(tmp_path)
+    monkeypatch.setattr(os, "posix_fallocate", refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left on device"):
+        reservoir.add(trials(0, 1), np.random.default_rng(0))
+    assert reservoir._arrays == {} and list(tmp_path.iterdir()) == []
+
+
+@allocates
+def test_the_blocks_of_all_places_are_reserved_at_once(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda file, offset, size: sizes.append((offset, size)))
+    on_disk(tmp_path).add(trials(0, 1), np.random.default_rng(0))
+    assert sorted(sizes) == [(0, 6 * size) for size in (2, 8, 8, 48)]
+
+
+@allocates
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_reserve_blocks_is_used_all_the_same(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(os, "posix_fallocate", refuse(number))
+    reservoir = on_disk(tmp_path)
+    reservoir.add(trials(0, 3), np.random.default_rng(0))
+    assert held(reservoir) == [0, 1, 2] and isinstance(reservoir._arrays["number"], np.memmap)
 
 
 @pytest.mark.parametrize("memory_bytes", [IN_MEMORY, 0.0])
