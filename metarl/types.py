@@ -463,6 +463,9 @@ class StabilityMethod(Protocol):
             agent: at the end of the stage.
             rollouts: K + 1 fresh ones of it, on tasks of the stage.
             rng: of this stage's end.
+
+        Raises:
+            FloatingPointError: numbers are not finite; nothing was changed, and it is asked again with other rollouts.
         """
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -132,17 +132,23 @@ class Replay:
 
     def end_stage(self, agent: Agent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
         """Note what the agent does and expects now in the trials of the stage."""
-        reservoir, self.current = self.current, None
-        if reservoir is None or not len(reservoir):
-            return
-        for places in np.array_split(np.arange(len(reservoir)), -(-len(reservoir) // _LABEL_BATCH)):
-            labels = self._labels(agent, rollouts_of(reservoir.take(places), agent.device))
-            reservoir.set(places, {name: value.detach().cpu() for name, value in labels.items()})
-        self.ended.append(reservoir)
+        reservoir, labelled = self.current, []
+        if reservoir is not None and len(reservoir):
+            for places in np.array_split(np.arange(len(reservoir)), -(-len(reservoir) // _LABEL_BATCH)):
+                labels = self._labels(agent, rollouts_of(reservoir.take(places), agent.device))
+                labelled.append((places, {name: value.detach().cpu() for name, value in labels.items()}))
+            for places, items in labelled:  # only when all of them are there
+                reservoir.set(places, items)
+            self.ended.append(reservoir)
+        self.current = None
 
     @staticmethod
     def _labels(agent: Agent, rollouts: list[Rollout]) -> Items:
-        """Return what the agent does in stored trials, as if it had collected the data that it adapts to."""
+        """Return what the agent does in stored trials, as if it had collected the data that it adapts to.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
         state, labels = agent.initial_state(len(rollouts[-1].valid)), {}
         for k, support in enumerate(rollouts[:-1]):
             log_probs = agent.log_prob(state, support).to(support.valid.device) * support.valid
@@ -151,7 +157,12 @@ class Replay:
             state = agent.adapt(state, rollouts[k])
         then = agent.retrace(rollouts)
         values = then.values if then.values is not None else torch.zeros_like(then.mean[..., 0])
-        return {**labels, **dict(zip(_LABELS, (then.mean, then.log_std, values), strict=True))}
+        labels |= dict(zip(_LABELS, (then.mean, then.log_std, values), strict=True))
+        for name, value in labels.items():
+            valid = rollouts[int(name.split(".")[0]) if "." in name else -1].valid
+            if not bool(value[valid].isfinite().all()):
+                raise FloatingPointError(f"what the agent does in stored trials is not finite ({name})")
+        return labels
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `StabilityMethod.state_dict`."""

@@ -169,6 +169,54 @@ def test_the_labels_are_what_the_agent_does_at_the_end_of_the_stage(kind):
     assert method.loss(agent, rng(1), 1.0)["kl"].item() > 1e-3
 
 
+@pytest.mark.parametrize("broken", ["0.log_probs", "mean", "log_std", "values"])
+def test_labels_that_are_not_finite_leave_the_stage_as_it_was_until_it_is_asked_again(monkeypatch, broken):
+    """The second of two batches of labels breaks: not even the first is kept."""
+    agent = learned("maml")
+    method = lived_through(agent, stages=1, current=2, capacity=8)  # 4 trials
+    monkeypatch.setattr("metarl.stability.replay._LABEL_BATCH", 2)
+    retrace, log_prob, calls = agent.retrace, agent.log_prob, []
+
+    def spoil(value):
+        value = value.detach().clone()
+        value[-1, 0, 0] = torch.nan
+        return value
+
+    def broken_retrace(rollouts, advantages=False):
+        found = retrace(rollouts, advantages)
+        found = found._replace(values=torch.zeros_like(found.mean[..., 0]))
+        calls.append(len(rollouts[-1].valid))
+        if broken in found._fields and len(calls) == 2:
+            found = found._replace(**{broken: spoil(getattr(found, broken))})
+        return found
+
+    def broken_log_prob(state, rollout):
+        found = log_prob(state, rollout)
+        return spoil(found) if broken.endswith("log_probs") and len(calls) == 1 else found
+
+    before = copy_of(method.state_dict())
+    with monkeypatch.context() as patched:
+        patched.setattr(agent, "retrace", broken_retrace)
+        patched.setattr(agent, "log_prob", broken_log_prob)
+        patched.setattr(agent, "adapt", lambda state, rollout: state)
+        with pytest.raises(FloatingPointError, match=rf"stored trials is not finite \({broken}\)"):
+            method.end_stage(agent, iteration(agent), rng(2))
+    after = method.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+    method.end_stage(agent, iteration(agent), rng(3))
+    assert len(method.ended) == 2 and method.current is None
+    assert method.loss(agent, rng(1), 1.0)["kl"].item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_steps_that_no_trial_has_need_no_finite_labels(monkeypatch):
+    agent = learned("maml")
+    method, log_prob = lived_through(agent, stages=0, current=1), agent.log_prob
+    filled = lambda value, valid: torch.where(valid, value, torch.nan)  # noqa: E731
+    monkeypatch.setattr(agent, "log_prob", lambda state, each: filled(log_prob(state, each), each.valid))
+    method.end_stage(agent, iteration(agent), rng(2))
+    assert len(method.ended) == 1
+
+
 @every_kind
 def test_the_loss_written_out(kind):
     agent = learned(kind)
