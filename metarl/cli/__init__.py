@@ -65,13 +65,14 @@ def _told(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         longest = max(str(error.filename).split(os.sep), key=len)
         return 2, f"{longest[:40]}…: too long for the name of a file; give a shorter one"
-    first, *_ = str(error).splitlines() or [""]
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in first:
         return 1, (
             "out of memory; lower num_tasks, rollouts_per_task, the horizon or the sizes of the networks "
             f"({first or type(error).__name__})"
         )
-    return 1, f"{type(error).__name__}: {first} (--debug shows where)"
+    told = " ".join((first, *rest[-1:]))  # the last line of a traceback is its cause
+    return 1, f"{type(error).__name__}: {told} (--debug shows where)"
 
 
 def _flushed(status: int) -> int:

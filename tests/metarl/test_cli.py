@@ -127,11 +127,11 @@ def test_debug_shows_where(capsys):
 
 def test_a_failure_that_is_not_the_users_has_status_1(command, monkeypatch, tmp_path):
     def broken(*args, **kwargs):
-        raise RuntimeError("the first line\nand a second")
+        raise RuntimeError("the first line:\n  and a second\n  and the cause\n")
 
     monkeypatch.setattr("metarl.training.train", broken)
     status, _, err = command("train", "navigation_maml_ppo", *SMALL, "--run-dir", tmp_path)
-    assert (status, err) == (1, "metarl: RuntimeError: the first line (--debug shows where)\n")
+    assert (status, err) == (1, "metarl: RuntimeError: the first line: and the cause (--debug shows where)\n")
     with pytest.raises(RuntimeError, match="second"):
         main(["train", "navigation_maml_ppo", *SMALL, "--run-dir", str(tmp_path), "--debug"])
 
