@@ -19,6 +19,7 @@ import gymnasium
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError
 
 from metarl import agents
 from metarl.checkpoint import (
@@ -289,8 +290,9 @@ class Policy:
             digest = hashlib.sha256(config).hexdigest()
             save_checkpoint(path / "checkpoints", states, position, self.spaces, keep=1, config_sha256=digest)
             replace_file(path / "config.yaml", config)  # last: it makes a run of it
-        except OSError as error:
-            raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder") from error
+        except (OSError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"cannot write to {path}: {reason}; choose another folder") from error
 
     def export(
         self,

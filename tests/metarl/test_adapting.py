@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 import metarl
 from metarl.checkpoint import Spaces
@@ -168,6 +170,22 @@ def test_saving_replaces_nothing(tmp_path):
         with pytest.raises(UserError, match=r"exists already|cannot write to"):
             policy.save(path)
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "I/O error: No space left on device"),
+        (OSError(28, "No space left on device"), "No space left on device;"),
+    ],
+)
+def test_saving_to_a_full_disk_is_told(tmp_path, monkeypatch, error, reason):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(UserError, match=f"cannot write to .*saved: {reason}.*choose another folder"):
+        make_policy("mlp").save(tmp_path / "saved")
 
 
 def test_a_damaged_adaptation_is_not_loaded(tmp_path):
