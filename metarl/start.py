@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metarl.checkpoint import Position, Spaces
+from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, Spaces
 from metarl.config import RunConfig, dump_config, load_config
 from metarl.errors import UserError
 from metarl.policy import Policy, build_agent, restore
+from metarl.random_state import check_random_state
 from metarl.run_directory import checkpoint_to_resume, clear_run_dir, differences
 from metarl.stages import load_methods
 from metarl.transfer import stage_starts
@@ -71,8 +72,20 @@ def resume(
     path, manifest = run_dir / "config.yaml", checkpoint.manifest
     changed = bool(differences(load_config(path), config))
     text = dump_config(config) if changed else path.read_bytes().decode()
-    random_state = checkpoint.load("random") or None
-    return Start(agent, position, stages, text, changed, manifest.score, manifest.logs, random_state)
+    return Start(agent, position, stages, text, changed, manifest.score, manifest.logs, _random_state(checkpoint))
+
+
+def _random_state(checkpoint: Checkpoint) -> Mapping[str, Tensor] | None:
+    """Return the state of the global random streams; raises UserError if they cannot be put into it."""
+    try:
+        state = checkpoint.load("random")
+        if state:
+            check_random_state(state)
+    except (ValueError, CorruptCheckpointError) as error:
+        raise UserError(
+            f"{checkpoint.path} holds random streams that cannot go on: {error}; remove it to go on with the one before"
+        ) from error
+    return state or None
 
 
 def _stages(

@@ -15,7 +15,8 @@ import torch
 import metarl
 import metarl.training
 from metarl.agents import agent_configs
-from metarl.checkpoint import load_latest
+from metarl.checkpoint import load_latest, save
+from metarl.errors import UserError
 from metarl.random_state import random_state, set_random_state
 from metarl.stability import stability_configs
 from metarl.training import as_config, train
@@ -248,6 +249,22 @@ def drawing(seed, run_dir, settings=None, **options):
     stages = [{"name": f"{i}", "tasks": {"family": "custom"}, "iterations": 3} for i in range(2)]
     with contextlib.suppress(Stopped):
         train(settings or config(stages=stages), tasks, methods=[Shaking()], run_dir=run_dir, **options)
+
+
+def test_random_streams_that_cannot_go_on_are_told_before_anything_is_trained(tmp_path, capfd):
+    """The file is whole, by its checksum; numpy would read far beyond its numbers."""
+    run_dir, settings = tmp_path / "run", config()
+    with pytest.raises(Stopped):
+        train(settings, run_dir=run_dir, progress=stop_at(3))
+    found = load_latest(run_dir / "checkpoints")
+    forged = found.load("random") | {"numpy.position": torch.tensor([10**8, 0])}
+    states, hashed = {"agent": found.state, "random": forged}, found.manifest.config_sha256
+    save(found.path.parent, states, found.position, found.spaces, 3, config_sha256=hashed, logs=found.manifest.logs)
+    with pytest.raises(UserError, match=r"random streams that cannot go on: cannot load 'numpy.position'") as refused:
+        train(settings, run_dir=run_dir, resume=True, progress=stop_at(0))
+    assert str(found.path) in str(refused.value) and "\n" not in str(refused.value)
+    shutil.rmtree(found.path)
+    train(settings, run_dir=run_dir, resume=True)
 
 
 def test_what_draws_from_the_global_streams_goes_on_with_them(tmp_path, as_before):
