@@ -353,6 +353,7 @@ class WorkerEnvs:
 
     def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
         """See `BatchEnv.reset`."""
+        self._check_open()
         while self._requests:  # of an episode that was given up
             with contextlib.suppress(RuntimeError):
                 self._wait()

@@ -407,6 +407,17 @@ def test_close_ends_all_workers_and_may_be_called_twice(workers):
     assert [process.exitcode for process in processes] == [0, 0]
 
 
+def test_environments_closed_with_a_step_under_way_are_told_to_be_closed(workers):
+    """The answer of that step will never come: a reset must not wait for it."""
+    tasks = toys("a", "a")
+    envs = workers(Toys(tasks), 2, 1)
+    envs.reset(tasks, seeds(2))
+    envs.step_async(slice(0, 2), np.zeros((2, envs.action_space.shape[0])), np.ones(2, bool))
+    envs.close()
+    with pytest.raises(RuntimeError, match="closed; make new ones"):
+        envs.reset(tasks, seeds(2))
+
+
 def test_make_envs_chooses_by_the_number_of_workers(workers):
     tasks = Toys(toys("a"))
     assert isinstance(make_envs(tasks, 2, num_workers=0), SerialEnvs)
