@@ -93,14 +93,16 @@ def _key(name: str, phase: str = "post") -> str:
 def score(report: Report, stage: StageConfig, phase: str) -> float:
     """Return the score of a stage, before (`pre`) or after adaptation (`post`).
 
-    It is the return on the scale of `score_range`; without one success where the tasks define it, else the return.
+    It is the return on the scale of `score_range`; without one success where the tasks define it, else the return; NaN
+    if all episodes had to be dropped.
     """
     aggregate = report["aggregate"]
-    if stage.score_range is not None:
-        low, high = stage.score_range
-        return float((aggregate[f"return_{phase}"]["mean"] - low) / (high - low))
-    measure = "success" if f"success_{phase}" in aggregate else "return"
-    return float(aggregate[f"{measure}_{phase}"]["mean"])
+    measure = "success" if f"success_{phase}" in aggregate and stage.score_range is None else "return"
+    if f"{measure}_{phase}" not in aggregate:
+        return float("nan")
+    mean = float(aggregate[f"{measure}_{phase}"]["mean"])
+    low, high = stage.score_range or (0.0, 1.0)
+    return (mean - low) / (high - low)
 
 
 def plasticity(agent: Agent, rollouts: Sequence[Rollout]) -> dict[str, float]:

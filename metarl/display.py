@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -44,13 +45,18 @@ class TrainingDisplay:
         self._task = self._live.add_task("training", total=last_iteration, status="")
 
     def __call__(self, position: Position, metrics: Mapping[str, float]) -> None:
-        """Show an iteration or an evaluation."""
+        """Show an iteration or an evaluation, if anybody is there to read it."""
+        with contextlib.suppress(OSError):
+            self._show(position, metrics)
+
+    def _show(self, position: Position, metrics: Mapping[str, float]) -> None:
         if "meta_test/return_post" in metrics:
             self._held_out = f"held out {_arrow(metrics, 'meta_test')}"
             status = self._held_out
         else:
             speed = metrics["time/env_steps_per_second"]
-            status = f"{_arrow(metrics, 'meta_train')}  {speed:,.0f} env steps/s  {self._held_out}"
+            told = "undone: no episodes" if "meta_train/return_pre" not in metrics else _arrow(metrics, "meta_train")
+            status = f"{told}  {speed:,.0f} env steps/s  {self._held_out}"
         stage = self._stages[min(position.stage, len(self._stages) - 1)].name
         self._live.update(self._task, completed=position.iteration, description=stage, status=status)
         now = time.monotonic()
@@ -66,7 +72,8 @@ class TrainingDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.stop()
+        with contextlib.suppress(OSError):
+            self._live.stop()
 
 
 def _arrow(metrics: Mapping[str, float], prefix: str) -> str:

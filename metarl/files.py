@@ -46,15 +46,16 @@ def sync(path: Path) -> None:
 
 def open_plain(path: Path) -> io.BufferedReader:
     """Open a file to read it; raises OSError for a link, a pipe, a device or anything else that is no plain file."""
-    return os.fdopen(_opened(path, os.O_RDONLY), "rb")
+    return os.fdopen(plain_descriptor(path, os.O_RDONLY), "rb")
 
 
 def append_plain(path: Path) -> io.BufferedWriter:
     """Open a file to write at its end, or a new one; raises OSError as `open_plain` does."""
-    return os.fdopen(_opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+    return os.fdopen(plain_descriptor(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
-def _opened(path: Path, flags: int) -> int:
+def plain_descriptor(path: Path, flags: int) -> int:
+    """Open a plain file, as `os.open` does; raises OSError for anything else."""
     if path.is_symlink():
         raise OSError(f"{path} is a link, which is not followed")
     # Not blocking: a pipe in the place of a file would have us wait for ever.

@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from metarl.errors import UserError
+from metarl.files import plain_descriptor
 
 NAME = ".lock"
+FOLDERS = ("checkpoints", "tensorboard", "evaluation", "plots")
+"""Of a run's directory."""
 
 
 @contextlib.contextmanager
@@ -29,36 +32,57 @@ def locked(run_dir: Path, *, resume: bool = False, overwrite: bool = False) -> I
             directory cannot be written.
     """
     check_free(run_dir, resume=resume, overwrite=overwrite)
-    made = not run_dir.exists()
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(run_dir / NAME)
     except OSError as error:
-        raise UserError(f"cannot write to {run_dir}: {error.strerror}; choose another with --run-dir") from error
+        why = error.strerror or error
+        raise UserError(f"cannot write to {run_dir}: {why}; choose another with --run-dir") from error
     try:
-        check_free(run_dir, resume=resume, overwrite=overwrite)  # it may have changed while we waited
+        check_free(run_dir, resume=resume, overwrite=overwrite)  # it may have changed meanwhile
         yield
     finally:
         (run_dir / NAME).unlink(missing_ok=True)
         os.close(descriptor)
-        if made:
+        for folder in made:
             with contextlib.suppress(OSError):  # there is something in it
-                run_dir.rmdir()
+                folder.rmdir()
 
 
 def check_free(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise UserError if there is no run to resume, or one that would be written over."""
+    """Raise UserError if there is no run to resume, or a run or somebody else's work that would be removed."""
+    for name in FOLDERS:
+        own_folder(run_dir, name)
     holds_run = (run_dir / "config.yaml").exists()
     if resume and not holds_run:
         raise UserError(f"{run_dir} holds no run to resume; leave out --resume to start one")
     if holds_run and not resume and not overwrite:
         raise UserError(f"{run_dir} already holds a run; go on with it by --resume, or replace it by --overwrite")
+    if not holds_run and not overwrite:
+        # What a start that was killed leaves: logs, and the checkpoint before the first iteration.
+        ours = [".tmp" in path.name or path.name == "000000" for path in (run_dir / "checkpoints").glob("*")]
+        kept = [name for name in ("evaluation", "plots") if (run_dir / name).exists()]
+        if kept or not all(ours):
+            found = kept[0] if kept else "checkpoints"
+            raise UserError(
+                f"{run_dir} has no config.yaml, but {found}, which a new run would remove; choose another with "
+                "--run-dir, or replace all by --overwrite"
+            )
+
+
+def own_folder(run_dir: Path, name: str) -> Path:
+    """Return a folder of a run, which may not be there; raises UserError if it is a link, which may lead anywhere."""
+    folder = run_dir / name
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link, which is not followed; put the folder itself there")
+    return folder
 
 
 def _acquire(path: Path) -> int:
     """Return the descriptor of a file that is locked while it is open; raises UserError naming who has it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        descriptor = plain_descriptor(path, os.O_RDWR | os.O_CREAT)
         try:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             if not _lock(descriptor, holder):

@@ -15,6 +15,7 @@ from metarl.config import NO_EFFECT, RunConfig, load_config
 from metarl.divergence import DIVERGED
 from metarl.errors import UserError
 from metarl.files import replace_file
+from metarl.lock import FOLDERS
 
 
 def checkpoint_to_resume(run_dir: Path, config: RunConfig, *, allow_config_change: bool) -> tuple[Checkpoint, Position]:
@@ -41,12 +42,14 @@ def checkpoint_to_resume(run_dir: Path, config: RunConfig, *, allow_config_chang
             f"{run_dir} was trained with other settings of {', '.join(differing)}; resume with the same ones, or add "
             "--allow-config-change"
         )
-    last = len(before.stages) - 1
-    longer = (
-        len(config.stages) == len(before.stages) and config.stages[last].iterations > before.stages[last].iterations
-    )
-    if position.stage > last and longer:
-        position = replace(position, stage=last, stage_iteration=before.stages[last].iterations)
+    if len(config.stages) != len(before.stages):
+        raise UserError(
+            f"{run_dir} has {len(before.stages)} stages, the config {len(config.stages)}: what a stage leaves behind "
+            f"depends on those that follow; start a run with stages.0.init_from {run_dir}"
+        )
+    last, iterations = len(before.stages) - 1, before.stages[-1].iterations
+    if position.stage > last and config.stages[-1].iterations > iterations:
+        position = replace(position, stage=last, stage_iteration=iterations)
     return checkpoint, position
 
 
@@ -64,7 +67,7 @@ def clear_run_dir(run_dir: Path) -> None:
     """Remove the run that a directory holds; raises UserError if that cannot be done."""
     try:
         (run_dir / "config.yaml").unlink(missing_ok=True)  # first: without it there is no run
-        for name in ("checkpoints", "tensorboard", "evaluation", "plots"):
+        for name in FOLDERS:
             shutil.rmtree(run_dir / name, ignore_errors=True)
         for path in (run_dir / "metrics.jsonl", run_dir / DIVERGED, *run_dir.glob("config.before_*.yaml")):
             path.unlink(missing_ok=True)

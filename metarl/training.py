@@ -54,6 +54,9 @@ from metarl.types import Rollout, StabilityMethod, TaskDistribution
 MOST_SKIPPED = 3
 """So many iterations in a row may come to nothing, since their numbers are not finite; then a run stops."""
 
+NOT_FINITE = (FloatingPointError, LinAlgError)
+"""What numbers that are not finite raise, and what solving equations with them does."""
+
 _LOG = logging.getLogger(__name__)
 
 Progress = Callable[[Position, Mapping[str, float]], None]
@@ -127,7 +130,7 @@ def train(
     name = Path(config).stem if isinstance(config, str | Path) else "run"
     config = as_config(config)
     device = resolve_device(config.device)
-    run_dir = Path(run_dir) if run_dir is not None else Path("runs") / name
+    run_dir = (Path(run_dir) if run_dir is not None else Path("runs") / name).absolute()  # wherever the process goes
     limits = Limits(
         max_iterations if max_iterations is not None else float("inf"),
         time.monotonic() + 60.0 * max_minutes if max_minutes is not None else float("inf"),
@@ -203,7 +206,8 @@ class _Trainer:
                     self._save()
                     with self._writing():
                         write_config(self.run_dir, start.config_text, self.position)  # last: it makes a run of it
-                if self.account is not None and self.account.empty and not self.limits.reached(self.position):
+                new = self.account is not None and self.account.empty and not self.position.iteration
+                if new and not self.limits.reached(self.position):
                     self._evaluate(0)
                 for stage in range(self.position.stage, len(stages)):
                     if not self._run_stage(stage):
@@ -254,7 +258,7 @@ class _Trainer:
             metrics |= rollout_metrics(rollouts)
             try:
                 metrics |= self._update(stage, number, rollouts)
-            except (FloatingPointError, LinAlgError) as found:
+            except NOT_FINITE as found:
                 error = found
                 self.agent.load_state_dict(before)
         metrics["train/skipped_updates"] = float(error is not None)
@@ -278,7 +282,7 @@ class _Trainer:
         different = {id(envs): envs for envs in self.envs}
         return sum(getattr(envs, "restarts", 0) for envs in different.values())
 
-    def _give_up(self, error: FloatingPointError, rollouts: Sequence[Rollout]) -> NoReturn:
+    def _give_up(self, error: Exception, rollouts: Sequence[Rollout]) -> NoReturn:
         """Stop, with the run as it was at its last checkpoint."""
         with self._writing():
             path = write_statistics(self.run_dir, self.position, error, self.agent, rollouts)
@@ -290,7 +294,7 @@ class _Trainer:
 
     def _try_to_collect(
         self, stage: int, number: int, rng: np.random.Generator, root: np.random.SeedSequence
-    ) -> tuple[Sequence[Rollout], FloatingPointError | None]:
+    ) -> tuple[Sequence[Rollout], Exception | None]:
         """Sample the tasks of an iteration; collect and adapt. If too many episodes broke, what there is, and why."""
         tasks = self.managers[stage].sample(self.config.num_tasks, rng, number)
         try:
@@ -304,7 +308,7 @@ class _Trainer:
             ), None
         except BrokenRolloutsError as error:
             return [error.rollout], error
-        except FloatingPointError as error:
+        except NOT_FINITE as error:
             return [], error
 
     def _update(self, stage: int, number: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -342,7 +346,7 @@ class _Trainer:
                 try:
                     method.end_stage(self.agent, rollouts, rngs[place])
                     del left[place]
-                except FloatingPointError as found:
+                except NOT_FINITE as found:
                     error = found
             if error is None:
                 return plasticity(self.agent, rollouts)
@@ -351,11 +355,18 @@ class _Trainer:
         self._give_up(last, rollouts)
 
     def _evaluate(self, stage: int, metrics: Mapping[str, float] | None = None, finished: bool = False) -> None:
-        """Evaluate on held-out tasks: of this stage, or of all if there are several."""
+        """Evaluate on held-out tasks: of this stage, or of all if there are several.
+
+        If the episodes break training goes on without.
+        """
         began = time.perf_counter()
-        reports = self._reports() if self.account is not None else [self._report(stage)]
+        try:
+            reports = self._reports() if self.account is not None else [self._report(stage)]
+        except NOT_FINITE as error:
+            _LOG.warning("metarl: no evaluation after iteration %d: %s", self.position.iteration, error)
+            return
         self.report = reports[stage if self.account is not None else 0]
-        self.score = _score(reports[: stage + 1])
+        self.score = _score(reports)
         found = {**(metrics or {}), **held_out_metrics(self.report)}
         if self.account is not None:
             place = {"iteration": self.position.iteration, "stage": stage, "env_steps": self.position.env_steps}
@@ -450,11 +461,15 @@ def _dropped(rollout: Rollout) -> int:
     return int(rollout.episode_returns().isnan().sum())
 
 
-def _score(reports: Sequence[Report]) -> float:
-    """Return by what checkpoints are compared: success after adaptation, or return without it; of stages their mean."""
-    kinds = ("success_post", "return_post")
-    kind = next(kind for kind in kinds if all(kind in report["aggregate"] for report in reports))
-    return float(np.mean([report["aggregate"][kind]["mean"] for report in reports]))
+def _score(reports: Sequence[Report]) -> float | None:
+    """Return by what checkpoints are compared: success after adaptation, or return without it; of stages their mean.
+
+    None: episodes of an evaluation broke, so that there is neither.
+    """
+    for kind in ("success_post", "return_post"):
+        if all(kind in report["aggregate"] for report in reports):
+            return float(np.mean([report["aggregate"][kind]["mean"] for report in reports]))
+    return None
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 from metarl.cli.arguments import Parser, add_checkpoint, new_file, not_negative, positive, run_folder
 from metarl.errors import UserError
 from metarl.files import replace_file
+from metarl.lock import own_folder
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -135,7 +136,7 @@ def _report_at(options: argparse.Namespace, parts: Iterable[str | None]) -> Iter
     """
     # A stage may be called anything, `../a` too; its report lies in the run's folder.
     name = "".join(each if each.isprintable() and each not in "/\\ " else "-" for each in "_".join(filter(None, parts)))
-    file: Path = options.json or options.run_dir / "evaluation" / f"{name}.json"
+    file: Path = options.json or own_folder(options.run_dir, "evaluation") / f"{name}.json"
     existed = file.exists()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from metarl.cli.arguments import Parser, add_checkpoint, new_file, not_negative, run_folder, task_name
 from metarl.errors import UserError
+from metarl.lock import own_folder
 
 
 def play(arguments: list[str]) -> int:
@@ -100,7 +101,7 @@ def _files(options: argparse.Namespace, name: str) -> tuple[Path | None, Path | 
     if mp4 is None and gif is None:
         _, _, index = (options.task or "").partition(":")
         parts = ["play", name, index, "train" if options.split == "train" else ""]
-        stem = Path(options.run_dir) / "plots" / "_".join(filter(None, parts))
+        stem = own_folder(Path(options.run_dir), "plots") / "_".join(filter(None, parts))
         mp4, gif = stem.with_name(f"{stem.name}.mp4"), stem.with_name(f"{stem.name}.gif")
     for flag, path, suffix in (("--video", mp4, ".mp4"), ("--gif", gif, ".gif")):
         if path is None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from metarl.cli.arguments import Parser, any_path, run_folder
 from metarl.cli.tracked import tracked
 from metarl.errors import UserError
+from metarl.lock import own_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,11 +57,11 @@ def plot(arguments: list[str]) -> int:
     paths = list({path.resolve(): path for path in options.run_dirs}.values())
     runs = [_read(path) for path in paths]
     for run in runs:
-        folder = options.out if options.out and len(runs) == 1 else run.path / "plots"
+        folder = options.out if options.out and len(runs) == 1 else own_folder(run.path, "plots")
         for name, figure in _figures(run):
             _save(figure, folder / name)
     if len(runs) > 1:
-        folder = options.out or runs[0].path / "plots"
+        folder = options.out or own_folder(runs[0].path, "plots")
         _compare_on_same_tasks(runs, folder)
         _compare_sequences([run for run in runs if len(run.names) > 1], folder)
     return 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 from metarl.cli.arguments import Parser
 from metarl.errors import UserError
@@ -75,10 +76,7 @@ def _run_training(config: Any, run_dir: Path, options: argparse.Namespace) -> in
         if received:
             os._exit(128 + number)
         received.append(number)
-        print(
-            f"metarl: {signal.Signals(number).name}: saving after this iteration; once more stops at once",
-            file=sys.stderr,
-        )
+        _say(f"metarl: {signal.Signals(number).name}: saving after this iteration; once more stops at once", sys.stderr)
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -98,10 +96,14 @@ def _run_training(config: Any, run_dir: Path, options: argparse.Namespace) -> in
         for number, handler in before.items():
             signal.signal(number, handler)
     state = "finished" if run.finished else "stopped; go on with --resume"
-    console.print(
-        f"{state}: {run.policy.env_steps:,} env steps, saved in {run.run_dir}", highlight=False, soft_wrap=True
-    )
+    _say(f"{state}: {run.policy.env_steps:,} env steps, saved in {run_dir}", sys.stdout)
     return 128 + received[0] if received else 0
+
+
+def _say(line: str, file: TextIO) -> None:
+    """Print a line, if anybody is there to read it: Ctrl-C ends both sides of `metarl train … | tee log`."""
+    with contextlib.suppress(OSError):
+        print(line, file=file, flush=True)
 
 
 def _train_help(name: str | None, flags: Sequence[str]) -> int:

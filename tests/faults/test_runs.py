@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -61,13 +62,31 @@ def test_case_25_a_second_process_is_told_the_number_of_the_first(navigating, mi
 
 def test_case_25_the_lock_of_a_killed_process_is_taken_over(navigating, cli):
     process, run_dir = navigating(*LONG)
-    while not (run_dir / "config.yaml").exists() and process.poll() is None:
+    deadline = time.monotonic() + 60
+    while not (run_dir / "config.yaml").exists():
+        assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     process.kill()
     process.wait()
     assert (run_dir / ".lock").exists()
     done = cli(*NAVIGATION, *LONG, "--run-dir", run_dir, "--resume", "--max-iterations", 2)
     assert done.status == 0 and not (run_dir / ".lock").exists()
+
+
+def test_ctrl_c_on_a_pipeline_saves_though_nobody_reads_any_more(navigating):
+    """As in `metarl train … 2>&1 | tee log`, where tee dies of the same signal."""
+    process, run_dir = navigating(*LONG, "--checkpoint-every-iterations", 10**6)
+    metrics = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert load_latest(run_dir / "checkpoints").position.iteration > 0
+    process.stdout = process.stderr = None
 
 
 def test_the_page_names_a_test_for_each_case_and_no_other():

@@ -133,6 +133,58 @@ def test_a_directory_in_which_nothing_was_made_is_removed_again(tmp_path):
     assert (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_folders_above_that_were_made_for_nothing_are_removed_too(tmp_path):
+    with locked(tmp_path / "runs" / "a" / "b"):
+        pass
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "runs").mkdir()
+    with locked(tmp_path / "runs" / "a"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(
+    "work", ["plots/thesis.pdf", "evaluation/mine.json", "checkpoints/theirs.pt", "checkpoints/000200/x"]
+)
+def test_what_a_new_run_would_remove_is_not_taken_for_nothing(tmp_path, work):
+    """A run whose config is lost, or somebody else's folder."""
+    (tmp_path / work).parent.mkdir(parents=True)
+    (tmp_path / work).touch()
+    with pytest.raises(UserError, match=r"has no config\.yaml, but .*--overwrite"), locked(tmp_path):
+        pytest.fail("taken")
+    with locked(tmp_path, overwrite=True):
+        pass
+
+
+def test_what_a_start_that_was_killed_has_left_is_nothing(tmp_path):
+    for name in ("checkpoints/000000", "checkpoints/.000000.7.tmp", "tensorboard"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").touch()
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", lock.FOLDERS)
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_folders_that_are_links_are_refused(tmp_path, name, options):
+    """What lies there would be cut, renamed and removed."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path, target_is_directory=True)
+    if options:
+        (tmp_path / "run" / "config.yaml").touch()
+    with (
+        pytest.raises(UserError, match=rf"{name} is a link, which is not followed"),
+        locked(tmp_path / "run", **options),
+    ):
+        pytest.fail("followed")
+
+
+def test_a_pipe_in_the_place_of_the_lock_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / lock.NAME)
+    with pytest.raises(UserError, match=r"cannot write to .*not a plain file"), locked(tmp_path):
+        pytest.fail("locked")
+
+
 def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")

@@ -109,6 +109,14 @@ def test_a_run_is_made_longer(tmp_path, stop):
     assert trained == [line for line in metrics(tmp_path / "whole") if "train/loss" in line]
 
 
+def test_the_number_of_stages_stays(tmp_path):
+    """What is kept at a stage's end depends on whether others follow."""
+    train(config("--stages.0.iterations 2"), run_dir=tmp_path)
+    two = config("--stages.0.iterations 2").model_copy(update={"stages": config("--stages.0.iterations 2").stages * 2})
+    with pytest.raises(UserError, match=r"has 1 stages, the config 2: .*init_from"):
+        train(two, run_dir=tmp_path, resume=True, allow_config_change=True)
+
+
 # What is no run
 
 
@@ -175,6 +183,44 @@ def test_a_checkpoint_has_the_score_of_an_evaluation_in_its_own_iteration(tmp_pa
     manifests = sorted((tmp_path / "checkpoints").glob("*/manifest.json"))
     scores = [json.loads(path.read_text())["score"] is not None for path in manifests]
     assert scores == [False, False, True, False, True]
+
+
+def test_the_best_of_several_stages_has_the_best_mean_over_all_of_them():
+    reports = [{"aggregate": {"return_post": {"mean": r}, "success_post": {"mean": s}}} for r, s in ((5, 1), (1, 0))]
+    assert metarl.training._score(reports) == 0.5
+    del reports[0]["aggregate"]["success_post"]
+    assert metarl.training._score(reports) == 3
+    assert metarl.training._score([{"aggregate": {}}]) is None
+
+
+# When things around it go wrong
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_an_evaluation_that_breaks_costs_no_training(tmp_path, monkeypatch, caplog, at):
+    """In mid-run or at the end: it is told, and what would have come of it is missing."""
+    evaluate, calls = metarl.training.evaluate_agent, []
+
+    def broken(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == at:
+            raise FloatingPointError("8 of 8 rollouts")
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(metarl.training, "evaluate_agent", broken)
+    run = train(config("--stages.0.iterations 3 --evaluation.every-iterations 1"), run_dir=tmp_path)
+    assert run.finished and f"no evaluation after iteration {at}: 8 of 8" in caplog.text
+    assert len([line for line in read_metrics(tmp_path) if "meta_test/return_post" in line]) == 2
+
+
+def test_a_run_stays_where_it_began_wherever_the_process_goes(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    go = lambda *_: monkeypatch.chdir(tmp_path / "elsewhere")  # noqa: E731
+    train(config("--stages.0.iterations 2"), run_dir="run", progress=go)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert load_latest(tmp_path / "run" / "checkpoints").position.iteration == 2
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 # Logs

@@ -393,10 +393,10 @@ def test_tasks_of_ones_own_are_trained_and_evaluated_from_python(tmp_path):
 def test_a_config_may_be_a_mapping_a_file_or_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = stages(TWO_STAGES[0])
-    assert train(settings).run_dir.as_posix() == "runs/run"
+    assert train(settings).run_dir == tmp_path / "runs" / "run"
     (tmp_path / "mine.yaml").write_text(dump_config(metarl.training.as_config(settings)))
     run = train(tmp_path / "mine.yaml")
-    assert run.run_dir.as_posix() == "runs/mine"
+    assert run.run_dir == tmp_path / "runs" / "mine"
     assert_same_run(tmp_path / "runs" / "run", tmp_path / "runs" / "mine")
     with pytest.raises(UserError, match=r"^num_taks: unknown setting; did you mean 'num_tasks'\?"):
         train(settings | {"num_taks": 3}, run_dir=tmp_path / "other")
