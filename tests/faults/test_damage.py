@@ -271,6 +271,7 @@ FORGERIES = {
     "another shape": set_at([*AGENT, "tensors", "iteration"], [1]),
     "a tensor too many": set_at([*AGENT, "tensors", "other"], [1]),
     "bounds of a space that are none": set_at(["spaces", "action_low"], ["x"]),
+    "an unprintable key": set_at(["versions"], {"a\nb\x1b[31m": 1}),
     "unprintable text": set_at(["spaces", "observation_size"], "\ud800\x1b[31m\n"),
 }
 

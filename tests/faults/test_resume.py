@@ -11,6 +11,8 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 
 import metarl
 import metarl.training
@@ -56,6 +58,8 @@ for each in (
 ):
     AGENTS[each]["outer"] = {"epochs": 2}
 AGENTS["learned values"] = {"name": "maml_ppo", "hidden_sizes": [8], "baseline": "learned"}
+AGENTS["a step size that falls"] = {"name": "maml_ppo", "hidden_sizes": [8], "outer": {"lr": 0.1, "max_kl": 1e-6}}
+AGENTS["rl2 with lstm"] |= {"lr_decay_iterations": 5, "normalizer_iterations": 2}
 AGENTS["another step size"] = {**AGENTS["maml_ppo"], "inner_lr": 0.2}
 METHODS = {
     "ewc": {"fisher_states": 20},
@@ -117,8 +121,8 @@ def test_there_is_an_agent_of_each_name_and_all_methods():
 
 @pytest.mark.parametrize("agent", AGENTS)
 def test_each_agent_goes_on_with_all_methods_at_once(tmp_path, agent):
-    """In the second stage, with an iteration after the last checkpoint that is lost and comes again."""
-    assert_goes_on(tmp_path, config(agent, ALL), stop_at(2), stop_at(6))
+    """In each stage with iterations after the last checkpoint that are lost and come again, the first ones twice."""
+    assert_goes_on(tmp_path, config(agent, ALL), stop_at(2), stop_at(2), stop_at(6))
 
 
 @slow
@@ -187,6 +191,24 @@ def test_a_run_killed_at_any_operation_on_files_goes_on(tmp_path):
         assert different(run_dir, tmp_path / "whole") == [], number
         assert not list(run_dir.rglob(".*")), number
     assert 60 < reached < 390
+
+
+def test_tensorboard_has_config_and_hyperparameters_once_whenever_a_run_was_stopped(tmp_path):
+    settings = config()
+    for number, stop in enumerate((1, 1, 3, 6)):
+        with pytest.raises(Stopped):
+            train(settings, run_dir=tmp_path, resume=number > 0, progress=stop_at(stop))
+    train(settings, run_dir=tmp_path, resume=True)
+    records = [
+        Event.FromString(record)
+        for path in sorted((tmp_path / "tensorboard").iterdir())
+        for record in RawEventFileLoader(str(path), detect_file_replacement=False).Load()
+    ]
+    tags = [value.tag for event in records for value in event.summary.value]
+    for tag in ("config/text_summary", "_hparams_/experiment", "_hparams_/session_start_info"):
+        assert tags.count(tag) == 1
+    steps = [event.step for event in records if event.summary.value]
+    assert steps == sorted(steps)  # files are read in the order of their names
 
 
 # Global random streams

@@ -1,11 +1,13 @@
 """A save that is killed, or that fails, at any of its operations leaves a checkpoint to go on from, and no debris."""
 
 import errno
+import io
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -335,6 +337,40 @@ def test_a_disk_that_fills_up_ends_a_run_in_one_line_and_with_room_it_goes_on(tm
         make_room(disk)
         assert train(config, run_dir=run_dir, resume=(run_dir / "config.yaml").exists()).finished
         assert different(run_dir, undisturbed) == []
+
+
+class Small(io.FileIO):
+    """A file for which there is only so much room."""
+
+    def write(self, data):
+        if self.tell() + len(data) > 30_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+@linux
+@pytest.mark.parametrize("log", ["metrics.jsonl", "events.out.tfevents"])
+def test_a_log_for_which_there_is_no_room_ends_a_run_in_one_line(tmp_path, monkeypatch, log):
+    """In the midst of training. It ends, no thread waits, and with room it goes on as if nothing had been."""
+    flags = ["--stages.0.iterations", "60", "--checkpoint-every-iterations", "7"]
+    config, run_dir = load_config("navigation_maml_ppo", [*processes.SMALL.split(), *flags]), tmp_path / "run"
+    threads, original = threading.active_count(), io.open
+
+    def small_if_it_is_the_log(file, mode="r", *args, **kwargs):
+        path = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else file
+        if Path(path).name.startswith(log) and mode in ("ab", "xb"):
+            return io.BufferedWriter(Small(file, mode))
+        return original(file, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", small_if_it_is_the_log)
+        with pytest.raises(RunError, match=r"cannot write to .*No space left on device.*make room"):
+            train(config, run_dir=run_dir)
+    assert threading.active_count() == threads
+    assert load_latest(run_dir / "checkpoints").position.iteration >= 7
+    train(config, run_dir=run_dir, resume=True)
+    train(config, run_dir=tmp_path / "whole")
+    assert different(run_dir, tmp_path / "whole") == []
 
 
 @pytest.mark.slow
