@@ -445,6 +445,8 @@ LINES = st.lists(st.just(LINE) | OTHERS, min_size=1, max_size=6)
 @given(lines=LINES, end=st.sampled_from([b"", b"\n"]))
 @example(lines=[LINE, b"[" * 100_000, LINE], end=b"\n")
 @example(lines=[LINE, b"9" * 5000], end=b"\n")
+@example(lines=[LINE, LINE.replace(b"1.5", b"NaN")], end=b"\n")
+@example(lines=[LINE, LINE.replace(b"1.5", b"1e999")], end=b"\n")
 @example(lines=[LINE, b"\xff\xfe"], end=b"")
 @example(lines=[LINE + b"\r", b"null"], end=b"")
 def test_any_metrics_are_lines_of_scalars_or_the_line_is_named(tmp_path_factory, lines, end):
