@@ -325,7 +325,8 @@ class _Trainer:
                 f"the update made {', '.join(broken)} NaN or infinite; lower the agent's step size"
             )
         for method, rng in zip(self.methods, observing.spawn(len(self.methods)), strict=True):
-            method.observe(self.agent, rollouts, before, rng)
+            with self._writing():  # replayed trials may lie on disk
+                method.observe(self.agent, rollouts, before, rng)
         return metrics
 
     def _consolidate(self, stage: int) -> dict[str, float]:
@@ -344,7 +345,8 @@ class _Trainer:
             rngs = np.random.default_rng(use).spawn(len(self.methods))
             for place, method in list(left.items()) if error is None else []:
                 try:
-                    method.end_stage(self.agent, rollouts, rngs[place])
+                    with self._writing():
+                        method.end_stage(self.agent, rollouts, rngs[place])
                     del left[place]
                 except NOT_FINITE as found:
                     error = found

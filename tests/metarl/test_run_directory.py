@@ -302,3 +302,13 @@ def test_the_manifest_names_the_config_and_the_logs(tmp_path):
     assert manifest["logs"]["metrics.jsonl"] == (tmp_path / "metrics.jsonl").stat().st_size
     assert manifest["score"] == read_metrics(tmp_path)[-1]["meta_test/success_post"]
     assert {"agent.safetensors", "random.safetensors"} == manifest["files"].keys()
+
+
+def test_a_disk_without_room_for_replayed_trials_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    two = config("--stages.0.iterations 2 --stability replay --stability.0.memory-gb 1e-9")
+    with pytest.raises(RunError, match=r"cannot write to .*No space left on device.*--resume"):
+        train(two, run_dir=tmp_path)
