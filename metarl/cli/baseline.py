@@ -72,7 +72,7 @@ def _run_baseline(config_name: str, flags: list[str], options: argparse.Namespac
             options.json.touch()
     except OSError as error:
         raise UserError(f"cannot write the report to {options.json}: {error.strerror}; choose another file") from error
-    console = Console()
+    console = Console(markup=False)  # names in brackets are names
     try:
         with console.status(f"training {options.algorithm} on each of {len(tasks)} tasks"):
             report = reference(

@@ -68,7 +68,7 @@ def _evaluate_run(options: argparse.Namespace) -> int:
     if options.num_tasks:
         tasks = select_tasks(tasks, options.num_tasks, np.random.default_rng(seeds(0, Purpose.EVALUATION_TASKS)))
     parts = _which(options), options.stage, options.tasks, options.split, options.ablate and f"without_{options.ablate}"
-    console = Console()
+    console = Console(markup=False)  # names in brackets are names
     with _report_at(options, parts) as report_file:
         with console.status(f"evaluating on {len(tasks)} tasks"):
             report = evaluation.evaluate(
@@ -101,7 +101,7 @@ def _evaluate_officially(options: argparse.Namespace) -> int:
         raise UserError("--official is for tasks of Meta-World; name some with --tasks, e.g. --tasks reach-v3")
     parts = _which(options), "official", options.stage, options.tasks, options.split
     given = {key: getattr(options, key) for key in ("num_evals", "adaptation_episodes", "seed")}
-    console = Console()
+    console = Console(markup=False)  # names in brackets are names
     with _report_at(options, parts) as report_file:
         with console.status("evaluating in Meta-World's own environments, which takes a while"):
             report = official_report(

@@ -54,7 +54,7 @@ def _export(options: argparse.Namespace) -> int:
         if policy.has_memory and options.rollouts_per_task is not None:
             raise UserError(f"{policy.config.agent.name} reads one trial; leave --rollouts-per-task out")
         task = task_of(policy.config, options.adapt_on, options.split or "test", options.stage)
-    console = Console()
+    console = Console(markup=False)  # names in brackets are names
     with console.status("adapting and exporting" if task else "exporting"):
         env = None if task is None else make(task)
         if task is not None:

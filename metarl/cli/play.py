@@ -61,7 +61,7 @@ def play(arguments: list[str]) -> int:
     mp4, gif = _files(options, task.name)
     if mp4 is not None:
         check_mp4()
-    console = Console()
+    console = Console(markup=False)  # names in brackets are names
     with console.status("playing and drawing"), contextlib.closing(make(task, render_mode="rgb_array")) as env:
         play = played(
             policy,
@@ -77,7 +77,7 @@ def play(arguments: list[str]) -> int:
         print(f"{phase} adaptation".ljust(20) + f"return {total:9.2f}  {solved}".rstrip())
     for path, write in ((mp4, write_mp4), (gif, write_gif)):
         if path is not None:
-            with console.status(f"writing {path}"):
+            with console.status("writing"):
                 write(play.frames, path, play.fps)
             print(path)
     return 0

@@ -932,6 +932,22 @@ def test_names_from_a_run_of_others_do_not_steer_the_terminal(command, copied):
     assert status == 0 and "\x1b" not in out and "\\x1b]0;x\\x07\\nfake" in out
 
 
+def test_names_in_brackets_are_names(command, copied, monkeypatch):
+    """Not colours, of which `[/red]` would end one that has not begun."""
+    monkeypatch.chdir(copied.parent)
+    folder = "[red] [/blue]"
+    shutil.copytree(copied, folder)
+    for arguments in (
+        ["evaluate", folder, "--num-tasks", "1", "--num-workers", "0"],
+        ["export", folder, f"{folder}/policy.onnx"],
+        ["inspect", folder],
+        ["plot", folder],
+    ):
+        status, out, err = command(*arguments)
+        assert status == 0, err
+        assert f"{folder}/" in out
+
+
 def test_the_report_of_a_stage_lies_in_the_runs_folder(command, copied):
     config = copied / "config.yaml"
     config.write_text(config.read_text().replace("name: meta-training", 'name: "../../evil"'))
