@@ -16,6 +16,14 @@ PAGE = ROOT / "docs" / "reliability.md"
 LONG = ("--stages.0.iterations", "100000")
 
 
+def wait_for(process, path):
+    """Wait until a process has written something to a file."""
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+
+
 def test_case_19_other_settings_are_listed_and_need_to_be_allowed(cli, mistake, tmp_path):
     run = (*NAVIGATION, "--run-dir", tmp_path / "run")
     assert cli(*run, "--max-iterations", 1).status == 0
@@ -50,10 +58,7 @@ def test_case_24_numbers_that_run_away_end_a_run_which_then_goes_on(cli, tmp_pat
 
 def test_case_25_a_second_process_is_told_the_number_of_the_first(navigating, mistake):
     process, run_dir = navigating(*LONG)
-    deadline = time.monotonic() + 60
-    while not (run_dir / "config.yaml").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
+    wait_for(process, run_dir / "config.yaml")
     run = (*NAVIGATION, *LONG, "--run-dir", run_dir)
     for flag in ("--resume", "--overwrite"):
         mistake(*run, flag, expected=[f"in use by process {process.pid}", "--run-dir"])
@@ -62,10 +67,7 @@ def test_case_25_a_second_process_is_told_the_number_of_the_first(navigating, mi
 
 def test_case_25_the_lock_of_a_killed_process_is_taken_over(navigating, cli):
     process, run_dir = navigating(*LONG)
-    deadline = time.monotonic() + 60
-    while not (run_dir / "config.yaml").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
+    wait_for(process, run_dir / "config.yaml")
     process.kill()
     process.wait()
     assert (run_dir / ".lock").exists()
@@ -76,11 +78,7 @@ def test_case_25_the_lock_of_a_killed_process_is_taken_over(navigating, cli):
 def test_ctrl_c_on_a_pipeline_saves_though_nobody_reads_any_more(navigating):
     """As in `metarl train … 2>&1 | tee log`, where tee dies of the same signal."""
     process, run_dir = navigating(*LONG, "--checkpoint-every-iterations", 10**6)
-    metrics = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
+    wait_for(process, run_dir / "metrics.jsonl")
     process.stdout.close()
     process.stderr.close()
     process.send_signal(signal.SIGINT)
