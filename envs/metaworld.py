@@ -97,7 +97,7 @@ class MetaWorldConfig(BaseModel):
                 f"names={self.names} and test_names={self.test_names} with benchmark={self.benchmark!r}: "
                 "`custom` needs names, the others take neither"
             )
-        listed = [*self.names, *self.test_names, *([self.name] if self.name else [])]
+        listed = [*self.names, *self.test_names, *([self.name] if self.name is not None else [])]
         for name in listed:
             _check_name(name)
         twice = sorted({name for name in listed if listed.count(name) > 1})

@@ -115,6 +115,7 @@ def write_onnx(controller: Controller, path: Path, metadata: dict[str, Any]) -> 
 
 def _serialized(controller: Any, metadata: dict[str, Any]) -> bytes:
     """Return the model of a controller, any number of rows at a time."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime would send names and sizes of models over the net
     try:
         import onnx
         import onnxruntime  # noqa: F401  (the comparison needs it: said before the work is done)

@@ -32,29 +32,45 @@ def locked(run_dir: Path, *, resume: bool = False, overwrite: bool = False) -> I
             directory cannot be written.
     """
     check_free(run_dir, resume=resume, overwrite=overwrite)
-    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    with _made(run_dir):
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            descriptor = _acquire(run_dir / NAME)
+        except OSError as error:
+            why = error.strerror or error
+            raise UserError(f"cannot write to {run_dir}: {why}; choose another with --run-dir") from error
+        try:
+            check_free(run_dir, resume=resume, overwrite=overwrite)  # it may have changed meanwhile
+            yield
+        finally:
+            (run_dir / NAME).unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Remove a folder and those above it again, if they were not there before and are empty in the end."""
+    new = [each for each in (folder, *folder.parents) if not _exists(each)]
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(run_dir / NAME)
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"cannot write to {run_dir}: {why}; choose another with --run-dir") from error
-    try:
-        check_free(run_dir, resume=resume, overwrite=overwrite)  # it may have changed meanwhile
         yield
     finally:
-        (run_dir / NAME).unlink(missing_ok=True)
-        os.close(descriptor)
-        for folder in made:
+        for each in new:
             with contextlib.suppress(OSError):  # there is something in it
-                folder.rmdir()
+                each.rmdir()
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long: what cannot be there was not made
+        return False
 
 
 def check_free(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise UserError if there is no run to resume, or a run or somebody else's work that would be removed."""
     for name in FOLDERS:
         own_folder(run_dir, name)
-    holds_run = (run_dir / "config.yaml").exists()
+    holds_run = _exists(run_dir / "config.yaml")
     if resume and not holds_run:
         raise UserError(f"{run_dir} holds no run to resume; leave out --resume to start one")
     if holds_run and not resume and not overwrite:

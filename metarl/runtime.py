@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ class OnnxPolicy:
     """
 
     def __init__(self, source: str | Path | bytes, *, num_threads: int = 1, seed: int | None = None) -> None:
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it would send names and sizes of models over the net
         try:
             import onnxruntime
         except ImportError as error:

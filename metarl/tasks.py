@@ -67,7 +67,7 @@ def task_of(config: RunConfig, name: str | None = None, split: str = "test", sta
     if name is None:
         return _split(distribution_of(config, None, stage), split)[0]
     wanted, _, number = name.partition(":")
-    if number and not number.isdigit():
+    if number and not (number.isascii() and number.isdigit() and len(number) < 10):
         raise UserError(f"task {name!r}: expected a number behind the colon, e.g. {wanted}:3")
     found: list[Task] = []
     if all(each.tasks.family in FAMILIES for each in config.stages):

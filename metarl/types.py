@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
@@ -71,9 +72,31 @@ class Task:
     def from_json(cls, text: str) -> Task:
         """Build a task from what `to_json` wrote; raises ValueError for anything else."""
         try:
-            return cls(**json.loads(text))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"not a task: {text[:80]!r} ({error}); expected what Task.to_json writes") from error
+            fields = json.loads(text)
+            _check_fields(fields)
+            return cls(**fields)
+        except (RecursionError, TypeError, ValueError) as error:
+            cause = str(error)[:200]
+            raise ValueError(f"not a task: {text[:80]!r} ({cause}); expected what Task.to_json writes") from error
+
+
+def _check_fields(fields: Any) -> None:
+    """Raise ValueError if a task's fields are not of their types; unknown and missing ones are left to Task."""
+    if not isinstance(fields, dict):
+        raise ValueError("it is no JSON object")
+    for name, value in fields.items():
+        if name in ("index", "seed"):
+            fits = type(value) is int and value >= 0
+        elif name == "options":
+            fits = isinstance(value, dict) and all(_is_scalar(each) for each in value.values())
+        else:
+            fits = isinstance(value, str)
+        if not fits:
+            raise ValueError(f"{name} is {str(value)[:80]}")
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 @dataclass(frozen=True)
@@ -101,11 +124,14 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         for field, ndim in (("observations", 2), ("actions", 2), ("rewards", 1), ("log_probs", 1)):
-            value = getattr(self, field)
-            if value is not None:
-                object.__setattr__(self, field, _checked(field, np.asarray(value, dtype=np.float64), ndim))
+            if field != "log_probs" or self.log_probs is not None:
+                value = _array(field, getattr(self, field)).astype(np.float64)
+                object.__setattr__(self, field, _checked(field, value, ndim))
         for field in ("terminated", "truncated"):
-            object.__setattr__(self, field, _checked(field, np.asarray(getattr(self, field), dtype=np.bool_), 1))
+            value = _array(field, getattr(self, field))
+            if not np.isin(value, (0, 1)).all():
+                raise ValueError(f"trajectory.{field} holds other values than True and False")
+            object.__setattr__(self, field, _checked(field, value.astype(np.bool_), 1))
         length = len(self.rewards)
         if length == 0:
             raise ValueError("trajectory is empty; expected at least one step")
@@ -113,6 +139,17 @@ class Trajectory:
             value = getattr(self, field)
             if value is not None and len(value) != length:
                 raise ValueError(f"trajectory.{field} has {len(value)} steps, rewards has {length}; they must be equal")
+
+
+def _array(field: str, value: object) -> NDArray[Any]:
+    """Return an array of numbers or truth values, as it was given."""
+    try:
+        array = np.asarray(value)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"trajectory.{field} is no array: {str(error)[:200]}") from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"trajectory.{field} has shape {array.shape} and dtype {array.dtype}; expected numbers")
+    return array
 
 
 def _checked(field: str, value: NDArray[Any], ndim: int) -> NDArray[Any]:

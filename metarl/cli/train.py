@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, TextIO
 
-from metarl.cli.arguments import Parser
+from metarl.cli.arguments import Parser, any_path
 from metarl.errors import UserError
 from metarl.lock import locked
 
@@ -32,7 +32,7 @@ Every setting of the config is a flag as well:
 def train(arguments: list[str]) -> int:
     """Train an agent from a YAML config."""
     parser = Parser("metarl train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--run-dir")
+    parser.add_argument("--run-dir", type=any_path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--allow-config-change", action="store_true")
@@ -53,7 +53,7 @@ def train(arguments: list[str]) -> int:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
-    run_dir = Path(options.run_dir) if options.run_dir else Path("runs") / Path(config_name).stem
+    run_dir = options.run_dir or Path("runs") / Path(config_name).stem
     with locked(run_dir, resume=options.resume, overwrite=options.overwrite):
         pass  # it could be had: what speaks against it is told at once, before torch is imported
 
@@ -69,7 +69,7 @@ def _run_training(config: Any, run_dir: Path, options: argparse.Namespace) -> in
     from metarl.display import TrainingDisplay
 
     total = sum(stage.iterations for stage in config.stages)
-    console = Console()
+    console = Console(markup=False)
     received: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
