@@ -152,14 +152,14 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and left.shape == right.shape and left.numpy().tobytes() == right.numpy().tobytes()
 
 
-def under_way(run_dir: Path, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a run has tracked something, or has ended."""
+def under_way(run_dir: Path, process: subprocess.Popen[bytes], more: int = 1) -> None:
+    """Wait until a run has tracked so many lines more, or has ended."""
     metrics = run_dir / "metrics.jsonl"
-    least = size = metrics.stat().st_size if metrics.exists() else 0
-    while size <= least and process.poll() is None:
+    least, count = sys.maxsize, 0
+    while count < least + more and process.poll() is None:
         time.sleep(0.02)
-        size = metrics.stat().st_size if metrics.exists() else 0
-        least = min(least, size)  # a run that goes on begins by cutting it
+        count = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        least = min(least, count)  # a run that goes on begins by cutting off some
 
 
 def kill_often(folder: Path, kills: int, seed: int, iterations: int) -> dict[str, Any]:
@@ -184,8 +184,8 @@ def kill_often(folder: Path, kills: int, seed: int, iterations: int) -> dict[str
                 status = process.wait()
             in_training = rng.random() < 0.6
             if in_training:
-                under_way(run_dir, process)
-            status = process.wait(rng.uniform(0, 8 * iteration if in_training else start_up))
+                under_way(run_dir, process, int(rng.integers(1, 6)))
+            status = process.wait(rng.uniform(0, iteration if in_training else start_up))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
