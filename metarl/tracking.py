@@ -51,9 +51,12 @@ class Tracker:
         self._run_dir = run_dir
         if logs is not None:
             _cut(run_dir, logs)
-        self._file = append_plain(run_dir / "metrics.jsonl")
         purge = position.env_steps + 1 if logs is not None else None  # from the memory of a TensorBoard that is looking
-        self._events = _Events(run_dir / "tensorboard", purge)
+        with contextlib.ExitStack() as opened:
+            self._file = opened.enter_context(append_plain(run_dir / "metrics.jsonl"))
+            self._events = opened.enter_context(contextlib.closing(_Events(run_dir / "tensorboard", purge)))
+            self._events.flush()
+            self._opened = opened.pop_all()
         if config is not None:
             text = summary.text("config", f"```yaml\n{config}\n```")  # type: ignore[no-untyped-call]
             self._events.add(text, position.env_steps)
@@ -93,9 +96,8 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in (self._file, self._events):
-            with contextlib.suppress(OSError):  # of what could not be written, which has been told then
-                file.close()
+        with contextlib.suppress(OSError):  # of what could not be written, which has been told then
+            self._opened.close()
 
 
 class _Events:
@@ -116,7 +118,6 @@ class _Events:
         self._write(Event(file_version="brain.Event:2"))
         if purge is not None:
             self._write(Event(step=purge, session_log=SessionLog(status=SessionLog.START)))
-        self.flush()
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
