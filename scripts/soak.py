@@ -8,7 +8,9 @@ through what came after the warm-up, and looks for what was left behind. It meas
 status is 1 only if training ended before there was anything to fit.
 
 Memory is PSS: a page that n processes share counts 1/n in each. That moves with other programs that come and go and
-share the libraries' files; what is the processes' own (PSS without files) does not.
+share the libraries' files; what is the processes' own (PSS without files) does not. Speed moves with them, too: hence
+also env steps per second of processor time, and that against gymnasium's own HalfCheetah, stepped in between in this
+process, since processor time passes faster where caches are shared.
 
     .venv/bin/python scripts/soak.py --out soak.json               # two hours; on Linux
     .venv/bin/python scripts/soak.py --minutes 15 --warm-up 5 [--SETTING=VALUE ...]     # flags of metarl train
@@ -31,6 +33,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import yaml
 
@@ -40,6 +43,7 @@ THINGS = ("pss_kib", "own_kib", "rss_kib", "files", "threads")
 ROLES = {b"--multiprocessing-fork": "worker", b"resource_tracker": "resource tracker"}  # by the command line
 TIME_RUNS_OUT = 10**6
 """Iterations of the last stage."""
+REFERENCE_STEPS = 300
 
 Sample = dict[str, Any]
 
@@ -106,11 +110,20 @@ def env_steps(metrics: Path) -> int:
     return 0
 
 
+def reference_seconds(env: gymnasium.Env[Any, Any]) -> float:
+    """Return the processor time of a fixed piece of work: steps of gymnasium's environment."""
+    env.reset(seed=0)
+    action, began = np.zeros(env.action_space.shape or ()), time.thread_time()
+    for _ in range(REFERENCE_STEPS):
+        env.step(action)
+    return time.thread_time() - began
+
+
 def watch(training: subprocess.Popen[bytes], metrics: Path, every: float) -> list[Sample]:
     """Return samples of all processes of the training, until it ends."""
     samples: list[Sample] = []
     cpu: dict[str, float] = {}  # of processes that have ended, too
-    began = time.monotonic()
+    env, began = gymnasium.make("HalfCheetah-v5"), time.monotonic()
     while training.poll() is None:
         processes = []
         for pid in tree(training.pid):
@@ -120,7 +133,8 @@ def watch(training: subprocess.Popen[bytes], metrics: Path, every: float) -> lis
         seconds, steps = time.monotonic() - began, env_steps(metrics)
         together = {thing: sum(each[thing] for each in processes) for thing in THINGS}
         processes.append({"name": "all", **together, "cpu_seconds": sum(cpu.values())})
-        samples.append({"seconds": seconds, "env_steps": steps, "processes": processes})
+        reference = reference_seconds(env)
+        samples.append({"seconds": seconds, "env_steps": steps, "reference_seconds": reference, "processes": processes})
         with contextlib.suppress(subprocess.TimeoutExpired):
             training.wait(every - (time.monotonic() - began) % every)
     return samples
@@ -153,17 +167,21 @@ def speed(samples: list[Sample], lines: list[dict[str, Any]]) -> dict[str, Any]:
     if len(lines) < 3:
         return {}
     ended = [samples[i]["seconds"] for i in np.searchsorted(progress, [line["env_steps"] for line in lines])]
-    edges = [samples[i] for i in np.linspace(0, len(samples) - 1, 4).round().astype(int)]
-    used = [(edge["env_steps"], edge["processes"][-1]["cpu_seconds"]) for edge in edges]
+    edges = np.linspace(0, len(samples) - 1, 4).round().astype(int).tolist()
+    used = [(samples[edge]["env_steps"], samples[edge]["processes"][-1]["cpu_seconds"]) for edge in edges]
     per_cpu = [(steps - before) / (cpu - start) for (before, start), (steps, cpu) in itertools.pairwise(used)]
+    spans = [[sample["reference_seconds"] for sample in samples[a:b]] for a, b in itertools.pairwise(edges)]
+    relative = [rate * float(np.mean(span)) / REFERENCE_STEPS for rate, span in zip(per_cpu, spans, strict=True)]
     medians = [float(np.median(third)) for third in np.array_split([line[SPEED] for line in lines], 3)]
     return {
         "iterations": len(lines),
         "stages": [lines[0]["stage"], lines[-1]["stage"]],
         SPEED: fit(ended, [line[SPEED] for line in lines]),
-        "medians_of_thirds": medians,
-        "per_cpu_second_of_thirds": per_cpu,
-        "change_percent": [100 * (thirds[2] / thirds[0] - 1) for thirds in (medians, per_cpu)],
+        "thirds": {
+            "env steps/s of an iteration, median": medians,
+            "env steps per second of processor time": per_cpu,
+            "the same against gymnasium's HalfCheetah": relative,
+        },
     }
 
 
@@ -193,9 +211,9 @@ def table(result: dict[str, Any]) -> str:
         files, threads = (f"{fitted[thing]['lowest']}–{fitted[thing]['highest']}" for thing in ("files", "threads"))
         rows.append(f"{name:<27}{memory}{files:>8}{threads:>9}")
     pace = result["speed"]
-    kinds = ("env steps/s of an iteration, median", "env steps per second of processor time")
-    for kind, key, change in zip(kinds, list(pace)[3:5], pace["change_percent"], strict=True):
-        rows.append(f"{kind} in each third: {', '.join(f'{value:,.0f}' for value in pace[key])} ({change:+.2f} %)")
+    for kind, thirds in pace["thirds"].items():
+        numbers, change = ", ".join(f"{value:,.4g}" for value in thirds), 100 * (thirds[2] / thirds[0] - 1)
+        rows.append(f"{kind}, in each third: {numbers} ({change:+.2f} %)")
     rows += [
         f"{pace['iterations']} iterations of stages {pace['stages'][0]} to {pace['stages'][1]}; slope of their "
         f"env steps/s: {pace[SPEED]['percent']:+.2f} %/hour",
