@@ -88,11 +88,21 @@ def _check_fields(fields: Any) -> None:
         if name in ("index", "seed"):
             fits = type(value) is int and value >= 0
         elif name == "options":
-            fits = isinstance(value, dict) and all(_is_scalar(each) for each in value.values())
+            fits = _are_options(list(value.items()) if isinstance(value, dict) else value)
         else:
             fits = isinstance(value, str)
         if not fits:
             raise ValueError(f"{name} is {str(value)[:80]}")
+
+
+def _are_options(pairs: object) -> bool:
+    """Whether this is a list of names and values, as JSON has it of a task's options, too; each name once."""
+    return (
+        isinstance(pairs, list)
+        and all(isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs)
+        and all(_is_scalar(value) for _, value in pairs)
+        and len({name for name, _ in pairs}) == len(pairs)
+    )
 
 
 def _is_scalar(value: object) -> bool:
