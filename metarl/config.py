@@ -6,6 +6,7 @@ Imports the config classes of agents and task families, nothing else of them.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.resources
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -291,6 +292,11 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
 def dump_config(config: RunConfig) -> str:
     """Return the whole config as YAML that `load_config` reads back to an equal config."""
     return write_yaml(config.model_dump(mode="json"))
+
+
+def hash_of(config: bytes) -> str:
+    """Return the hash of a config.yaml, by which a checkpoint and an exported policy know their own."""
+    return hashlib.sha256(config).hexdigest()
 
 
 def explain_validation(error: ValidationError) -> str:

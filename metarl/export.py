@@ -7,7 +7,6 @@ packages of the extra `onnx`, imported when a file is written.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metarl.config import RunConfig, dump_config
+from metarl.config import RunConfig, dump_config, hash_of
 from metarl.errors import UserError
 from metarl.runtime import FORMAT, METADATA_KEY, OnnxPolicy, seal
 from metarl.tasks import horizon_of
@@ -91,7 +90,7 @@ def describe(
 
 def config_hash(config: RunConfig) -> str:
     """Return the hash of a run's whole config, as `config.yaml` holds it."""
-    return hashlib.sha256(dump_config(config).encode()).hexdigest()
+    return hash_of(dump_config(config).encode())
 
 
 def write_onnx(controller: Controller, path: Path, metadata: dict[str, Any]) -> None:

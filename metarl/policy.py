@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from metarl.checkpoint import (
     load_latest,
 )
 from metarl.checkpoint import save as save_checkpoint
-from metarl.config import RunConfig, dump_config, load_config
+from metarl.config import RunConfig, dump_config, hash_of, load_config
 from metarl.errors import UserError
 from metarl.export import describe, write_onnx
 from metarl.files import replace_file
@@ -287,7 +286,7 @@ class Policy:
         try:
             path.mkdir(parents=True, exist_ok=True)
             config, position = dump_config(self.config).encode(), Position(env_steps=self.env_steps)
-            digest = hashlib.sha256(config).hexdigest()
+            digest = hash_of(config)
             save_checkpoint(path / "checkpoints", states, position, self.spaces, keep=1, config_sha256=digest)
             replace_file(path / "config.yaml", config)  # last: it makes a run of it
         except (OSError, SafetensorError) as error:
@@ -362,7 +361,7 @@ def load(run_dir: str | Path, device: str = "cpu", checkpoint: str | int = "late
             raise UserError(f"checkpoint is {checkpoint!r}; expected latest, best or the number of an iteration")
     except CorruptCheckpointError as error:
         raise UserError(f"cannot load {run_dir}: {error}") from error
-    if found.manifest.config_sha256 != hashlib.sha256((run_dir / "config.yaml").read_bytes()).hexdigest():
+    if found.manifest.config_sha256 != hash_of((run_dir / "config.yaml").read_bytes()):
         _LOG.warning("metarl: %s is not what %s was trained with", run_dir / "config.yaml", found.path.name)
     return restore(config, found, resolve_device(device))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Position, clear, load_latest
-from metarl.config import NO_EFFECT, RunConfig, load_config
+from metarl.config import NO_EFFECT, RunConfig, hash_of, load_config
 from metarl.divergence import DIVERGED
 from metarl.errors import UserError
 from metarl.files import replace_file
@@ -84,11 +83,6 @@ def write_config(run_dir: Path, text: str, position: Position) -> None:
     if before is not None:
         replace_file(path.with_name(f"config.before_{position.iteration:06d}.yaml"), before)
     replace_file(path, text.encode())
-
-
-def hash_of(config: bytes) -> str:
-    """Return the hash of a config.yaml, by which a checkpoint knows its own."""
-    return hashlib.sha256(config).hexdigest()
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does
 from metarl import stability
 from metarl.account import Account, plasticity
 from metarl.checkpoint import Position, Spaces, save
-from metarl.config import RunConfig, explain_validation, load_config
+from metarl.config import RunConfig, explain_validation, hash_of, load_config
 from metarl.divergence import not_finite, write_statistics
 from metarl.envs.manager import JointManager, Manager
 from metarl.envs.together import Together, make_stage_envs
@@ -41,7 +41,7 @@ from metarl.lock import locked
 from metarl.plotting import score_matrix_image
 from metarl.policy import Policy, resolve_device
 from metarl.random_state import random_state, set_random_state
-from metarl.run_directory import flatten, hash_of, write_config
+from metarl.run_directory import flatten, write_config
 from metarl.sampling import BrokenRolloutsError, adapt_and_collect, by_phase
 from metarl.seeding import Purpose, children, seeds
 from metarl.stages import max_envs, num_workers, stage_distributions, task_manager
