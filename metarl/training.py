@@ -366,6 +366,9 @@ class _Trainer:
             reports = self._reports() if self.account is not None else [self._report(stage)]
         except NOT_FINITE as error:
             _LOG.warning("metarl: no evaluation after iteration %d: %s", self.position.iteration, error)
+            if metrics:
+                with self._writing():
+                    self.tracker.write(self.position, metrics)
             return
         self.report = reports[stage if self.account is not None else 0]
         self.score = _score(reports)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import metarl
+import metarl.training
 from metarl.checkpoint import load_latest
 from metarl.divergence import of_tensor
 from metarl.errors import RunError
@@ -213,6 +214,20 @@ def test_a_broken_environment_stops_the_run_with_its_statistics(tmp_path, broken
     (rollout,) = json.loads((tmp_path / "diverged.json").read_text())["rollouts"]
     assert [task["dropped_rollouts"] for task in rollout["tasks"]] == [2, 2]
     assert load_latest(tmp_path / "checkpoints").position.iteration == 1
+
+
+def test_what_is_known_at_a_stages_end_is_tracked_though_its_evaluation_breaks(tmp_path, monkeypatch):
+    evaluate = metarl.training.evaluate_agent
+
+    def broken(*args, env_steps, **kwargs):
+        if env_steps:
+            raise FloatingPointError("8 of 8 rollouts")
+        return evaluate(*args, env_steps=env_steps, **kwargs)
+
+    monkeypatch.setattr(metarl.training, "evaluate_agent", broken)
+    assert train(config(iterations=1, stages=2), run_dir=tmp_path).finished
+    lines = [line for line in read_metrics(tmp_path) if any(name.startswith("plasticity/") for name in line)]
+    assert [line["iteration"] for line in lines] == [1, 2]
 
 
 def test_figures_of_a_tensor_leave_out_what_is_not_finite():
