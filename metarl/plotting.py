@@ -6,6 +6,7 @@ environments or agents.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -222,6 +223,9 @@ def score_matrices(pre: FloatArray, post: FloatArray, names: Sequence[str]) -> F
 def score_matrix_image(matrix: FloatArray, names: Sequence[str]) -> NDArray[np.uint8]:
     """Return a score matrix as a picture, for TensorBoard.
 
+    Rows of stages to come are drawn without numbers: all pictures of a run have one size, and none needs more memory
+    than the first.
+
     Args:
         matrix: `[K + 1, S]`, from `metarl.continual.score_matrix`.
         names: of the S stages.
@@ -229,12 +233,17 @@ def score_matrix_image(matrix: FloatArray, names: Sequence[str]) -> NDArray[np.u
     Returns:
         `[height, width, 3]`, uint8, RGB.
     """
-    width, height = _matrix_inches(matrix)
+    whole = np.full((len(names) + 1, len(names)), np.nan)
+    whole[: len(matrix)] = matrix
+    width, height = _matrix_inches(whole)
     figure = Figure(figsize=(width + 1.7, height + _label_inches(names) + 0.2), dpi=100, layout="constrained")
-    _heat_map(figure.subplots(), matrix, names, _scale(matrix))
+    _heat_map(figure.subplots(), whole, names, _scale(matrix))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
-    return np.array(canvas.buffer_rgba(), dtype=np.uint8)[..., :3].copy()  # type: ignore[no-untyped-call]
+    image = np.array(canvas.buffer_rgba(), dtype=np.uint8)[..., :3].copy()  # type: ignore[no-untyped-call]
+    del figure, canvas
+    gc.collect()  # a figure is a web of cycles, some MB, which would lie about until Python comes to its oldest objects
+    return image
 
 
 def stability_plasticity(points: Sequence[Point]) -> Figure:

@@ -1,5 +1,6 @@
 """Figures hold what they claim, and `metarl plot` writes them."""
 
+import gc
 import importlib
 import io
 import json
@@ -180,6 +181,13 @@ def test_score_matrix_image():
     assert image.std() > 10  # it is not blank
     np.testing.assert_array_equal(image, plotting.score_matrix_image(POST, NAMES[:2]))
     assert (image != plotting.score_matrix_image(POST + 0.2, NAMES[:2])).any()
+
+
+def test_pictures_of_all_stages_have_one_size_and_leave_nothing_behind():
+    gc.collect()  # those of other tests
+    sizes = {plotting.score_matrix_image(POST[:rows], NAMES[:2]).shape for rows in (1, 2, 3)}
+    assert len(sizes) == 1
+    assert not [each for each in gc.get_objects() if type(each) is Figure]
 
 
 @pytest.mark.parametrize("rows", [1, 21])
