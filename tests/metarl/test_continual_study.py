@@ -1,5 +1,6 @@
-"""Forgetting shown and cured, in small: two opposite families of goals, one seed."""
+"""Forgetting shown and cured, in small: two opposite families of goals."""
 
+import numpy as np
 import pytest
 
 from scripts import continual_study
@@ -7,14 +8,20 @@ from scripts import continual_study
 
 @pytest.mark.slow
 def test_fine_tuning_forgets_and_both_methods_do_not(tmp_path, capsys):
-    arms = ["fine_tuning", "ewc", "replay"]
-    found = continual_study.main(["quick", "--arms", *arms, "--seeds", "0", "--jobs", "1", "--out", str(tmp_path)])
-    lost = {arm: run["lost"] for arm, (run,) in found.items()}  # by the first family
-    assert lost["fine_tuning"] > 0.5
-    assert lost["ewc"] < 0.2 and lost["replay"] < 0.2
+    """How much fine-tuning forgets is a matter of the seed, and of the processor's last bits: hence a mean over seeds.
+
+    Measured on seeds 0 to 7: fine-tuning loses 0.28 to 1.09 of the first family's score, 0.60 in the mean, with a
+    standard deviation of 0.25. EWC and replay lose at most 0.02.
+    """
+    quick = ["quick", "--jobs", "1", "--out", str(tmp_path)]
+    (fine_tuned,) = continual_study.main([*quick, "--arms", "fine_tuning", "--seeds", "0", "1", "2"]).values()
+    assert np.mean([run["lost"] for run in fine_tuned]) > 0.2
+    arms = ["--arms", "fine_tuning", "ewc", "replay", "--seeds", "0"]
+    found = continual_study.main([*quick, *arms])
+    assert found["ewc"][0]["lost"] < 0.1 and found["replay"][0]["lost"] < 0.1
     assert found["replay"][0]["last"] > 0.6  # not by having learned nothing
     assert "| ewc |" in capsys.readouterr().out
     for name in ("quick/study.md", "quick/study.png", "quick/study.json"):
         assert (tmp_path / name).stat().st_size > 0
-    continual_study.main(["quick", "--arms", *arms, "--seeds", "0", "--jobs", "1", "--out", str(tmp_path)])
+    continual_study.main([*quick, *arms])
     assert "metarl train" not in capsys.readouterr().out  # what has finished is not repeated
