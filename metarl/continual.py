@@ -70,7 +70,7 @@ def evaluations(lines: Iterable[Mapping[str, Any]], names: Sequence[str]) -> lis
     Of several at one iteration (a resumed run evaluates again) the last counts.
 
     Args:
-        lines: from `metarl.tracking.read_metrics`; others than these evaluations are passed over.
+        lines: from `metarl.metrics.read_metrics`; others than these evaluations are passed over.
         names: of the S stages; stages of one name share their scores.
     """
     found: dict[int, Evaluation] = {}

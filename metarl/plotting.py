@@ -53,7 +53,7 @@ def stage_spans(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
     """Return where the stages that have begun lie, by the lines of metrics.jsonl.
 
     Args:
-        lines: as `metarl.tracking.read_metrics` returns them.
+        lines: as `metarl.metrics.read_metrics` returns them.
         names: of all stages.
     """
     spans: list[Span] = []

@@ -152,18 +152,3 @@ def _cut(run_dir: Path, sizes: Mapping[str, int]) -> None:
     for name, path in logs.items():
         if path.stat().st_size > sizes.get(name, 0):
             os.truncate(path, sizes[name]) if name in sizes else path.unlink()
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, up to one that is none: the last may have been cut off in writing."""
-    path = run_dir / "metrics.jsonl"
-    lines = []
-    for text in path.read_bytes().split(b"\n") if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(line, dict):
-            break
-        lines.append(line)
-    return lines

@@ -38,6 +38,7 @@ from metarl.envs.vector import env_spaces
 from metarl.errors import RunError, UserError
 from metarl.evaluation import Report, evaluate_agent, held_out_metrics, select_tasks
 from metarl.lock import locked
+from metarl.metrics import read_metrics
 from metarl.plotting import score_matrix_image
 from metarl.policy import Policy, resolve_device
 from metarl.random_state import random_state, set_random_state
@@ -47,7 +48,7 @@ from metarl.seeding import Purpose, children, seeds
 from metarl.stages import max_envs, num_workers, stage_distributions, task_manager
 from metarl.start import Start, begin
 from metarl.start import resume as start_again
-from metarl.tracking import Tracker, read_metrics
+from metarl.tracking import Tracker
 from metarl.transfer import start_from
 from metarl.types import Rollout, StabilityMethod, TaskDistribution
 
@@ -195,7 +196,7 @@ class _Trainer:
         with self._writing():
             tracker = Tracker(self.run_dir, shown, flatten(config.model_dump()), self.position, start.logs)
         with tracker as self.tracker:
-            self.account = Account(stages, read_metrics(self.run_dir)) if len(stages) > 1 else None
+            self.account = Account(stages, read_metrics(self.run_dir, len(stages))) if len(stages) > 1 else None
             most = [max_envs(config, stage) for stage in range(len(stages))]
             sources = [Together(self.distributions)] * len(most) if config.control == "joint" else self.distributions
             self.envs = make_stage_envs(sources, most, num_workers(config), config.worker_timeout_s)

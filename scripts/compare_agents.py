@@ -208,7 +208,7 @@ def plot(results: dict[str, dict[str, list[Job]]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from metarl.tracking import read_metrics
+    from metarl.metrics import read_metrics
 
     figure, axes = plt.subplots(1, len(results), figsize=(7 * len(results), 4.5), squeeze=False)
     for axis, (tasks, by_agent) in zip(axes[0], results.items(), strict=True):

@@ -37,9 +37,9 @@ from metarl.continual import (
     relearning,
     training_curve,
 )
+from metarl.metrics import read_metrics
 from metarl.plotting import Point, stability_plasticity
 from metarl.statistics import stratified_bootstrap_ci
-from metarl.tracking import read_metrics
 
 CONTROLS = {"joint": "--control joint", "scratch": "--control scratch"}
 

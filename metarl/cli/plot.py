@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metarl.cli.arguments import Parser, any_path, run_folder
-from metarl.cli.tracked import tracked
 from metarl.errors import UserError
 from metarl.lock import own_folder
 
@@ -70,11 +69,12 @@ def plot(arguments: list[str]) -> int:
 def _read(path: Path) -> _Run:
     from metarl.config import load_config
     from metarl.continual import evaluations, finished_stages
+    from metarl.metrics import read_metrics
 
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} holds no run: there is no config.yaml; train one with `metarl train CONFIG`")
     config = load_config(path / "config.yaml")
-    lines = tracked(path, len(config.stages))
+    lines = read_metrics(path, len(config.stages))
     if not (path / "metrics.jsonl").exists() and (path / "checkpoints").is_dir():
         raise UserError(f"{path} is a saved policy, which holds no training to draw; name the run that it is from")
     if not any("meta_train/return_post" in line for line in lines):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from metarl.cli.arguments import Parser, one_line, run_folder
-from metarl.cli.tracked import tracked
 
 
 def inspect(arguments: list[str]) -> int:
@@ -14,11 +13,12 @@ def inspect(arguments: list[str]) -> int:
     parser.add_argument("run_dir", type=run_folder, help="what `metarl train` wrote")
     options = parser.parse_args(arguments)
 
+    from metarl.metrics import read_metrics
     from metarl.policy import load
 
     run_dir: Path = options.run_dir
     policy = load(run_dir)
-    config, lines = policy.config, tracked(run_dir, len(policy.config.stages))
+    config, lines = policy.config, read_metrics(run_dir, len(policy.config.stages))
     steps, episodes = policy.agent.adaptation_steps, policy.agent.trial_episodes
     adapts = f"K = {steps}" if steps else f"trials of {episodes} episodes"
     print(f"agent        {config.agent.name}, {adapts}, {policy.num_parameters:,} parameters")

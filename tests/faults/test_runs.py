@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metarl.checkpoint import load_latest
 from metarl.config import load_config
-from metarl.tracking import read_metrics
+from metarl.metrics import read_metrics
 from tests.faults.processes import NAVIGATION
 
 ROOT = Path(__file__).parents[2]

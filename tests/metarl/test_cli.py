@@ -15,8 +15,8 @@ from metarl.checkpoint import load_latest
 from metarl.cli import main
 from metarl.config import embedded_configs, find_config, load_config
 from metarl.errors import UserError
+from metarl.metrics import read_metrics
 from metarl.tasks import distribution_of
-from metarl.tracking import read_metrics
 
 
 def words(text):

@@ -14,8 +14,8 @@ import metarl.training
 from metarl.checkpoint import load_latest
 from metarl.config import load_config
 from metarl.errors import UserError
+from metarl.metrics import read_metrics
 from metarl.stability.l2 import L2Config
-from metarl.tracking import read_metrics
 from metarl.training import as_config, train
 
 AGENTS = {
@@ -314,6 +314,19 @@ def test_a_run_stopped_before_its_first_iteration_is_evaluated_once_before_train
     train(config("maml"), run_dir=tmp_path / "parts", resume=True)
     train(config("maml"), run_dir=tmp_path / "whole")
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_run_whose_metrics_are_damaged_is_not_resumed_with_an_account_that_lacks_some(tmp_path):
+    train(config("maml"), run_dir=tmp_path, max_iterations=1)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"stage"', b"'stage'", 1))
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: damaged, "):
+        train(config("maml"), run_dir=tmp_path, resume=True)
+    path.write_bytes(whole)
+    train(config("maml"), run_dir=tmp_path / "whole")
+    assert train(config("maml"), run_dir=tmp_path, resume=True).finished
+    assert metrics(tmp_path) == metrics(tmp_path / "whole")
 
 
 def test_a_run_without_what_its_methods_knew_is_not_resumed(tmp_path):

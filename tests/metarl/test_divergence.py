@@ -12,7 +12,7 @@ import metarl.training
 from metarl.checkpoint import load_latest
 from metarl.divergence import of_tensor
 from metarl.errors import RunError
-from metarl.tracking import read_metrics
+from metarl.metrics import read_metrics
 from metarl.training import train
 
 MAML = {"name": "maml_ppo", "hidden_sizes": [8], "outer": {"epochs": 2}}

@@ -10,7 +10,8 @@ import metarl
 from metarl.checkpoint import Position, load_latest
 from metarl.config import load_config
 from metarl.errors import RunError, UserError
-from metarl.tracking import Tracker, read_metrics
+from metarl.metrics import read_metrics
+from metarl.tracking import Tracker
 from metarl.training import train
 
 SMALL = """

@@ -14,7 +14,7 @@ import metarl.training
 from metarl.checkpoint import load_latest
 from metarl.config import dump_config, load_config
 from metarl.errors import UserError
-from metarl.tracking import read_metrics
+from metarl.metrics import read_metrics
 from metarl.training import flatten, train
 
 NAVIGATION = """

@@ -1,4 +1,4 @@
-"""What a run has tracked, checked line by line: verbs show runs of others, too."""
+"""What a run has tracked, checked line by line: it may be another's, or damaged."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from metarl.errors import UserError
+from metarl.files import open_plain
 
 
-def tracked(run_dir: Path, num_stages: int) -> list[dict[str, Any]]:
+def read_metrics(run_dir: Path, num_stages: int | None = None) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl; none if there is no such file.
 
     A last line that was cut off in writing is passed over.
 
     Args:
         run_dir: of the run.
-        num_stages: how many stages it has.
+        num_stages: how many stages it has; not checked if None.
 
     Raises:
         UserError: the file cannot be read, or a line holds something else than scalars at a position of the run.
     """
-    from metarl.files import open_plain
-
     path = run_dir / "metrics.jsonl"
     try:
         with open_plain(path) as file:
@@ -46,7 +45,7 @@ def tracked(run_dir: Path, num_stages: int) -> list[dict[str, Any]]:
     return found
 
 
-def _problem(line: Any, num_stages: int) -> str | None:
+def _problem(line: Any, num_stages: int | None) -> str | None:
     """Return why a line is none of metrics.jsonl; None if it is one."""
     if not isinstance(line, dict):
         return "it is no JSON object"
@@ -54,7 +53,7 @@ def _problem(line: Any, num_stages: int) -> str | None:
         value = line.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
             return f"{key} is not a whole number of at least 0"
-    if line["stage"] >= num_stages:
+    if num_stages is not None and line["stage"] >= num_stages:
         return f"stage is {line['stage']}, the run has {num_stages}"
     for key, value in line.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not _is_finite(value):
