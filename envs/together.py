@@ -8,7 +8,8 @@ from typing import Any
 import gymnasium
 
 from metarl.envs import FAMILIES
-from metarl.envs.vector import WORKER_TIMEOUT, make_envs
+from metarl.envs.vector import make_envs
+from metarl.envs.workers import WORKER_TIMEOUT
 from metarl.errors import UserError
 from metarl.types import BatchEnv, Task, TaskDistribution
 

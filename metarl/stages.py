@@ -10,8 +10,9 @@ from metarl.checkpoint import Checkpoint, CorruptCheckpointError
 from metarl.config import RunConfig, StageConfig
 from metarl.envs import FAMILIES, CuedTasks
 from metarl.envs.manager import Curriculum, EnvManager
+from metarl.envs.slots import POOL
 from metarl.envs.together import check_apart
-from metarl.envs.vector import POOL, usable_cores
+from metarl.envs.vector import usable_cores
 from metarl.errors import UserError
 from metarl.types import StabilityMethod, TaskDistribution
 

@@ -33,8 +33,8 @@ from metarl.checkpoint import Position, Spaces, save
 from metarl.config import RunConfig, explain_validation, hash_of, load_config
 from metarl.divergence import not_finite, write_statistics
 from metarl.envs.manager import JointManager, Manager
+from metarl.envs.slots import env_spaces
 from metarl.envs.together import Together, make_stage_envs
-from metarl.envs.vector import env_spaces
 from metarl.errors import RunError, UserError
 from metarl.evaluation import Report, evaluate_agent, held_out_metrics, select_tasks
 from metarl.lock import locked

@@ -25,7 +25,8 @@ import torch
 from metarl import agents
 from metarl.agents.maml import MamlPpoConfig
 from metarl.envs import distribution
-from metarl.envs.vector import POOL, WorkerEnvs
+from metarl.envs.slots import POOL
+from metarl.envs.workers import WorkerEnvs
 from metarl.sampling import collect
 from metarl.seeding import children
 from metarl.types import Agent, Task

@@ -13,7 +13,8 @@ import metarl.envs
 from metarl.envs import CuedTasks, custom, distribution
 from metarl.envs.cues import CuedBatch, has_cue, one_hot, without_cue
 from metarl.envs.manager import Curriculum, EnvManager
-from metarl.envs.vector import SerialEnvs, env_spaces, make_envs
+from metarl.envs.slots import env_spaces
+from metarl.envs.vector import SerialEnvs, make_envs
 from metarl.types import Task
 
 FAMILIES = [

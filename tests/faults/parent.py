@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from metarl.envs.vector import WorkerEnvs
+from metarl.envs.workers import WorkerEnvs
 from tests.faults.fragile import BREAK_AT, Tasks, walks
 
 

@@ -17,7 +17,8 @@ import torch
 from metarl.agents import build
 from metarl.agents.maml import MamlPpoConfig
 from metarl.envs import distribution
-from metarl.envs.vector import SerialEnvs, WorkerEnvs
+from metarl.envs.vector import SerialEnvs
+from metarl.envs.workers import WorkerEnvs
 from metarl.sampling import BrokenRolloutsError, collect
 from metarl.seeding import children
 from tests.faults import processes
