@@ -289,6 +289,18 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
     return config
 
 
+def as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
+    """Return a config, its settings as a mapping, or a YAML file or embedded config by name; raises UserError."""
+    if isinstance(config, RunConfig):
+        return config
+    if isinstance(config, str | Path):
+        return load_config(config)
+    try:
+        return RunConfig.model_validate(dict(config))
+    except ValidationError as error:
+        raise UserError(_WORDING.explain(error)) from error
+
+
 def dump_config(config: RunConfig) -> str:
     """Return the whole config as YAML that `load_config` reads back to an equal config."""
     return write_yaml(config.model_dump(mode="json"))
@@ -297,11 +309,6 @@ def dump_config(config: RunConfig) -> str:
 def hash_of(config: bytes) -> str:
     """Return the hash of a config.yaml, by which a checkpoint and an exported policy know their own."""
     return hashlib.sha256(config).hexdigest()
-
-
-def explain_validation(error: ValidationError) -> str:
-    """Return a validation error in one line: path, what was found, what was expected."""
-    return _WORDING.explain(error)
 
 
 def _tags(union: Any, key: str) -> set[str]:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import cast
 
 from metarl import stability
-from metarl.checkpoint import Checkpoint, CorruptCheckpointError
+from metarl.checkpoint import Checkpoint, CorruptCheckpointError, Spaces
 from metarl.config import RunConfig, StageConfig
 from metarl.envs import FAMILIES, CuedTasks
-from metarl.envs.manager import Curriculum, EnvManager
-from metarl.envs.slots import POOL
+from metarl.envs.manager import Curriculum, EnvManager, JointManager, Manager
+from metarl.envs.slots import POOL, env_spaces
 from metarl.envs.together import check_apart
 from metarl.envs.vector import usable_cores
 from metarl.errors import UserError
@@ -52,6 +52,28 @@ def task_distribution(stage: StageConfig) -> TaskDistribution:
     if stage.tasks.family not in FAMILIES:
         raise UserError("the tasks are custom ones: train from Python with metarl.train(config, distribution)")
     return FAMILIES[stage.tasks.family].tasks(stage.tasks)
+
+
+def common_spaces(distributions: Sequence[TaskDistribution]) -> Spaces:
+    """Return the observation and action space that all stages have; raises UserError if they differ."""
+    spaces = [_spaces(distribution) for distribution in distributions]
+    if len(set(spaces)) > 1:
+        raise UserError(
+            f"all stages need the same observation and action space; they have {', '.join(map(str, spaces))}"
+        )
+    return spaces[0]
+
+
+def _spaces(distribution: TaskDistribution) -> Spaces:
+    observation_space, action_space = env_spaces(distribution)
+    low, high = (tuple(float(bound) for bound in bounds) for bounds in (action_space.low, action_space.high))
+    return Spaces(observation_space.shape[0], low, high)
+
+
+def stage_managers(config: RunConfig, distributions: Sequence[TaskDistribution]) -> list[Manager]:
+    """Return what draws the training tasks of each stage; of joint training one for all. Raises UserError."""
+    own = [task_manager(f"stages.{i}", *pair) for i, pair in enumerate(zip(config.stages, distributions, strict=True))]
+    return [JointManager(own)] * len(own) if config.control == "joint" else [*own]
 
 
 def task_manager(setting: str, stage: StageConfig, distribution: TaskDistribution) -> EnvManager:

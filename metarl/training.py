@@ -23,19 +23,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does not say that it is public
 
 from metarl import stability
 from metarl.account import Account, plasticity
 from metarl.checkpoint import Position, Spaces, save
-from metarl.config import RunConfig, explain_validation, hash_of, load_config
+from metarl.config import RunConfig, as_config, hash_of
 from metarl.divergence import not_finite, write_statistics
-from metarl.envs.manager import JointManager, Manager
-from metarl.envs.slots import env_spaces
+from metarl.envs.manager import Manager
 from metarl.envs.together import Together, make_stage_envs
-from metarl.errors import RunError, UserError
+from metarl.errors import RunError
 from metarl.evaluation import Report, evaluate_agent, held_out_metrics, select_tasks
 from metarl.lock import locked
 from metarl.metrics import read_metrics
@@ -45,7 +43,7 @@ from metarl.random_state import random_state, set_random_state
 from metarl.run_directory import flatten, write_config
 from metarl.sampling import BrokenRolloutsError, adapt_and_collect, by_phase
 from metarl.seeding import Purpose, children, seeds
-from metarl.stages import max_envs, num_workers, stage_distributions, task_manager
+from metarl.stages import common_spaces, max_envs, num_workers, stage_distributions, stage_managers
 from metarl.start import Start, begin
 from metarl.start import resume as start_again
 from metarl.tracking import Tracker
@@ -141,32 +139,12 @@ def train(
         distributions = stage_distributions(config, distribution)
         if methods is None:
             methods = [stability.build(method, run_dir) for method in config.stability]
-        managers, spaces = _managers(config, distributions), _common_spaces(distributions)
+        managers, spaces = stage_managers(config, distributions), common_spaces(distributions)
         if resume:
             start = start_again(config, spaces, device, run_dir, methods, allow_config_change)
         else:
             start = begin(config, spaces, device, run_dir)
         return _Trainer(config, distributions, managers, methods, spaces, start, run_dir, limits, progress).run()
-
-
-def _managers(config: RunConfig, distributions: Sequence[TaskDistribution]) -> Sequence[Manager]:
-    own = [task_manager(f"stages.{i}", *pair) for i, pair in enumerate(zip(config.stages, distributions, strict=True))]
-    return [JointManager(own)] * len(own) if config.control == "joint" else own
-
-
-def _common_spaces(distributions: Sequence[TaskDistribution]) -> Spaces:
-    spaces = [_spaces(distribution) for distribution in distributions]
-    if len(set(spaces)) > 1:
-        raise UserError(
-            f"all stages need the same observation and action space; they have {', '.join(map(str, spaces))}"
-        )
-    return spaces[0]
-
-
-def _spaces(distribution: TaskDistribution) -> Spaces:
-    observation_space, action_space = env_spaces(distribution)
-    low, high = (tuple(float(bound) for bound in bounds) for bounds in (action_space.low, action_space.high))
-    return Spaces(observation_space.shape[0], low, high)
 
 
 class _Trainer:
@@ -486,15 +464,3 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     metrics |= {"meta_train/success_pre": success[0], "meta_train/success_post": success[-1]}
     metrics |= {f"adaptation/return_after_{k}": value for k, value in enumerate(returns)}
     return metrics
-
-
-def as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
-    """Return a validated config; raises UserError."""
-    if isinstance(config, RunConfig):
-        return config
-    if isinstance(config, str | Path):
-        return load_config(config)
-    try:
-        return RunConfig.model_validate(dict(config))
-    except ValidationError as error:
-        raise UserError(explain_validation(error)) from error

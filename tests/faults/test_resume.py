@@ -18,10 +18,11 @@ import metarl
 import metarl.training
 from metarl.agents import agent_configs
 from metarl.checkpoint import load_latest, save
+from metarl.config import as_config
 from metarl.errors import UserError
 from metarl.random_state import random_state, set_random_state
 from metarl.stability import stability_configs
-from metarl.training import as_config, train
+from metarl.training import train
 from scripts.kill_often import MARK, different, events, lines, orphans
 from tests.faults import processes
 from tests.faults.harness import killed_before

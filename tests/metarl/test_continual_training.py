@@ -12,11 +12,11 @@ import metarl
 import metarl.evaluation
 import metarl.training
 from metarl.checkpoint import load_latest
-from metarl.config import load_config
+from metarl.config import as_config, load_config
 from metarl.errors import UserError
 from metarl.metrics import read_metrics
 from metarl.stability.l2 import L2Config
-from metarl.training import as_config, train
+from metarl.training import train
 
 AGENTS = {
     "maml": {"name": "maml_ppo", "hidden_sizes": [8], "outer": {"epochs": 2}},

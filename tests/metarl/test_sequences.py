@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from metarl.config import RunConfig, StageConfig, dump_config, load_config
+from metarl.config import RunConfig, StageConfig, as_config, dump_config, load_config
 from metarl.envs.mujoco import MujocoConfig
 from metarl.errors import UserError
 from metarl.sequences import CW10
-from metarl.training import as_config
 
 HAMMER_TO_PEG = [
     "hammer-v3",

@@ -394,7 +394,7 @@ def test_a_config_may_be_a_mapping_a_file_or_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = stages(TWO_STAGES[0])
     assert train(settings).run_dir == tmp_path / "runs" / "run"
-    (tmp_path / "mine.yaml").write_text(dump_config(metarl.training.as_config(settings)))
+    (tmp_path / "mine.yaml").write_text(dump_config(metarl.config.as_config(settings)))
     run = train(tmp_path / "mine.yaml")
     assert run.run_dir == tmp_path / "runs" / "mine"
     assert_same_run(tmp_path / "runs" / "run", tmp_path / "runs" / "mine")
