@@ -1,12 +1,18 @@
-"""What tests of faults share: the real command line in subprocesses, and a tiny run to do things to."""
+"""What tests of faults share: the real command line in subprocesses, and tiny runs to do things to."""
 
 import contextlib
 import os
+import shutil
 import signal
 
 import pytest
 
+from metarl.checkpoint import CorruptCheckpointError, load, load_latest
+from metarl.cli import main
+from metarl.training import train
 from tests.faults import processes
+from tests.faults.harness import names
+from tests.faults.small_runs import FILES, TWO_STAGES, listing
 
 
 @pytest.fixture
@@ -46,6 +52,37 @@ def mistake(cli):
 
 
 @pytest.fixture
+def refused(command, tmp_path, monkeypatch):
+    """Run a command that must be refused before an environment is made, and leave nothing behind: its line."""
+
+    def made(*args, **kwargs):
+        raise AssertionError("an environment was made")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("metarl.stages.env_spaces", made)
+
+    def run(*arguments, expected=()):
+        before = listing(tmp_path)
+        told = processes.assert_told_in_one_line(command(*arguments), *expected)
+        assert listing(tmp_path) == before
+        return told
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write a config: its path."""
+
+    def write(text, name="mine.yaml"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
 def navigating(tmp_path, started):
     """Start the tiny navigation run: the process, and where it writes. Flags of the caller come last and win."""
 
@@ -53,3 +90,73 @@ def navigating(tmp_path, started):
         return started(*processes.NAVIGATION, "--run-dir", run_dir, *flags, **options), run_dir
 
     return start
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Train the tiny navigation run to its end, by the command line in this process: its directory."""
+
+    def train_at(name, *flags):
+        path = tmp_path_factory.mktemp("runs") / name
+        with pytest.raises(SystemExit) as error:
+            main([*processes.NAVIGATION, "--run-dir", str(path), *flags])
+        assert error.value.code == 0
+        return path
+
+    return train_at
+
+
+@pytest.fixture(scope="session")
+def run_dir(trained):
+    """A run of two iterations, to read."""
+    return trained("navigation")
+
+
+@pytest.fixture
+def copied(run_dir, tmp_path):
+    """A copy of it, to damage."""
+    return shutil.copytree(run_dir, tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def stopped_run(tmp_path_factory):
+    """A run that was stopped in its second stage, with checkpoints of iterations 4 and 5, to copy."""
+    path = tmp_path_factory.mktemp("runs") / "stopped"
+    train(TWO_STAGES, run_dir=path, max_iterations=5)
+    assert names(path / "checkpoints") == ["000004", "000005"]
+    assert names(path / "checkpoints" / "000005") == list(FILES)
+    return path
+
+
+@pytest.fixture
+def stopped(stopped_run, tmp_path):
+    """A copy of it, to damage."""
+    return shutil.copytree(stopped_run, tmp_path / "run")
+
+
+@pytest.fixture
+def older(stopped):
+    return stopped / "checkpoints" / "000004"
+
+
+@pytest.fixture
+def newer(stopped):
+    return stopped / "checkpoints" / "000005"
+
+
+@pytest.fixture
+def assert_rejected(older, newer, caplog):
+    """Check that the newer checkpoint is rejected by the name of its file, with a reason, and the older one used."""
+
+    def check(name, *reasons):
+        with pytest.raises(CorruptCheckpointError) as error:
+            load(newer)
+        told = str(error.value)
+        assert told.startswith(f"{newer / name}: ") and len(told) > len(f"{newer / name}: ") + 10
+        assert told.isprintable() and len(told) < 1000
+        assert not reasons or any(reason in told for reason in reasons), told
+        caplog.clear()
+        assert load_latest(newer.parent).path == older
+        assert f"rejected a checkpoint, 000004 is used: {told}" in caplog.text
+
+    return check
