@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from metarl.config import RunConfig, dump_config, hash_of
 from metarl.errors import UserError
+from metarl.files import replace_file
 from metarl.runtime import FORMAT, METADATA_KEY, OnnxPolicy, seal
 from metarl.tasks import horizon_of
 from metarl.types import Controller, Task
@@ -97,19 +98,11 @@ def write_onnx(controller: Controller, path: Path, metadata: dict[str, Any]) -> 
     """Write a controller and what is told of it; see `Policy.export`."""
     data = seal(_serialized(controller, metadata))
     _compare(controller, OnnxPolicy(data), metadata)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, data)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another file") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _serialized(controller: Any, metadata: dict[str, Any]) -> bytes:
