@@ -33,12 +33,12 @@ class Account:
 
     def __init__(self, stages: Sequence[StageConfig], lines: Sequence[Mapping[str, Any]]) -> None:
         self._stages, self.names = stages, [stage.name for stage in stages]
-        self._lines = [line for line in lines if any(_key(name) in line for name in self.names)]
+        self._evaluations = continual.evaluations(lines, self.names)
 
     @property
     def empty(self) -> bool:
         """Whether nothing has been evaluated yet."""
-        return not self._lines
+        return not self._evaluations
 
     def add(self, place: Mapping[str, int], reports: Sequence[Report], finished: int) -> dict[str, float]:
         """Enter the evaluation of all stages.
@@ -55,18 +55,16 @@ class Account:
         for stage, report in zip(self._stages, reports, strict=True):
             for phase, key in (("post", _key(stage.name)), ("pre", _key(stage.name, "pre"))):
                 metrics[key] = score(report, stage, phase)
-        self._lines.append({**place, **metrics})
-        return metrics | continual.account(self._evaluations(), len(self.names), finished)
-
-    def _evaluations(self) -> list[continual.Evaluation]:
-        return continual.evaluations(self._lines, self.names)
+        earlier = [each for each in self._evaluations if each.iteration != place["iteration"]]
+        self._evaluations = earlier + continual.evaluations([{**place, **metrics}], self.names)
+        return metrics | continual.account(self._evaluations, len(self.names), finished)
 
     def report(self, finished: int) -> Report:
         """Return the account as JSON: names, both matrices (first row: before training) and the figures.
 
         A score that is not there is null.
         """
-        figures = continual.account(self._evaluations(), len(self.names), finished)
+        figures = continual.account(self._evaluations, len(self.names), finished)
         matrices = {f"scores_{phase}": self.matrix(finished, phase) for phase in ("pre", "post")}
         rows = {
             name: [[None if np.isnan(score) else score for score in row] for row in matrix.tolist()]
@@ -76,7 +74,7 @@ class Account:
 
     def matrix(self, finished: int, phase: str) -> FloatArray:
         """Return the matrix of scores before (`pre`) or after adaptation (`post`); see `continual.score_matrix`."""
-        return continual.score_matrix(self._evaluations(), len(self.names), finished, pre=phase == "pre")
+        return continual.score_matrix(self._evaluations, len(self.names), finished, pre=phase == "pre")
 
     def write(self, path: Path, finished: int) -> Report:
         """Write the report to a file, and return it."""
