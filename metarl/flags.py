@@ -46,6 +46,8 @@ def parse_flags(arguments: Sequence[str]) -> dict[tuple[str, ...], Any]:
 
 
 def _value(words: list[str]) -> Any:
+    if words == ["None"]:  # as --help shows a setting without a value
+        return None
     try:
         parsed = [parse_yaml(word) for word in words]
     except (yaml.YAMLError, ValueError, RecursionError):

@@ -104,6 +104,8 @@ def train(
     """Train an agent.
 
     A run that is stopped, by whatever, is gone on with exactly as if it had not been, but for what the clock says.
+    Environments are stepped in processes of their own unless `num_workers` is 0: a script that calls this needs the
+    usual `if __name__ == "__main__":`.
 
     Args:
         config: a config, its settings as a mapping, a YAML file, or the name of an embedded config.

@@ -115,6 +115,9 @@ def _train_help(name: str | None, flags: Sequence[str]) -> int:
     print("usage: metarl train CONFIG.yaml [--run-dir DIR] [--resume | --overwrite] [--SETTING VALUE ...]\n")
     print(RUN_OPTIONS)
     config = load_config(name or "quickstart", flags)
+    # tyro shows what each method has to be set, but not the list of them.
+    methods = " ".join(method.name for method in config.stability) or "[]"
+    print(f"  --stability NAME ...  {RunConfig.model_fields['stability'].description} (default: {methods})\n")
     shown = Annotated[RunConfig, tyro.conf.arg(name="")]
     tyro.cli(
         shown,

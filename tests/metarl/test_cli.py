@@ -15,7 +15,9 @@ from metarl.checkpoint import load_latest
 from metarl.cli import main
 from metarl.config import embedded_configs, find_config, load_config
 from metarl.errors import UserError
+from metarl.flags import flag_of
 from metarl.metrics import read_metrics
+from metarl.run_directory import flatten
 from metarl.tasks import distribution_of
 
 
@@ -214,6 +216,27 @@ def test_help_shows_the_settings_of_the_agent_that_a_flag_names(command):
     for flag in ("--agent.proximal", "--agent.outer.cg-iterations"):
         assert flag in out
     assert "--agent.outer.clip-eps" not in out
+
+
+def test_help_shows_a_flag_for_every_setting(command):
+    for flags, methods in (([], "[]"), (["--agent.name", "rl2", "--stability", "ewc", "replay"], "ewc replay")):
+        status, out, _ = command("train", "navigation_maml_ppo", *flags, "--help")
+        settings = flatten(load_config("navigation_maml_ppo", flags).model_dump(exclude={"stability"}))
+        missing = [setting for setting in settings if f"{flag_of(setting.split('.'))} " not in out]
+        assert status == 0 and missing == []
+        (line,) = [line for line in out.splitlines() if line.startswith("  --stability NAME ... ")]
+        assert line.endswith(f"(default: {methods})")
+    assert "--stability.1.capacity " in out
+
+
+def test_a_setting_without_a_value_is_written_as_help_shows_it(command, trained, tmp_path):
+    """`{None}|INT … (default: None)`, says help."""
+    run_dir, flags = tmp_path / "run", ["--num-envs", "--stages.0.init-from", "--stages.0.score-range"]
+    none = [word for flag in (*flags, "--agent.normalizer-iterations") for word in (flag, "None")]
+    assert command("train", trained / "config.yaml", *none, "--run-dir", run_dir)[0] == 0
+    config = load_config(run_dir / "config.yaml")
+    (stage,) = config.stages
+    assert {config.num_envs, stage.init_from, stage.score_range, config.agent.normalizer_iterations} == {None}
 
 
 # The other verbs
