@@ -39,7 +39,9 @@ def baseline(arguments: list[str]) -> int:
     named = bool(arguments) and not arguments[0].startswith("-")
     options, flags = parser.parse_known_args(arguments[1:] if named else arguments)
     if not named:
-        raise UserError("name a config: a YAML file or one of `metarl list configs`, e.g. metarl baseline quickstart")
+        raise UserError(
+            "name a config, before all flags: a YAML file or one of `metarl list configs`, e.g. metarl baseline quickstart"
+        )
     return _run_baseline(arguments[0], flags, options)
 
 

@@ -44,7 +44,9 @@ def train(arguments: list[str]) -> int:
     if options.help:
         return _train_help(config_name, flags)
     if config_name is None:
-        raise UserError("name a config: a YAML file or one of `metarl list configs`, e.g. metarl train quickstart")
+        raise UserError(
+            "name a config, before all flags: a YAML file or one of `metarl list configs`, e.g. metarl train quickstart"
+        )
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other: go on with the run, or throw it away")
     if options.allow_config_change and not options.resume:
