@@ -40,7 +40,8 @@ def baseline(arguments: list[str]) -> int:
     options, flags = parser.parse_known_args(arguments[1:] if named else arguments)
     if not named:
         raise UserError(
-            "name a config, before all flags: a YAML file or one of `metarl list configs`, e.g. metarl baseline quickstart"
+            "name a config, before all flags: a YAML file or one of `metarl list configs`, "
+            "e.g. metarl baseline quickstart"
         )
     return _run_baseline(arguments[0], flags, options)
 
