@@ -162,9 +162,11 @@ class GradientAgent:
 
     @torch.no_grad()
     def log_prob(self, state: Params, rollout: Rollout) -> Tensor:
-        """Log-density of given actions; see `Agent.log_prob`."""
-        inputs = self._acting_normalizer(rollout.observations).flatten(1, 2)
-        return self.policy.log_prob(state, inputs, rollout.actions.flatten(1, 2)).view(rollout.valid.shape)
+        """Log-density of given actions, computed where the rollout is; see `Agent.log_prob`."""
+        device = rollout.valid.device
+        params = {name: value.to(device) for name, value in state.items()}
+        inputs = self._acting_normalizer.to(device)(rollout.observations).flatten(1, 2)
+        return self.policy.log_prob(params, inputs, rollout.actions.flatten(1, 2)).view(rollout.valid.shape)
 
     def adapt(self, state: Params, rollout: Rollout, inner_lr: float | None = None) -> Params:
         """One inner step for every task on its own data; see `Agent.adapt`.

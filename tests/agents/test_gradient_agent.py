@@ -97,6 +97,25 @@ def test_a_dropped_episode_has_no_influence():
     assert_same(adapted, agent.adapt(agent.initial_state(3), rollout), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "meta",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+        ),
+    ],
+)
+def test_densities_are_computed_where_the_rollout_is(device):
+    """The state lies on the CPU, where the agent acts. Replay asks at the end of a stage, on the device that learns."""
+    agent = make_agent()
+    state = agent.initial_state(3)
+    rollout = collect(agent, state)
+    found = agent.log_prob(state, rollout.to(device))
+    assert (found.device.type, found.shape) == (device, rollout.valid.shape)
+
+
 # Updating
 
 
@@ -234,6 +253,7 @@ def test_the_normaliser_learns_valid_observations_after_the_update():
     seen = torch.cat([rollout.observations[rollout.valid] for rollout in rollouts])
     torch.testing.assert_close(agent.normalizer.mean.float(), seen.mean(0))
     torch.testing.assert_close(agent.normalizer.variance.float(), seen.var(0, correction=0))
+    assert agent.normalizer.count == len(seen)  # each once: twice would weigh them double against later ones
     assert off.normalizer.count == 0
     assert_same(policy_of(off), policy_of(agent))
 
@@ -255,6 +275,20 @@ def test_values_after_a_termination_are_0_and_after_a_truncation_those_of_the_la
     torch.testing.assert_close(following[rollout.truncated], of_next[rollout.truncated])
     assert (following[rollout.truncated] - values[rollout.truncated]).abs().min() > 1e-5
     assert (of_next[rollout.terminated] != 0).all()
+
+
+def test_a_truncated_episode_counts_on_the_value_of_its_normalised_last_observation():
+    """A = r + γ V(last observation) − V at a truncation, A = r − V at a termination; γ = 0.99."""
+    agent = make_agent(baseline="learned")
+    agent.update(iteration(agent, seed=1))  # so that observations are scaled
+    rollout = collect(agent, agent.initial_state(3))
+    observations, values, advantages = agent._advantages(rollout)
+    torch.testing.assert_close(observations, agent.normalizer(rollout.observations))
+    assert (observations - rollout.observations).abs().max() > 0.1
+    of_last, _ = agent.value.values(rollout, agent.normalizer(rollout.next_observations), observations)
+    for end, following in ((rollout.truncated, 0.99 * of_last), (rollout.terminated, torch.zeros_like(of_last))):
+        assert end.any()
+        torch.testing.assert_close(advantages[end], (rollout.rewards + following - values)[end])
 
 
 def test_a_constant_reward_without_an_end_is_worth_its_geometric_sum():
