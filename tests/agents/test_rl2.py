@@ -1,5 +1,6 @@
 """RL²: its memory through a trial, its gradients against a loop of steps, saving, and a task that needs a memory."""
 
+import math
 from dataclasses import replace
 
 import gymnasium
@@ -628,6 +629,13 @@ def test_the_deviation_stays_within_its_bounds(state_dependent):
             head.log_std.fill_(1000.0 * shift)
         std = head(features)[1].exp()
         torch.testing.assert_close(std, torch.full((100, 2), bound))
+
+
+def test_a_step_does_not_carry_the_deviation_past_its_bound():
+    """Beyond it the gradient is 0, and the deviation would stay there for good. Entropy drives it up to 1.5."""
+    agent = make_agent(lr=0.2, entropy_coef=10.0, max_kl=1e9)
+    agent.update([rollout_of(agent)])
+    assert agent.policy.head.log_std.max().item() == pytest.approx(math.log(1.5))
 
 
 # Saving

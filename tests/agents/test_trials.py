@@ -310,6 +310,15 @@ def test_the_linear_baseline_is_fitted_to_each_task():
     assert metrics["explained_variance"] > 0.999
 
 
+def test_the_linear_baseline_is_fitted_to_all_trials_of_a_task_together():
+    """Of two trials alike, one pays 1 a step, the other −1: expected is 0. A fit for each would explain all of it."""
+    agent = make_agent(2, critic=LinearConfig(), gamma=1.0, gae_lambda=1.0)
+    zeros = torch.zeros(5, 2)
+    trials = [[Episode(zeros, zeros[:4, :1], [pays] * 4)] * 2 for pays in (1, -1)]
+    _, metrics = agent._prepare(read_trials(agent.inputs, lay_out(trials, tasks=1), 0.0, 0), 1)
+    assert metrics["explained_variance"] == pytest.approx(0.0, abs=1e-3)
+
+
 # Learning reads what acting did
 
 

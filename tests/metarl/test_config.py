@@ -7,6 +7,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from metarl.agents import agent_configs
 from metarl.config import RunConfig, dump_config, embedded_configs, find_config, load_config, parse_flags
 from metarl.errors import UserError
 
@@ -38,6 +39,15 @@ def test_embedded_configs_load_and_come_back_from_yaml(name, tmp_path):
     path.write_text(dump_config(config), encoding="utf-8")
     assert load_config(path) == config
     assert embedded_configs()[name].read_text().startswith("# ")  # `metarl list configs` shows this line
+
+
+@pytest.mark.parametrize("name", [*embedded_configs(), *agent_configs()])
+def test_neither_embedded_configs_nor_defaults_repeat_what_published_code_got_wrong(name):
+    """In a first epoch the ratio is 1: PPO's clip binds from the second on. The score function's Hessian is biased."""
+    agent = load_config(name).agent if name in embedded_configs() else agent_configs()[name]()
+    stepping = getattr(agent, "outer", agent)  # RL² is its own PPO; TRPO and plain gradients have no epochs
+    assert getattr(stepping, "epochs", 2) >= 2
+    assert getattr(agent, "estimator", "lvc") != "score_function"
 
 
 def test_values_that_are_hard_to_write_come_back(tmp_path):

@@ -1,11 +1,13 @@
 """`metarl doctor`: what must be there, what is optional, and how to get it."""
 
+import itertools
 import re
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from metarl import doctor
 from metarl.cli import main
@@ -75,6 +77,14 @@ def test_a_simulator_that_fails_is_a_fault(findings, monkeypatch):
     monkeypatch.setattr(doctor, "_steps_per_second", lambda family, options: 1 / 0)
     status, found = findings()
     assert status == 1 and found["metaworld"] == ("BAD", "ZeroDivisionError: division by zero")
+
+
+@pytest.mark.parametrize(("name", "weak"), [("torch", "2.9.1"), ("pillow", "12.2.0"), ("onnx", "1.20.1")])
+def test_versions_with_known_weaknesses_are_not_installed(name, weak):
+    """torch before 2.10: CVE-2025-32434 and CVE-2026-24747; docs/reliability.md names the others."""
+    listed = [*PYPROJECT["dependencies"], *itertools.chain(*PYPROJECT["optional-dependencies"].values())]
+    requirements = [each for each in map(Requirement, listed) if each.name == name]
+    assert requirements and not any(each.specifier.contains(weak) for each in requirements)
 
 
 def test_the_extras_are_those_of_the_package():

@@ -145,6 +145,14 @@ def test_steps_and_episodes_may_differ_from_training(policy, goals):
     assert [len(row["returns"]) for row in report["tasks"]] == [4, 4]
 
 
+def test_episodes_are_as_many_as_asked_for_else_as_the_config_has_for_evaluations_else_as_in_training(policy, goals):
+    settings = policy.config.model_dump() | {"evaluation": {"rollouts_per_task": 3}}
+    own = dataclasses.replace(policy, config=RunConfig.model_validate(settings))
+    found = [evaluate(own, goals.test_tasks[:1], rollouts_per_task=asked) for asked in (1, None)]
+    found.append(evaluate(policy, goals.test_tasks[:1]))
+    assert [report["rollouts_per_task"] for report in found] == [1, 3, 2]
+
+
 def test_tasks_beyond_the_environments_are_evaluated_in_turn(policy, monkeypatch):
     tasks = metarl.envs.distribution("navigation", name="goals", horizon=5, num_test=5).test_tasks
     monkeypatch.setattr(metarl.evaluation, "MAX_ENVS", 2)

@@ -83,6 +83,23 @@ def test_no_iteration_repeats_the_randomness_of_another(tmp_path, monkeypatch):
     assert len(drawn) == 22 and len(set(drawn)) == 12
 
 
+def test_every_iteration_draws_its_tasks_anew(tmp_path, monkeypatch):
+    """4 of 100 goals, in two iterations of each of two stages that have the same ones."""
+    drawn, collect = [], metarl.training.adapt_and_collect
+    monkeypatch.setattr(
+        metarl.training, "adapt_and_collect", lambda *a: drawn.append(frozenset(t.index for t in a[2])) or collect(*a)
+    )
+    goals = {"tasks": {"family": "navigation", "horizon": 3, "num_train": 100}, "iterations": 2}
+    train(stages(goals | {"name": "first"}, goals | {"name": "again"}, num_tasks=4), run_dir=tmp_path)
+    assert len(drawn) == len(set(drawn)) == 2 * (2 + 1)  # and at the end of each
+
+
+def test_the_evaluation_at_the_end_is_on_held_out_tasks_as_the_config_says(tmp_path):
+    report = train(navigation("--evaluation.rollouts-per-task 3"), run_dir=tmp_path).report
+    assert (report["split"], report["held_out"]) == ("test", True)
+    assert (len(report["tasks"]), report["rollouts_per_task"]) == (3, 3)  # where training has 4 and 2
+
+
 def test_evaluating_does_not_change_training(tmp_path):
     often, never = tmp_path / "often", tmp_path / "never"
     train(navigation("--stages.0.iterations 4 --evaluation.every-iterations 1"), run_dir=often)
