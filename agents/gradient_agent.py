@@ -26,7 +26,7 @@ from metarl.errors import STRICT, as_tuple
 from metarl.normalizer import Normalizer
 from metarl.objectives import ESTIMATORS, saturation
 from metarl.optimizers import check_entries
-from metarl.policies import ACTIVATIONS, GaussianMlp, Params, gaussian_log_prob
+from metarl.policies import ACTIVATIONS, GaussianMlp, Params, check_deviations, gaussian_log_prob
 from metarl.returns import gae, normalize_advantages, return_scale, vtrace
 from metarl.seeding import Purpose, integer_seed
 from metarl.types import FloatArray, Guard, Percept, Prediction, Rollout, Sensitivity
@@ -77,7 +77,8 @@ class GradientAgentConfig(BaseModel):
     outer: OuterConfig = Field(default_factory=PpoConfig)
 
     @model_validator(mode="after")
-    def _modules_exist(self) -> GradientAgentConfig:
+    def _bounds(self) -> GradientAgentConfig:
+        check_deviations(self.init_std, self.min_std, self.max_std)
         modules = GaussianMlp.modules(len(self.hidden_sizes))
         for name in self.adapted_modules:
             if name != "all" and name not in modules:
@@ -229,9 +230,9 @@ class GradientAgent:
         if len(rollouts) != self.training_adaptation_steps + 1:
             raise ValueError(f"got {len(rollouts)} rollouts, expected {self.training_adaptation_steps + 1}: K + 1")
         metrics = self._outer.step(self.objective([self._prepare(rollout) for rollout in rollouts], guard))
+        self.policy.keep_within_bounds(self.meta.theta)
         self.meta = self.meta._replace(iteration=self.meta.iteration + 1)
-        std = self.meta.theta["log_std"].detach().exp().clamp(config.min_std, config.max_std).mean()
-        metrics |= {"std": float(std)} | self._fit_value(rollouts)
+        metrics |= {"std": float(self.meta.theta["log_std"].detach().exp().mean())} | self._fit_value(rollouts)
         if config.normalizer_iterations is None or self.meta.iteration <= config.normalizer_iterations:
             normalizer = self.normalizer
             for rollout in rollouts:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, model_va
 
 from metarl.agents.recurrent import BaselineConfig, CriticConfig, GruConfig, MemoryConfig, Sizes
 from metarl.errors import STRICT, as_tuple
+from metarl.policies import check_deviations
 
 
 class Rl2Config(BaseModel):
@@ -65,10 +66,7 @@ class Rl2Config(BaseModel):
 
     @model_validator(mode="after")
     def _bounds(self) -> Rl2Config:
-        if not self.min_std <= self.init_std <= self.max_std:
-            raise ValueError(
-                f"init_std is {self.init_std}; expected between min_std {self.min_std} and max_std {self.max_std}"
-            )
+        check_deviations(self.init_std, self.min_std, self.max_std)
         if self.observation_entries and len(set(self.observation_entries)) < len(self.observation_entries):
             raise ValueError(f"observation_entries {self.observation_entries} name one twice; each counts once")
         if self.free_episodes >= self.trial_episodes:

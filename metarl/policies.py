@@ -116,11 +116,20 @@ class GaussianMlp:
         self, params: Params, observations: Tensor, perturb: Perturb | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return mean `[..., S, A]` and log standard deviation `[..., 1, A]` for observations `[..., S, O]`."""
-        log_std = params["log_std"].clamp(math.log(self.min_std), math.log(self.max_std))
+        log_std = params["log_std"].clamp(*self._bounds)
         mean = apply_mlp(params, observations, self.activation, perturb)
         if self.heads > 1:
             mean = choose_head(mean, observations[..., -self.heads :])
         return mean, log_std.unsqueeze(-2)
+
+    def keep_within_bounds(self, params: Params) -> None:
+        """Bring a deviation that a step has carried past its bounds back, in place: there it has no gradient."""
+        with torch.no_grad():
+            params["log_std"].clamp_(*self._bounds)
+
+    @property
+    def _bounds(self) -> tuple[float, float]:
+        return math.log(self.min_std), math.log(self.max_std)
 
     def log_prob(self, params: Params, observations: Tensor, actions: Tensor, perturb: Perturb | None = None) -> Tensor:
         """Joint log-density of actions: the SUM over action dimensions.
@@ -136,6 +145,12 @@ class GaussianMlp:
         """
         mean, log_std = self.distribution(params, observations, perturb)
         return gaussian_log_prob(mean, log_std, actions)
+
+
+def check_deviations(init_std: float, min_std: float, max_std: float) -> None:
+    """Raise ValueError unless the initial standard deviation lies within its bounds."""
+    if not min_std <= init_std <= max_std:
+        raise ValueError(f"init_std is {init_std}; expected between min_std {min_std} and max_std {max_std}")
 
 
 def choose_head(outputs: Tensor, cues: Tensor) -> Tensor:

@@ -208,6 +208,17 @@ def test_the_outer_rate_shrinks_after_too_large_a_step_and_recovers():
     assert used == sorted(used) and used[0] < used[-1] == 0.05
 
 
+def test_a_step_does_not_carry_the_deviation_past_its_bounds():
+    """Beyond them the gradient is 0, and the deviation would stay there for good."""
+    agent = make_agent(lr=0.5, epochs=1, min_std=0.9, max_std=1.1)
+    bounds = torch.tensor([0.9, 1.1])
+    for seed in range(3):
+        agent.update(iteration(agent, seed=seed))
+        std = agent.meta.theta["log_std"].detach().exp()
+        torch.testing.assert_close(std.clamp(*bounds), std)
+        assert torch.isclose(std[:, None], bounds).any()
+
+
 def test_two_inner_steps_are_differentiated_through_both():
     agent = make_agent(adaptation_steps=2)
     rollouts = iteration(agent)

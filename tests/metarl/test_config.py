@@ -233,6 +233,7 @@ def test_the_settings_of_an_agent_are_its_own():
         ("--agent.name fomaml --agent.outer.name trop", "got 'trop', expected one of ppo, trpo, gradient; did you"),
         ("--agent.name fomalm", "did you mean 'fomaml'?"),
         ("--agent.adapted-modules heads", "got 'heads', expected all or any of layer_0, layer_1, head, log_std"),
+        ("--agent.init-std 3", "init_std is 3.0; expected between min_std 0.05 and max_std 2.0"),
         ("--agent.name meta_dropout --agent.estimator dice", "--agent.estimator: got 'dice', expected 'lvc'"),
     ):
         message = problem("navigation_maml_ppo", *flags.split())

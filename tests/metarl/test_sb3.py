@@ -154,7 +154,7 @@ def test_an_adapted_policy_is_copied_as_it_is_adapted():
 
 def test_it_goes_on_learning_and_what_normalises_stays():
     env = Line(target=(2.5, 0.5))
-    policy = make_policy(env, small(min_std=0.3, max_std=0.3))
+    policy = make_policy(env, small(init_std=0.3, min_std=0.3, max_std=0.3))
     ppo = to_sb3(policy, env, seed=0, n_steps=128, n_epochs=5, learning_rate=1e-2, gamma=0.0)
     before = {name: value.clone() for name, value in ppo.policy.state_dict().items()}
     gained = [evaluate_policy(ppo, Monitor(env), 10)[0]]
