@@ -10,7 +10,8 @@ bound the memory, whatever the number of tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,17 +27,29 @@ CPU_CHUNK_BYTES = 2_500_000
 `scripts/bench_meta_update.py`)."""
 
 GPU_CHUNK_FRACTION = 0.01
-"""The same on a GPU, as a fraction of its free memory: an update holds about forty times as much."""
+"""The same on a GPU, as a fraction of the memory that counts: an update holds about forty times as much."""
 
 FISHER_SHARE = 3
 """A Fisher-vector product holds about this many times the memory of a gradient."""
 
 
 def chunk_bytes(device: torch.device) -> int:
-    """Return how large one layer's activations may be in a chunk of tasks."""
+    """Return how large one layer's activations may be in a chunk of tasks.
+
+    Of a GPU's memory the half counts if so much is free, else the quarter, and so on. What an earlier iteration has
+    left in PyTorch's cache is free. So a run that goes on cuts the chunks as one that was not stopped does, and adds up
+    in the same order.
+    """
     if device.type == "cuda":
-        return int(GPU_CHUNK_FRACTION * torch.cuda.mem_get_info(device)[0])
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(GPU_CHUNK_FRACTION * total / 2 ** math.ceil(math.log2(total / max(free, 1))))
     return CPU_CHUNK_BYTES
+
+
+def _numbers(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return scalars as numbers, all at once: each transfer would wait for the GPU."""
+    return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
 
 
 Surrogate = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
@@ -117,7 +130,7 @@ class MetaObjective:
         if kept is not None:
             kept.backward()  # type: ignore[no-untyped-call]
             totals["loss"] = totals["loss"] + kept.detach()
-        return {name: float(value) for name, value in totals.items()}
+        return _numbers(totals)
 
     def measure(self, surrogate: Surrogate) -> dict[str, float]:
         """Return `loss` without η, `kl` and `clip_fraction` as `backward` did, and leave all gradients alone."""
@@ -133,7 +146,7 @@ class MetaObjective:
         kept = self._guard(1.0, again=True) if self._guard is not None else None
         if kept is not None:
             totals["loss"] = totals["loss"] + kept.detach()
-        return {name: float(value) for name, value in totals.items()}
+        return _numbers(totals)
 
     def _penalised(self, params: Params, batch: Batch) -> Tensor | float:
         return 0.0 if self._penalty is None else self._penalty(params, batch)

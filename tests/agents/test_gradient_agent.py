@@ -144,6 +144,22 @@ def test_chunks_add_up_to_the_whole_gradient(monkeypatch, chunk, steps):
     assert whole["weight_0"].norm() > 1e-3 and whole["inner_lr.weight_2"].norm() > 1e-3
 
 
+@pytest.mark.parametrize(("taken", "share"), [(1, 1 / 2), (39, 1 / 2), (51, 1 / 4), (69, 1 / 8)])
+def test_a_run_that_goes_on_cuts_the_chunks_as_one_that_was_not_stopped(monkeypatch, taken, share):
+    """On a GPU of 80 GiB, `taken` by others. The first update finds PyTorch's cache empty, later ones do not."""
+    found = []
+    for reserved, allocated in ((0.0, 0.0), (0.5, 0.25), (8.0, 0.25)):
+        sizes = {
+            "mem_get_info": (int((80 - taken - reserved) * 2**30), 80 * 2**30),
+            "memory_reserved": int(reserved * 2**30),
+            "memory_allocated": int(allocated * 2**30),
+        }
+        for name, size in sizes.items():
+            monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+        found.append(meta_objective.chunk_bytes(torch.device("cuda")))
+    assert found == [int(0.01 * share * 80 * 2**30)] * 3
+
+
 def test_the_meta_loss_is_a_mean_over_tasks():
     rollouts = iteration(make_agent())
     whole = gradient(rollouts)
