@@ -255,9 +255,10 @@ class _Trainer:
         self.score = None
         self._track(metrics)
         if error is not None:
-            _LOG.warning("metarl: iteration %d was undone: %s", self.position.iteration, error)
+            _LOG.warning("metarl: iteration %d was undone: %s", self.position.iteration, str(error))
             if skipped >= MOST_SKIPPED:
                 self._give_up(error, rollouts)
+        del error  # its traceback holds this frame and the update's: their tensors would live until the next collection
 
     def _restarts(self) -> int:
         different = {id(envs): envs for envs in self.envs}

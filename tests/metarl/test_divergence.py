@@ -1,6 +1,8 @@
 """Numbers that are not finite: an iteration is undone and counted; after three in a row a run stops as it was saved."""
 
+import gc
 import json
+import weakref
 
 import gymnasium
 import numpy as np
@@ -98,6 +100,35 @@ def test_an_iteration_whose_loss_is_not_finite_changes_nothing_and_is_counted(tm
     # Undone iteration 2 is not kept as a checkpoint; iteration 3 learned from where iteration 1 had been.
     assert not (tmp_path / "checkpoints" / "000002").exists()
     assert not torch.equal(agent_at(tmp_path, 3)["iteration"], agent_at(untouched.run_dir, 3)["iteration"])
+
+
+@each_agent
+def test_what_an_undone_iteration_computed_is_let_go_at_once(tmp_path, monkeypatch, agent):
+    """On a GPU it may take much of the memory, and the next iteration needs as much; nobody collects garbage there."""
+    collect, held, alive = metarl.training.adapt_and_collect, [], []
+
+    def watched(*args):
+        alive.append(sum(tensor() is not None for tensor in held))
+        rollouts = collect(*args)
+        held.extend(weakref.ref(rollout.rewards) for rollout in rollouts)
+        return rollouts
+
+    class Once(Poison):
+        def loss(self, agent, rng, fraction):
+            found = super().loss(agent, rng, fraction)
+            if found:
+                held.append(weakref.ref(found["loss"]))
+                self.iterations.clear()  # the next iteration is a sound one again
+            return found
+
+    monkeypatch.setattr(metarl.training, "adapt_and_collect", watched)
+    gc.disable()
+    try:
+        train(config(agent), methods=[Once({2})], run_dir=tmp_path)
+    finally:
+        gc.enable()
+    assert tracked(tmp_path, "train/skipped_updates") == [0, 1, 0, 0]
+    assert alive == [0, 0, 0, 0]
 
 
 @each_agent
