@@ -215,9 +215,11 @@ def _seeded(seed: int) -> Iterator[None]:
     """Seed the global random streams, which stable-baselines3 draws from, and use one thread; restore all of it.
 
     Sums depend on the number of threads in their last bits, and networks this small gain nothing from a second one.
+    GPUs that nothing has used are left alone: asking for the state of their streams would take memory of them.
     """
     python, numpy, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    in_use = torch.cuda.device_count() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=range(in_use)):
         try:
             random.seed(seed)
             np.random.seed(seed)

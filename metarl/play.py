@@ -170,7 +170,7 @@ def play(
     every = max(1, round(rate / fps))
     run = functools.partial(_run, env=env, deterministic=deterministic, every=every)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not `torch.manual_seed`, which would seed the GPUs as well
         before, memory = run(policy, seed=seed)
         if policy.has_memory:
             episodes = policy.agent.trial_episodes
@@ -182,7 +182,7 @@ def play(
             steps, episodes = policy.agent.adaptation_steps, policy.config.rollouts_per_task
             for _ in range(steps):
                 policy = policy.adapt(policy.record(env, episodes))
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             after, _ = run(policy, seed=seed)
             each = f"{episodes} {'episode' if episodes == 1 else 'episodes'}"
             adapted_by = f"1 step on {each}" if steps == 1 else f"{steps} steps, {each} each"

@@ -172,6 +172,20 @@ def test_global_random_streams_and_threads_are_left_as_they_were(small):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("in_use", [True, False])
+def test_only_gpus_in_use_are_asked_for_their_streams(monkeypatch, in_use):
+    """Another one would give several hundred MB to each process that trains on the CPU."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", asked.append)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    with baseline._seeded(0):
+        pass
+    assert asked == ([0, 1] if in_use else [])
+
+
 @pytest.mark.parametrize(("algorithm", "env_steps"), [("ppo", 96), ("sac", 120)])
 def test_equal_seeds_give_equal_results(small, algorithm, env_steps):
     first = reference(TASKS[:2], algorithm, env_steps, eval_episodes=2, seed=1)

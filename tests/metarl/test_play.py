@@ -102,6 +102,16 @@ def test_returns_are_those_of_the_same_thing_by_hand(runs, agent, deterministic)
     assert expected[0] != expected[1]
 
 
+def test_the_streams_of_gpus_are_left_alone(runs, monkeypatch):
+    def seeded(seed):
+        raise AssertionError("the stream of a GPU was seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded)
+    for name in ("maml", "rl2"):
+        policy = metarl.load(runs / name)
+        play(policy, make(task_of(policy), render_mode="rgb_array"), seed=5)
+
+
 def test_an_episode_is_told_step_by_step(runs):
     policy = metarl.load(runs / "maml")
     task = task_of(policy)
