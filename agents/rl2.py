@@ -299,7 +299,7 @@ class Rl2:
             if not len(part.weights):
                 continue  # trials that were all dropped
             loss, metrics = self._loss(part)
-            measured.append({name: float(value) for name, value in metrics.items()})
+            measured.append(dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)))
             if measured[-1]["kl"] > config.max_kl:
                 break
             kept = guard(1.0 / config.minibatches) if guard is not None else None

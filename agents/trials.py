@@ -143,11 +143,11 @@ class TrialBatch(NamedTuple):
 
     def of(self, trials: Tensor) -> TrialBatch:
         """Return the chunks of some trials, those without any step left out."""
-        count = self.weights.shape[1]
-        each = torch.arange(count, device=trials.device) * len(self.weights) + trials[:, None]
-        kept = self.weights[trials].any(-1)
+        place, chunk = self.weights[trials].any(-1).nonzero(as_tuple=True)  # once: a GPU is waited for here
+        trial = trials[place]
         states, *parts = self
-        return TrialBatch([rows(state, each[kept]) for state in states], *(part[trials][kept] for part in parts))
+        row = chunk * len(self.weights) + trial
+        return TrialBatch([rows(state, row) for state in states], *(part[trial, chunk] for part in parts))
 
 
 def read_memory(trunk: Memory, inputs: Tensor, steps: int) -> tuple[Tensor, State]:

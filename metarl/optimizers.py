@@ -70,10 +70,11 @@ def clip_gradients(params: Mapping[str, Tensor], max_norm: float, loss: float, c
     """
     gradients = {name: value.grad for name, value in params.items() if value.grad is not None}
     norm = torch.nn.utils.get_total_norm(gradients.values())
-    if not math.isfinite(float(norm) + loss):
-        raise FloatingPointError(f"the gradient is not finite (norm {float(norm)}, loss {loss}); {cure}")
+    measured = float(norm)
+    if not math.isfinite(measured + loss):
+        raise FloatingPointError(f"the gradient is not finite (norm {measured}, loss {loss}); {cure}")
     torch.nn.utils.clip_grads_with_norm_(params.values(), max_norm, norm)
-    return float(norm)
+    return measured
 
 
 def check_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
