@@ -73,7 +73,7 @@ class WithoutReward:
 
     Args:
         agent: to ablate.
-        rewards: `[L, H]`, of each step of each episode of a trial.
+        rewards: `[L, H]`, of each step of each episode of a trial; beyond H the last one goes on.
     """
 
     def __init__(self, agent: Actor, rewards: Tensor) -> None:
@@ -88,7 +88,8 @@ class WithoutReward:
         """See `Actor.act`; all rollouts begin their episodes together."""
         begins = bool(percept.episode_start.all())
         episode, time = (state.episode + 1, 0) if begins else (state.episode, state.time)
-        told = self._rewards[episode, time - 1] if time else self._rewards[episode - 1, -1] if episode else math.nan
+        last = min(time, self._rewards.shape[1]) - 1  # an ablated agent may live longer than it did as it is
+        told = self._rewards[episode, last] if time else self._rewards[episode - 1, -1] if episode else math.nan
         percept = percept._replace(rewards=torch.full_like(percept.rewards, float(told)))
         actions, log_probs, after = self._agent.act(percept, noise, state.state)
         return actions, log_probs, _Counted(after, episode, time + 1)

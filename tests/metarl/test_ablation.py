@@ -52,6 +52,12 @@ def test_without_reward_the_average_task_is_told():
         assert str(first) == "[nan, nan]" and others == [[10.0] * 2, [20.0] * 2, [30.0] * 2]
 
 
+def test_an_episode_may_last_longer_than_any_that_rewards_are_known_of():
+    agent = WithoutReward(Scripted(), torch.tensor([[10.0, 20.0]]))
+    memory = live(agent, [[0.0, 0.0]] * 5, [True, False, False, False, False])[-1]
+    assert [told for told, _ in memory[1:]] == [10.0, 20.0, 20.0, 20.0]
+
+
 def test_rewards_are_averaged_over_tasks_and_trials_step_by_step():
     # Two trials of two episodes; the second one's episodes are shorter. Steps of the same (episode, time) are averaged:
     # (1 + 5) / 2, 2, (3 + 7) / 2 and 4. A second rollout adds 8 to (0, 0): (1 + 5 + 8) / 3, and a trial of its own.
