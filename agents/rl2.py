@@ -315,12 +315,12 @@ class Rl2:
         return means | {"lr": lr, "optimizer_steps": float(optimizer_steps)}
 
     def _minibatches(self, batch: TrialBatch) -> Iterator[TrialBatch]:
-        """Split the trials anew in each epoch; a trial's chunks stay together."""
+        """Split the trials anew in each epoch, as evenly as they go; a trial's chunks stay together."""
         trials = len(batch.weights)
         generator = torch.Generator().manual_seed(integer_seed(self.seed, Purpose.MINIBATCHES, self.iteration))
         for _ in range(self.config.epochs):
             order = torch.randperm(trials, generator=generator).to(self.device)
-            for chosen in order.chunk(self.config.minibatches):
+            for chosen in order.tensor_split(self.config.minibatches):
                 yield batch.of(chosen)
 
     def _loss(self, batch: TrialBatch) -> tuple[Tensor, dict[str, Tensor]]:

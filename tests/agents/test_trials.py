@@ -206,6 +206,14 @@ def test_each_epoch_holds_every_valid_step_once_with_the_state_of_its_chunk(leng
             assert len(one) == sum(lengths[trial] for trial in in_part)
 
 
+@pytest.mark.parametrize(("trials", "minibatches", "sizes"), [(10, 4, [3, 3, 2, 2]), (9, 4, [3, 2, 2, 2])])
+def test_there_are_as_many_minibatches_as_asked_for_of_nearly_equal_size(trials, minibatches, sizes):
+    agent = make_agent(minibatches=minibatches, epochs=1)
+    states = [(torch.zeros(trials, 1),)]
+    cut = [chunks(part, 2) for part in (*[torch.zeros(trials, 2, 1)] * 2, *[torch.ones(trials, 2)] * 4)]
+    assert [len(part.weights) for part in agent._minibatches(TrialBatch(states, *cut))] == sizes
+
+
 # Values
 
 
