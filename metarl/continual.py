@@ -202,19 +202,25 @@ def account(evaluations: Sequence[Evaluation], num_stages: int, finished: int) -
     return {f"continual/{name}": value for name, value in metrics.items() if np.isfinite(value)}
 
 
-def training_curve(evaluations: Sequence[Evaluation], stage: int, column: int | None = None) -> Curve:
+def training_curve(
+    evaluations: Sequence[Evaluation], stage: int, column: int | None = None, *, scratch: bool = False
+) -> Curve:
     """Return the scores while one stage was trained, from the evaluation right before it to the one at its end.
 
     Args:
         evaluations: by iteration.
         stage: index of the stage in training.
         column: index of the stage whose scores they are; None for the same one.
+        scratch: whether each stage began with a new agent, that of before training, instead of the one that was
+            evaluated right before it.
 
     Returns:
         the curve; NaN scores are left out, so it may be empty.
     """
     column = stage if column is None else column
     before = [evaluation for evaluation in evaluations if evaluation.stage < stage][-1:]
+    if scratch:
+        before = [each._replace(scores=tuple(score_matrix(evaluations, len(each.scores), 0)[0])) for each in before]
     within = before + [evaluation for evaluation in evaluations if evaluation.stage == stage]
     scored = [evaluation for evaluation in within if np.isfinite(evaluation.scores[column])]
     iterations = np.array([evaluation.iteration - within[0].iteration for evaluation in scored], dtype=np.float64)

@@ -149,7 +149,8 @@ def run(command: list[str], folder: Path) -> None:
 def read(folder: Path) -> Result:
     """Return what a run led to."""
     report = json.loads((folder / "evaluation" / "continual.json").read_text(encoding="utf-8"))
-    stages = load_config(folder / "config.yaml").stages
+    config = load_config(folder / "config.yaml")
+    stages, scratch = config.stages, config.control == "scratch"
     found = evaluations(read_metrics(folder), report["stages"])
     tasks = [stage.tasks for stage in stages]
     before = np.array(report["scores_pre"], dtype=np.float64)
@@ -162,7 +163,7 @@ def read(folder: Path) -> Result:
         average_performance(before),
         forgetting(before),
         json.loads((folder / "finished.json").read_text(encoding="utf-8"))["minutes"],
-        [training_curve(found, stage) for stage in range(len(stages))],
+        [training_curve(found, stage, scratch=scratch) for stage in range(len(stages))],
         again,
     )
 

@@ -210,6 +210,14 @@ def test_training_curve_begins_right_before_the_stage():
     assert not len(training_curve([], 0).scores)
 
 
+def test_the_curve_of_a_new_agent_begins_with_what_was_scored_before_training():
+    found = evaluated((0, 0, 0.0, 0.1), (10, 0, 0.9, -0.7), (20, 1, 0.2, 0.8))
+    assert training_curve(found, 1).scores.tolist() == [-0.7, 0.8]
+    curve = training_curve(found, 1, scratch=True)
+    assert curve.iterations.tolist() == [0, 10] and curve.scores.tolist() == [0.1, 0.8]
+    assert training_curve(found, 0, scratch=True).scores.tolist() == [0.0, 0.9]
+
+
 def test_area_by_hand():
     # Trapezoids: (0.1 + 0.5) / 2 · 5 + (0.5 + 0.9) / 2 · 5 = 1.5 + 3.5, over 10 iterations.
     assert area_under_curve(training_curve(RUN, 1)) == near(0.5)
