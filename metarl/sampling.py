@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from metarl.seeding import children
 from metarl.types import (
@@ -81,8 +82,11 @@ def collect(
     if len(tasks) > envs.max_envs:
         raise ValueError(f"{len(tasks)} tasks do not fit into {envs.max_envs} environments; collect them in parts")
     episodes = agent.trial_episodes
-    shape = (len(tasks), rollouts_per_task, episodes * max(int(task.option("horizon")) for task in tasks))
-    noise = torch.stack([_noise(task_seeds, *shape[1:], envs.action_space.shape[0]) for task_seeds in seeds])
+    horizons = [int(task.option("horizon")) for task in tasks]
+    shape = (len(tasks), rollouts_per_task, episodes * max(horizons))
+    size = envs.action_space.shape[0]
+    drawn = [_noise(*own, rollouts_per_task, episodes, size) for own in zip(seeds, horizons, strict=True)]
+    noise = torch.stack([F.pad(own, (0, 0, 0, max(horizons) - own.shape[2])).flatten(1, 2) for own in drawn])
     # The first two words of each task's are the seed of its noise.
     words = [task_seeds.generate_state(rollouts_per_task * episodes + 2, np.uint32)[2:] for task_seeds in seeds]
     env_seeds = np.stack(words).reshape(*shape[:2], episodes)
@@ -144,10 +148,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _noise(seeds: np.random.SeedSequence, *shape: int) -> torch.Tensor:
-    """Draw the noise of one task's actions `[N, T, A]`."""
+def _noise(seeds: np.random.SeedSequence, horizon: int, rollouts: int, episodes: int, size: int) -> torch.Tensor:
+    """Draw the noise of one task's actions `[N, L, horizon, A]`, whatever the horizons of others."""
     generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-    return torch.randn(*shape, generator=generator)
+    return torch.randn(rollouts, episodes, horizon, size, generator=generator)
 
 
 def _part(arrays: dict[str, NDArray[Any]], rollouts: slice) -> dict[str, NDArray[Any]]:

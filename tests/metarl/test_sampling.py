@@ -165,6 +165,17 @@ def test_an_episode_stops_at_the_horizon_of_its_own_task():
         assert rollout.truncated[:, n].tolist() == [[0, 0, 0, 0, 1], [0, 0, 1, 0, 0]]
 
 
+@pytest.mark.parametrize("episodes", [1, 3])
+def test_what_happens_in_a_task_does_not_depend_on_the_horizons_of_others(episodes):
+    tasks, train = lines(2)
+    short, seeds = dataclasses.replace(train[0], options={"horizon": 3}), children(np.random.SeedSequence(0), 2)
+    alone = collect(SerialEnvs(tasks, 2), Diary(episodes), None, [short], 2, seeds[:1])
+    beside = collect(SerialEnvs(tasks, 4), Diary(episodes), None, [short, train[1]], 2, seeds)
+    assert (alone.valid.shape[-1], beside.valid.shape[-1]) == (3 * episodes, 5 * episodes)
+    for name, value in vars(alone).items():
+        assert torch.equal(getattr(beside, name)[:1, :, : 3 * episodes].nan_to_num(), value.nan_to_num()), name
+
+
 def test_a_rollout_is_as_long_as_its_longest_episode():
     rollout = run(2, 2, ends_at={0: 2, 1: 3})
     assert rollout.rewards.shape == (2, 2, 3)
