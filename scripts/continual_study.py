@@ -186,8 +186,10 @@ def table(results: dict[str, list[Result]]) -> str:
     for arm, runs in results.items():
         transfer = ""
         if scratch and arm != "scratch" and len(scratch) == len(runs):
-            each = [np.mean(forward_transfer(a.curves, b.curves)) for a, b in zip(runs, scratch, strict=True)]
-            transfer = interval([float(value) for value in each])
+            pairs = zip(runs, scratch, strict=True)
+            each = [value[np.isfinite(value)] for value in (forward_transfer(a.curves, b.curves) for a, b in pairs)]
+            defined = [float(value.mean()) for value in each if len(value)]
+            transfer = interval(defined) if defined else ""
         figures = [interval([getattr(each, name) for each in runs]) for name in MEASURES]
         before = ", ".join(f"{np.mean([getattr(each, f'{name}_before') for each in runs]):.2f}" for name in BEFORE)
         minutes = f"{np.mean([each.minutes for each in runs]):.1f}"

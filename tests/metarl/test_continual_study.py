@@ -3,7 +3,21 @@
 import numpy as np
 import pytest
 
+from metarl.continual import Curve
 from scripts import continual_study
+
+
+def test_a_stage_whose_reference_leaves_nothing_to_gain_is_left_out_of_forward_transfer():
+    def result(*scores):
+        curves = [Curve(np.array([0.0, 1.0]), np.array([score, score])) for score in scores]
+        return continual_study.Result(*[0.0] * 7, curves, [])
+
+    # Areas .6 and .5 against .2 and 1: (.6 − .2) / .8 = .5. With the second seed there is no stage left.
+    runs, scratch = [result(0.6, 0.5), result(0.5, 0.5)], [result(0.2, 1.0), result(1.0, 1.0)]
+    row = continual_study.table({"ewc": runs, "scratch": scratch}).splitlines()[2]
+    assert row.split("|")[6].strip() == "0.50"
+    row = continual_study.table({"ewc": runs[1:], "scratch": scratch[1:]}).splitlines()[2]
+    assert not row.split("|")[6].strip()
 
 
 @pytest.mark.slow
