@@ -302,7 +302,7 @@ class Rl2:
             measured.append(dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)))
             if measured[-1]["kl"] > config.max_kl:
                 break
-            kept = guard(1.0 / config.minibatches) if guard is not None else None
+            kept = guard(1.0 / self._num_minibatches(batch)) if guard is not None else None
             if kept is not None:
                 loss = loss + kept
             self._optimizer.zero_grad()
@@ -320,8 +320,12 @@ class Rl2:
         generator = torch.Generator().manual_seed(integer_seed(self.seed, Purpose.MINIBATCHES, self.iteration))
         for _ in range(self.config.epochs):
             order = torch.randperm(trials, generator=generator).to(self.device)
-            for chosen in order.tensor_split(self.config.minibatches):
+            for chosen in order.tensor_split(self._num_minibatches(batch)):
                 yield batch.of(chosen)
+
+    def _num_minibatches(self, batch: TrialBatch) -> int:
+        """As many as were asked for, if there are as many trials."""
+        return min(self.config.minibatches, len(batch.weights))
 
     def _loss(self, batch: TrialBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return PPO's loss on S chunks, and what it is made of."""

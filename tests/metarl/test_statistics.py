@@ -76,6 +76,17 @@ def test_coverage(confidence):
     assert abs(covered / 200 - confidence) <= 0.04
 
 
+@pytest.mark.parametrize(("classes", "tasks", "coverage"), [(1, 3, 0.75), (5, 2, 0.76), (5, 4, 0.88), (5, 10, 0.92)])
+def test_with_few_scores_intervals_cover_less_as_the_pages_say(classes, tasks, coverage):
+    rng = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        scores = [rng.normal(size=tasks) for _ in range(classes)]
+        low, high = stratified_bootstrap_ci(scores, np.mean, rng=seed)
+        covered += low <= 0 <= high
+    assert abs(covered / 200 - coverage) <= 0.08  # 2.6 standard errors
+
+
 def test_strata_make_the_interval_narrower():
     # Within a stratum the standard deviation is 0.1, between them 5; pooled it is √(0.1² + 5²) ≈ 5.
     rng = np.random.default_rng(0)
