@@ -7,6 +7,7 @@ cache of JSON files. Knows tasks and environments; must not import metarl's agen
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -148,7 +149,8 @@ def _setting(algorithm: str, env_steps: int) -> dict[str, Any]:
 
 def _train(task: Task, setting: Mapping[str, Any], make: Make) -> _Curve:
     """Return the learning curve of a fresh agent on one task."""
-    algorithm, env_steps, values = setting["algorithm"], setting["env_steps"], dict(setting["hyperparameters"])
+    # stable-baselines3 writes into the `policy_kwargs` that it is given: not into those that name a file of the cache.
+    algorithm, env_steps, values = setting["algorithm"], setting["env_steps"], copy.deepcopy(setting["hyperparameters"])
     unit = values.get("n_steps", 1)  # of PPO, the policy stays the same for a rollout
     points = np.unique(np.linspace(0, env_steps // unit, CURVE_POINTS + 1).round().astype(int)) * unit
     if algorithm == "sac":  # what never fills up is memory wasted

@@ -1,5 +1,6 @@
 """Single-task references: what a report holds, what the cache keeps, and that nothing leaks into the process."""
 
+import copy
 import json
 import pickle
 import random
@@ -241,6 +242,17 @@ def test_a_second_call_does_not_train(small, tmp_path, monkeypatch):
     assert reference(TASKS[:2], env_steps=32, eval_episodes=1, cache=tmp_path / "below" / "cache") == first
     with pytest.raises(TypeError):  # without a cache
         reference(TASKS[:2], env_steps=32, eval_episodes=1)
+
+
+@pytest.mark.parametrize(("algorithm", "env_steps"), [("ppo", 32), ("sac", 101)])
+def test_training_does_not_change_what_names_a_finished_task(small, tmp_path, caplog, algorithm, env_steps):
+    """SAC adds `use_sde` to the settings of its networks; the next process begins without it."""
+    before = copy.deepcopy(HYPERPARAMETERS)
+    settings = {"algorithm": algorithm, "env_steps": env_steps, "eval_episodes": 1, "cache": tmp_path}
+    first = reference(TASKS[:2], **settings)
+    assert before == HYPERPARAMETERS
+    assert reference(TASKS[:2], **settings) == first
+    assert len(list(tmp_path.iterdir())) == 2 and not caplog.records
 
 
 @pytest.mark.parametrize(
