@@ -202,12 +202,12 @@ class _Trainer:
     def _run_stage(self, stage: int) -> bool:
         """Train to the end of a stage; returns whether it was reached."""
         config, iterations = self.config, self.config.stages[stage].iterations
-        if stage in self.start.stages:
-            start_from(self.agent, self.start.stages[stage])
         for number in range(self.position.stage_iteration, iterations):
             if self.limits.reached(self.position):
                 self._save()
                 return False
+            if number == 0 and stage in self.start.stages:  # what a run stopped before this is saved with is its own
+                start_from(self.agent, self.start.stages[stage])
             self._iterate(stage, number)
             if number + 1 == iterations:
                 break  # the end of the stage saves and evaluates in any case

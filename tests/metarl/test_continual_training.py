@@ -399,6 +399,16 @@ def test_a_control_is_resumed_where_it_stopped(tmp_path, agent, control, stop):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_a_run_stopped_between_stages_keeps_the_agent_that_it_has_trained(tmp_path):
+    """The next stage begins anew, but is not begun: the score of the checkpoint is that of the agent in it."""
+    settings = config("maml", control="scratch")
+    stopped = train(settings, run_dir=tmp_path / "stopped", max_iterations=2)
+    on = train(settings, run_dir=tmp_path / "on", max_iterations=3)
+    assert load_latest(tmp_path / "stopped" / "checkpoints").position.stage == 1
+    assert equal(agent_at(stopped.run_dir, 2), agent_at(on.run_dir, 2))
+    assert equal(stopped.policy.agent.state_dict(), agent_at(on.run_dir, 2))
+
+
 # Stages that come again
 
 
