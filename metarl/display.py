@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -41,6 +42,7 @@ class TrainingDisplay:
             TimeRemainingColumn(compact=True),
             console=console,
             disable=not console.is_terminal,
+            speed_estimate_period=math.inf,  # by default the last 30 s, in which a long iteration never ends twice
         )
         self._task = self._live.add_task("training", total=last_iteration, status="")
 
@@ -53,6 +55,8 @@ class TrainingDisplay:
         if "meta_test/return_post" in metrics:
             self._held_out = f"held out {_arrow(metrics, 'meta_test')}"
             status = self._held_out
+        elif "time/env_steps_per_second" not in metrics:
+            status = self._held_out = "held out: no task without broken episodes"
         else:
             speed = metrics["time/env_steps_per_second"]
             told = "undone: no episodes" if "meta_train/return_pre" not in metrics else _arrow(metrics, "meta_train")
