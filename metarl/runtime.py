@@ -389,6 +389,7 @@ class ControlLoop:
             self.begin_trial()
         if self._elapsed_ticks == self._ticks_an_episode():
             self.begin_episode()
+        self._elapsed_ticks += 1
         try:
             action, state = self._act(observation, reward)
         except Exception as error:  # whatever it is, the robot needs an action
@@ -401,7 +402,6 @@ class ControlLoop:
             action = self._safe if self._on_fault == "safe" or held_enough else self._last
         else:
             self._state, self._starts, self._faults_in_a_row = state, False, 0
-        self._elapsed_ticks += 1
         if self._max_change is not None:
             limited = np.clip(action, self._last - self._max_change, self._last + self._max_change)
             self.counts.limited += bool((limited != action).any())

@@ -1,5 +1,6 @@
 """The guard rails of a control loop, on a policy whose every action is known; and that a robot needs nothing else."""
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -129,6 +130,12 @@ def test_episodes_begin_by_themselves_at_the_trained_horizon():
     for observation in (ONE, ONE, ONE, [np.nan, 0.0], ONE, ONE, ONE):  # the robot's time goes on at a fault
         faulty.step(observation)
     assert [told[0] for told in broken.told] == [True, False, False, True, False, True]
+    loud = Counting()
+    raising = ControlLoop(loud, safe_action=0.0, episode_ticks=3, on_fault="raise")
+    for observation in (ONE, ONE, [np.nan, 0.0], ONE):
+        with contextlib.suppress(ValueError):
+            raising.step(observation)
+    assert [told[0] for told in loud.told] == [True, False, True]
     for trial in (None, {"episodes": 2, "horizon": None}):
         endless = Counting()
         endless.metadata = {"trial": trial}
