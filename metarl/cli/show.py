@@ -28,7 +28,9 @@ def inspect(arguments: list[str]) -> int:
     for stage in config.stages:
         tasks = ", ".join(f"{key} {value}" for key, value in stage.tasks.model_dump(exclude_none=True).items() if value)
         print(one_line(f"stage        {stage.name}: {stage.iterations} iterations of {tasks}"))
-    iterations = f"{lines[-1]['iteration']} iterations, " if lines else ""  # which a saved policy does not tell
+    # A saved policy does not tell its iterations, and a run has tracked more of them than its last checkpoint holds.
+    held = [line["iteration"] for line in lines if line["env_steps"] <= policy.env_steps]
+    iterations = f"{held[-1] if held else 0} iterations, " if lines else ""
     print(f"trained      {iterations}{policy.env_steps:,} env steps")
     if policy.adapted:
         print("adapted      to one task, on recorded episodes (Policy.adapt)")
