@@ -46,10 +46,22 @@ def checkpoint_to_resume(run_dir: Path, config: RunConfig, *, allow_config_chang
             f"{run_dir} has {len(before.stages)} stages, the config {len(config.stages)}: what a stage leaves behind "
             f"depends on those that follow; start a run with stages.0.init_from {run_dir}"
         )
+    _check_iterations(before, config, position)
     last, iterations = len(before.stages) - 1, before.stages[-1].iterations
     if position.stage > last and config.stages[-1].iterations > iterations:
         position = replace(position, stage=last, stage_iteration=iterations)
     return checkpoint, position
+
+
+def _check_iterations(before: RunConfig, config: RunConfig, position: Position) -> None:
+    """Raise UserError if stages get another length that had their end, or less than they have had: it is over."""
+    for stage, (was, now) in enumerate(zip(before.stages, config.stages, strict=True)):
+        over = stage < position.stage
+        done = was.iterations if over else position.stage_iteration if stage == position.stage else 0
+        others_follow = stage + 1 < len(before.stages)
+        if now.iterations < done or (over and others_follow and now.iterations != done):
+            expected = f"{done}, which it has had" if over and others_follow else f"at least the {done} that it has had"
+            raise UserError(f"stages.{stage}.iterations: got {now.iterations}, expected {expected}")
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:

@@ -1,5 +1,6 @@
 """Going on with a run whose settings changed, that was made longer, or that is none; and logs that are cut to fit."""
 
+import contextlib
 import json
 
 import pytest
@@ -108,6 +109,29 @@ def test_a_run_is_made_longer(tmp_path, stop):
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     trained = [line for line in metrics(tmp_path / "run") if "train/loss" in line]
     assert trained == [line for line in metrics(tmp_path / "whole") if "train/loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("stop", "iterations", "message"),
+    [
+        (3, (3, 4), r"stages\.0\.iterations: got 3, expected 2, which it has had"),
+        (3, (1, 4), r"stages\.0\.iterations: got 1, expected 2, which it has had"),
+        (4, (2, 1), r"stages\.1\.iterations: got 1, expected at least the 2 that it has had"),
+        (None, (2, 3), r"stages\.1\.iterations: got 3, expected at least the 4 that it has had"),
+        (3, (2, 1), None),
+        (None, (2, 5), None),
+    ],
+)
+def test_what_is_over_keeps_its_length(tmp_path, stop, iterations, message):
+    """Where stages end, and what is theirs in figures, is told from their lengths."""
+
+    def settings(*iterations):
+        stages = [{"tasks": {"family": "navigation", "horizon": 5}, "iterations": each} for each in iterations]
+        return {**config().model_dump(), "stages": stages}
+
+    train(settings(2, 4), run_dir=tmp_path, max_iterations=stop)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        assert train(settings(*iterations), run_dir=tmp_path, resume=True, allow_config_change=True).finished
 
 
 def test_the_number_of_stages_stays(tmp_path):
