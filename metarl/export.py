@@ -50,7 +50,8 @@ def describe(
         "action_names", "action_low", "action_high", "control_period_s", "reward": {"mean", "std"}, "trial":
         {"episodes", "horizon"}, "env_steps", "config_sha256", "versions"}`, null where unknown. `task` is what it was
         adapted to, `reward` the scale on which the graph reads rewards, which it is told in the environment's own
-        units, `trial` what a memory was trained on: so many episodes of so many steps (null of custom tasks).
+        units, `trial` what a memory was trained on: so many episodes of so many steps, those of `task`, or else of the
+        run's last stage (null of custom tasks).
     """
     spaces = policy.spaces
     bare = None if env is None else env.unwrapped
@@ -67,6 +68,8 @@ def describe(
     period = getattr(bare, "dt", None) if control_period_s is None else control_period_s
     if period is not None and not period > 0:
         raise ValueError(f"control_period_s is {period}; expected more than 0")
+    of_task = {} if task is None else dict(task.options)  # stages may differ
+    horizon = int(of_task["horizon"]) if "horizon" in of_task else horizon_of(policy.config)
     controller = policy.controller
     return {
         "format": FORMAT,
@@ -79,9 +82,7 @@ def describe(
         "action_high": list(spaces.action_high),
         "control_period_s": None if period is None else float(period),
         "reward": controller.reward_scale,
-        "trial": {"episodes": policy.agent.trial_episodes, "horizon": horizon_of(policy.config)}
-        if policy.has_memory
-        else None,
+        "trial": {"episodes": policy.agent.trial_episodes, "horizon": horizon} if policy.has_memory else None,
         "state_size": controller.state_size,
         "env_steps": policy.env_steps,
         "config_sha256": config_hash(policy.config),

@@ -12,7 +12,7 @@ import torch
 import metarl
 from metarl.errors import UserError
 from metarl.evaluation import adapt_to
-from metarl.export import config_hash
+from metarl.export import config_hash, describe
 from metarl.runtime import OnnxPolicy, seal
 from tests.agents.deployed import AGENTS, SPACES, make_episodes, make_policy, make_trials, walk
 
@@ -88,6 +88,17 @@ def test_the_file_is_one_plain_onnx_model(exported):
     names = ["observations", "rewards", "episode_start", "state", "noise"]
     assert [each.name for each in model.graph.input] == names
     assert not [each for each in model.opset_import if each.domain not in ("", "ai.onnx")]  # any runtime knows them
+
+
+def test_the_horizon_is_that_of_the_task_that_it_was_adapted_to():
+    """Stages of 5 and of 7 steps: the last one's where no task is named, or one that does not say."""
+    stages = [{"tasks": {"family": "navigation", "horizon": horizon}} for horizon in (5, 7)]
+    spaces = metarl.checkpoint.Spaces(2, (-1.0, -1.0), (1.0, 1.0))
+    policy = make_policy("gru", spaces, agent={**AGENTS["gru"], "observation_entries": [0, 1]}, stages=stages)
+    first = metarl.envs.distribution("navigation", name="goals", horizon=5).test_tasks[0]
+    unsaid = metarl.Task("custom", "mine", "test", "mine", 0, 0)
+    told = [describe(policy, None, task, None)["trial"]["horizon"] for task in (first, None, unsaid)]
+    assert told == [5, 7, 7]
 
 
 def test_the_file_tells_what_it_is(tmp_path):
