@@ -46,11 +46,21 @@ def checkpoint_to_resume(run_dir: Path, config: RunConfig, *, allow_config_chang
             f"{run_dir} has {len(before.stages)} stages, the config {len(config.stages)}: what a stage leaves behind "
             f"depends on those that follow; start a run with stages.0.init_from {run_dir}"
         )
+    _check_names(before, config)
     _check_iterations(before, config, position)
     last, iterations = len(before.stages) - 1, before.stages[-1].iterations
     if position.stage > last and config.stages[-1].iterations > iterations:
         position = replace(position, stage=last, stage_iteration=iterations)
     return checkpoint, position
+
+
+def _check_names(before: RunConfig, config: RunConfig) -> None:
+    """Raise UserError if stages of a sequence are renamed: their scores so far would be nobody's."""
+    for stage, (was, now) in enumerate(zip(before.stages, config.stages, strict=True)):
+        if was.name != now.name and len(before.stages) > 1:
+            raise UserError(
+                f"stages.{stage}.name: got {now.name!r}, expected {was.name!r}, by which its scores are tracked"
+            )
 
 
 def _check_iterations(before: RunConfig, config: RunConfig, position: Position) -> None:

@@ -134,6 +134,21 @@ def test_what_is_over_keeps_its_length(tmp_path, stop, iterations, message):
         assert train(settings(*iterations), run_dir=tmp_path, resume=True, allow_config_change=True).finished
 
 
+def test_stages_of_a_sequence_keep_their_names(tmp_path):
+    """The account of forgetting finds their scores by them; a single stage has none."""
+
+    def settings(*names):
+        stages = [{"name": name, "tasks": {"family": "navigation", "horizon": 5}, "iterations": 2} for name in names]
+        return {**config().model_dump(), "stages": stages}
+
+    for names, others in ((["a", "b"], ["z", "b"]), (["a"], ["z"])):
+        run_dir = tmp_path / str(len(names))
+        train(settings(*names), run_dir=run_dir, max_iterations=1)
+        told = pytest.raises(UserError, match=r"stages\.0\.name: got 'z', expected 'a', by which")
+        with told if len(names) > 1 else contextlib.nullcontext():
+            assert train(settings(*others), run_dir=run_dir, resume=True, allow_config_change=True).finished
+
+
 def test_the_number_of_stages_stays(tmp_path):
     """What is kept at a stage's end depends on whether others follow."""
     train(config("--stages.0.iterations 2"), run_dir=tmp_path)
