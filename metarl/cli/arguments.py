@@ -52,6 +52,8 @@ def new_file(text: str) -> Path:
     found = any_path(text)
     if found.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
+    if found.exists() and not found.is_file():  # /dev/null: a file that is put in its place would be there for all
+        raise argparse.ArgumentTypeError(f"{text} is no plain file; name one")
     return found
 
 

@@ -1,6 +1,7 @@
 """The command line: exit statuses, messages of one line, and every verb on small runs."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -321,6 +322,13 @@ def test_evaluate_on_other_tasks(command, mistake, trained):
 def test_evaluate_on_tasks_of_other_spaces_is_refused(mistake, trained):
     refused = mistake("evaluate", trained, "--tasks", "HalfCheetahVel", "--num-tasks", 1, "--num-workers", 0)
     assert "17" in refused and "2" in refused
+
+
+def test_a_report_takes_the_place_of_plain_files_alone(mistake, trained, tmp_path):
+    """Whoever may do all would put a file where /dev/null was."""
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no plain file" in mistake("evaluate", trained, "--num-tasks", 1, "--json", tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize("flags", ["--seed -1", "--num-workers -1", "--num-tasks 0", "--num-tasks x", "--split both"])
