@@ -9,6 +9,7 @@ from pathlib import Path
 
 from metarl.cli.arguments import Parser, any_path, new_file, not_negative, positive
 from metarl.errors import UserError
+from metarl.files import replace_file
 
 
 def baseline(arguments: list[str]) -> int:
@@ -69,6 +70,7 @@ def _run_baseline(config_name: str, flags: list[str], options: argparse.Namespac
     tasks = distribution.test_tasks if options.split == "test" else distribution.train_tasks
     # The same draw as that of `metarl evaluate --num-tasks`, so that scores of the same tasks stand side by side.
     tasks = select_tasks(tasks, options.num_tasks, np.random.default_rng(seeds(0, Purpose.EVALUATION_TASKS)))
+    existed = options.json is not None and options.json.exists()
     try:
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +94,11 @@ def _run_baseline(config_name: str, flags: list[str], options: argparse.Namespac
     except KeyboardInterrupt:
         print(f"metarl: stopped; finished tasks are kept in {options.cache}: the same command goes on", file=sys.stderr)
         return 130
+    finally:
+        if options.json and not existed:
+            options.json.unlink(missing_ok=True)  # empty until there is a report
     console.print(baseline_table(report))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        replace_file(options.json, (json.dumps(report, indent=2) + "\n").encode())
         console.print(f"report: {options.json}", highlight=False, soft_wrap=True)
     return 0

@@ -468,6 +468,15 @@ def test_mistakes_of_the_command_take_one_line(trained, command, tmp_path, flags
     assert err.startswith("metarl: ") and len(err.splitlines()) == 1 and expected in err
 
 
+@pytest.mark.parametrize("before", [None, "a report"])
+def test_a_command_that_fails_leaves_the_report_of_before_or_none(trained, command, tmp_path, before):
+    path = tmp_path / "report.json"
+    if before is not None:
+        path.write_text(before)
+    assert command(CONFIG, "--env-steps", 10, "--json", path)[0] == 2
+    assert (path.read_text() if path.exists() else None) == before
+
+
 def test_the_command_needs_a_config(command):
     for arguments in ([], ["--num-tasks", 3]):
         status, out, err = command(*arguments)
