@@ -242,8 +242,8 @@ def _run(
         observation, gained, terminated, truncated, info = env.step(action)
         reward, ended = float(gained), bool(terminated or truncated)
         total, step = total + reward, step + 1
-        if "success" in info:
-            success = max(success or 0.0, float(info["success"]))
+        if not math.isnan(solved := float(info.get("success", math.nan))):  # NaN: it is not defined
+            success = max(success or 0.0, solved)
 
 
 def _picture(env: gymnasium.Env[Any, Any]) -> Frame:

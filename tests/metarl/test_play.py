@@ -193,6 +193,16 @@ def test_a_task_of_one_s_own(runs):
     assert greys[9:] == [[40, 80]] * 75
 
 
+@pytest.mark.parametrize(("told", "success"), [(np.nan, None), (0.0, 0.0), (1.0, 1.0)])
+def test_a_success_that_is_not_defined_is_none(runs, told, success):
+    class Telling(Corridor):
+        def step(self, action):
+            *step, info = super().step(action)
+            return *step, {**info, "success": told}
+
+    assert play(metarl.load(runs / "rl2"), Telling()).success == (success, success)
+
+
 def test_a_gymnasium_time_limit_tells_how_long_it_takes(runs):
     gymnasium.register("Corridor-v0", lambda: Corridor(), max_episode_steps=100)
     try:
