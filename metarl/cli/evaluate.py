@@ -36,7 +36,7 @@ def evaluate(arguments: list[str]) -> int:
     )
     parser.add_argument("--num-evals", type=positive, help="official rounds (until each of 40 goals has had its turn)")
     parser.add_argument("--adaptation-episodes", type=positive, help="official episodes to adapt on (10)")
-    parser.add_argument("--seed", type=not_negative, help="of episodes and intervals (the run's)")
+    parser.add_argument("--seed", type=not_negative, help="of episodes and intervals (the run's; of --official 0)")
     parser.add_argument("--num-workers", type=not_negative, help="processes that step environments (one a core)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where adapting is computed")
     parser.add_argument(
