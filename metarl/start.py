@@ -16,7 +16,7 @@ from metarl.policy import Policy, build_agent, restore
 from metarl.random_state import check_random_state
 from metarl.run_directory import checkpoint_to_resume, clear_run_dir, differences
 from metarl.stages import load_methods
-from metarl.transfer import stage_starts
+from metarl.transfer import stage_starts, start_from
 from metarl.types import Agent, StabilityMethod
 
 
@@ -49,7 +49,9 @@ class Start:
 def begin(config: RunConfig, spaces: Spaces, device: torch.device, run_dir: Path) -> Start:
     """Start a new run, and throw away one that the directory may hold; raises UserError."""
     agent, position = build_agent(config, spaces, device), Position()
-    stages = _stages(config, spaces, device, run_dir, agent, position)  # before an old run is thrown away
+    stages = dict(_stages(config, spaces, device, run_dir, agent, position))  # before an old run is thrown away
+    if first := stages.pop(0, None):
+        start_from(agent, first)  # nothing was trained before: it is what the run starts with, and saves
     clear_run_dir(run_dir)
     return Start(agent, position, stages, dump_config(config))
 

@@ -162,7 +162,7 @@ def sequence(tmp_path_factory, pretrained):
     [
         ({"max_iterations": 1}, (0, 1)),
         ({"progress": crash_in(1, 1)}, (1, 0)),  # saved at the end of the stage before, as that one left the agent
-        ({"max_iterations": 2}, (1, 0)),  # saved after the agent was started from the other run
+        ({"max_iterations": 2}, (1, 0)),  # the same, where the run was stopped
         ({"max_iterations": 3}, (1, 1)),
         ({"progress": crash_in(1, 3)}, (1, 2)),
     ],
@@ -174,11 +174,19 @@ def test_stop_and_resume_equals_going_on(tmp_path, sequence, how, where):
     assert_same_run(tmp_path, whole)
 
 
-def test_a_later_stage_starts_from_the_other_run_with_fresh_optimisers(tmp_path, sequence, pretrained):
+def test_a_later_stage_starts_from_the_other_run_with_fresh_optimisers(tmp_path, sequence, pretrained, monkeypatch):
     settings, _ = sequence
-    assert interrupted(settings, tmp_path / "before", progress=crash_in(1, 1)) == (1, 0)
-    assert interrupted(settings, tmp_path / "after", max_iterations=2) == (1, 0)
-    before, after, source = state(tmp_path / "before"), state(tmp_path / "after"), state(pretrained)
+    assert interrupted(settings, tmp_path, max_iterations=2) == (1, 0)
+    before, source = state(tmp_path), state(pretrained)
+    acting, collect = [], metarl.training.adapt_and_collect
+
+    def spied(envs, agent, *rest):
+        acting.append({name: value.clone() for name, value in agent.state_dict().items()})
+        return collect(envs, agent, *rest)
+
+    monkeypatch.setattr(metarl.training, "adapt_and_collect", spied)
+    train(settings, run_dir=tmp_path, resume=True)
+    after = acting[0]
     assert any(".exp_avg." in name for name in before) and not any(".exp_avg." in name for name in after)
     assert after.pop("optimizer.lr") == load_config("navigation_maml_ppo").agent.outer.lr
     for name, value in after.items():
