@@ -6,6 +6,7 @@ a step), or `stopped` (one of them, in a step); MARK is a file for that.
 """
 
 import os
+import signal
 import sys
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.faults.fragile import BREAK_AT, Tasks, walks
 
 
 def main(ending, doing, mark):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background ignore it
     walk = walks("walk", "walk")
     tasks = {
         "starting": walks("build", "build", sleep=1000.0),
