@@ -11,20 +11,20 @@ from typing import Annotated, Any, get_args
 import torch
 from pydantic import BeforeValidator, Field
 
-from metarl.agents.anil import Anil, AnilConfig
-from metarl.agents.fomaml import Fomaml, FomamlConfig
-from metarl.agents.gradient_agent import GradientAgent
-from metarl.agents.imaml import Imaml, ImamlConfig
-from metarl.agents.maml import Maml, MamlPpoConfig, MamlTrpoConfig, MamlVpgConfig
-from metarl.agents.meta_curvature import MetaCurvature, MetaCurvatureConfig
-from metarl.agents.meta_dropout import MetaDropout, MetaDropoutConfig
-from metarl.agents.meta_sgd import MetaSgd, MetaSgdConfig
-from metarl.agents.multi_task import MultiTask, MultiTaskConfig
-from metarl.agents.reptile import Reptile, ReptileConfig
-from metarl.agents.rl2 import Rl2
-from metarl.agents.rl2_config import Rl2Config
+from metarl.agents.maml.agent import GradientAgent
+from metarl.agents.maml.anil import Anil, AnilConfig
+from metarl.agents.maml.fomaml import Fomaml, FomamlConfig
+from metarl.agents.maml.imaml import Imaml, ImamlConfig
+from metarl.agents.maml.maml import Maml, MamlPpoConfig, MamlTrpoConfig, MamlVpgConfig
+from metarl.agents.maml.meta_curvature import MetaCurvature, MetaCurvatureConfig
+from metarl.agents.maml.meta_dropout import MetaDropout, MetaDropoutConfig
+from metarl.agents.maml.meta_sgd import MetaSgd, MetaSgdConfig
+from metarl.agents.maml.multi_task import MultiTask, MultiTaskConfig
+from metarl.agents.maml.reptile import Reptile, ReptileConfig
+from metarl.agents.rl2.agent import Rl2
+from metarl.agents.rl2.config import Rl2Config
 from metarl.errors import named_by_default
-from metarl.types import Agent
+from metarl.protocols import Agent
 
 AgentConfig = Annotated[
     MamlPpoConfig

@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 import gymnasium
 from pydantic import BaseModel
 
-from metarl.envs import metaworld, mujoco, navigation
-from metarl.envs.cues import CuedEnv, CuedTasks, has_cue, without_cue
+from metarl.envs import navigation
 from metarl.envs.custom import custom
+from metarl.envs.metaworld import env as metaworld_env
+from metarl.envs.mujoco import env as mujoco_env
 from metarl.envs.registration import register_envs
+from metarl.envs.stage_id import CuedEnv, CuedTasks, has_cue, without_cue
 from metarl.errors import unknown_name
-from metarl.types import Task, TaskDistribution
+from metarl.protocols import TaskDistribution
+from metarl.types import Task
 
 __all__ = ["FAMILIES", "CuedTasks", "Family", "custom", "distribution", "make"]
 
@@ -41,8 +44,12 @@ class Family(NamedTuple):
 
 
 FAMILIES: Mapping[str, Family] = {
-    "metaworld": Family(metaworld.MetaWorldConfig, metaworld.MetaWorldTasks, metaworld.make, metaworld.choices),
-    "mujoco": Family(mujoco.MujocoConfig, mujoco.MujocoTasks, mujoco.make, mujoco.choices, mujoco.SHARED_SPLITS),
+    "metaworld": Family(
+        metaworld_env.MetaWorldConfig, metaworld_env.MetaWorldTasks, metaworld_env.make, metaworld_env.choices
+    ),
+    "mujoco": Family(
+        mujoco_env.MujocoConfig, mujoco_env.MujocoTasks, mujoco_env.make, mujoco_env.choices, mujoco_env.SHARED_SPLITS
+    ),
     "navigation": Family(
         navigation.NavigationConfig, navigation.NavigationTasks, navigation.NavigationEnv, navigation.choices
     ),

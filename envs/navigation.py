@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
+from metarl.envs.drawing.rendering import check_render_mode, render_metadata
 from metarl.errors import STRICT, as_tuple, unknown_name
-from metarl.rendering import check_render_mode, render_metadata
 from metarl.types import BoolArray, FloatArray, Step, Task
 
 Name = Literal["goals", "semicircle", "cued_wedges", "rotated_wedges", "rotated_cued_wedges"]
@@ -274,7 +274,7 @@ class NavigationEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
             return None
         if not self._trail:
             raise gymnasium.error.ResetNeeded("no episode has begun; call reset() before render()")
-        from metarl.envs.plane import draw_plane
+        from metarl.envs.drawing.plane import draw_plane
 
         self._trail.append(self._batch.positions[0].copy())
         variant = _VARIANTS[self.task.benchmark]

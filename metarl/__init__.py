@@ -9,29 +9,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metarl import baseline as baseline
     from metarl import envs as envs
     from metarl import evaluation as evaluation
-    from metarl.evaluation import evaluate as evaluate
-    from metarl.policy import Policy as Policy
-    from metarl.policy import load as load
-    from metarl.sb3 import to_sb3 as to_sb3
-    from metarl.training import train as train
+    from metarl import runtime as runtime
+    from metarl.deploy import play as play
+    from metarl.deploy import sb3 as sb3
+    from metarl.deploy.policy import Policy as Policy
+    from metarl.deploy.policy import load as load
+    from metarl.deploy.sb3 import to_sb3 as to_sb3
+    from metarl.evaluation import single_task as baseline  # noqa: F401
+    from metarl.evaluation.held_out import evaluate as evaluate
+    from metarl.training.loop import train as train
     from metarl.types import Rollout as Rollout
     from metarl.types import Task as Task
     from metarl.types import Trajectory as Trajectory
 
 _NAMES = {
-    "load": "metarl.policy",
-    "Policy": "metarl.policy",
-    "train": "metarl.training",
-    "evaluate": "metarl.evaluation",
-    "to_sb3": "metarl.sb3",
+    "load": "metarl.deploy.policy",
+    "Policy": "metarl.deploy.policy",
+    "train": "metarl.training.loop",
+    "evaluate": "metarl.evaluation.held_out",
+    "to_sb3": "metarl.deploy.sb3",
     "Task": "metarl.types",
     "Rollout": "metarl.types",
     "Trajectory": "metarl.types",
 }
-_MODULES = ("baseline", "envs", "evaluation", "play", "runtime", "sb3")
+_MODULES = {
+    "baseline": "metarl.evaluation.single_task",
+    "envs": "metarl.envs",
+    "evaluation": "metarl.evaluation",
+    "play": "metarl.deploy.play",
+    "runtime": "metarl.runtime",
+    "sb3": "metarl.deploy.sb3",
+}
 
 __all__ = [*_NAMES, *_MODULES]
 
@@ -40,7 +50,7 @@ def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
     if name in _MODULES:
-        return importlib.import_module(f"metarl.{name}")
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'metarl' has no attribute {name!r}")
 
 

@@ -102,7 +102,7 @@ class OnnxPolicy:
 
     Attributes:
         metadata: what the file tells of itself: names of observations and actions, bounds, control period, the task
-            that it was adapted to, versions; see `metarl.export.describe`.
+            that it was adapted to, versions; see `metarl.deploy.onnx_export.describe`.
         observation_size: O.
         action_size: A.
         state_size: S, of what is remembered; 0 without a memory.

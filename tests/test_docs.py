@@ -28,10 +28,10 @@ import pytest
 import yaml
 
 from metarl.cli import main
-from metarl.config import RunConfig, find_config, load_config
+from metarl.config.schema import RunConfig, find_config, load_config
+from metarl.envs.drawing.rendering import choose_gl, gl_works
 from metarl.envs.registration import ENVIRONMENTS
 from metarl.errors import UserError
-from metarl.rendering import choose_gl, gl_works
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -231,7 +231,7 @@ def script(program, *rest):
     if program.endswith("quickstart"):
         flags = [*small(["train", "quickstart", *rest])[2:], "--agent.hidden-sizes", "8"]
     elif program.endswith("test"):
-        flags = ["--collect-only", "-q", *rest, "tests/metarl/test_statistics.py"]
+        flags = ["--collect-only", "-q", *rest, "tests/test_statistics.py"]
     assert flags, f"how is {program} made small?"
     process([program, *flags])
 
@@ -395,8 +395,8 @@ def only_read(monkeypatch):
         raise Read
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    monkeypatch.setattr("metarl.training.train", stop)
-    monkeypatch.setattr("metarl.baseline.reference", stop)
+    monkeypatch.setattr("metarl.training.loop.train", stop)
+    monkeypatch.setattr("metarl.evaluation.single_task.reference", stop)
 
 
 @pytest.fixture
@@ -442,7 +442,7 @@ def test_commands_between_other_words_are_understood(page, helps, request):
         elif program == "metarl":
             with pytest.raises(Read):  # the run that it is about may be left out
                 main([rest[0], "RUN_DIR", *rest[1:]] if rest[1].startswith("--") else rest)
-        elif re.fullmatch(r"scripts/\w+\.py", program) and rest:
+        elif re.fullmatch(r"scripts/\w+/\w+\.py", program) and rest:
             with pytest.raises(Read), pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", code.split())
                 runpy.run_path(str(ROOT / program), run_name="__main__")

@@ -14,14 +14,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from metarl.cli import baseline, doctor, evaluate, export, play, plot, show, train
 from metarl.cli.arguments import one_line
-from metarl.cli.baseline import baseline
-from metarl.cli.evaluate import evaluate
-from metarl.cli.export import export
-from metarl.cli.play import play
-from metarl.cli.plot import plot
-from metarl.cli.show import doctor, inspect, list_names
-from metarl.cli.train import train
 from metarl.errors import RunError, UserError
 
 
@@ -56,7 +50,7 @@ def _told(error: Exception) -> tuple[int, str]:
     if isinstance(error, RunError):
         return 1, str(error)
     if "MUJOCO_GL" in str(error):  # MuJoCo cannot be imported
-        from metarl.rendering import check_gl
+        from metarl.envs.drawing.rendering import check_gl
 
         try:
             check_gl()
@@ -90,15 +84,15 @@ def _flushed(status: int) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     verbs: dict[str, tuple[Callable[[list[str]], int], str]] = {
-        "train": (train, "train an agent from a YAML config"),
-        "evaluate": (evaluate, "evaluate a run on held-out tasks"),
-        "export": (export, "write a policy as one ONNX file, to run without torch"),
-        "play": (play, "draw an episode before and after adaptation, as MP4 and GIF"),
-        "inspect": (inspect, "show what a run directory holds"),
-        "list": (list_names, "list envs, agents, methods or configs"),
-        "doctor": (doctor, "check this machine"),
-        "plot": (plot, "draw what runs have tracked"),
-        "baseline": (baseline, "train a standard single-task agent from scratch on some of a config's tasks"),
+        "train": (train.train, "train an agent from a YAML config"),
+        "evaluate": (evaluate.evaluate, "evaluate a run on held-out tasks"),
+        "export": (export.export, "write a policy as one ONNX file, to run without torch"),
+        "play": (play.play, "draw an episode before and after adaptation, as MP4 and GIF"),
+        "inspect": (show.inspect, "show what a run directory holds"),
+        "list": (show.list_names, "list envs, agents, methods or configs"),
+        "doctor": (doctor.doctor, "check this machine"),
+        "plot": (plot.plot, "draw what runs have tracked"),
+        "baseline": (baseline.baseline, "train a standard single-task agent from scratch on some of a config's tasks"),
     }
     if arguments and arguments[0] in verbs:
         return verbs[arguments[0]][0](arguments[1:])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from metarl.cli.arguments import Parser, any_path, new_file, not_negative, positive
 from metarl.errors import UserError
-from metarl.files import replace_file
+from metarl.runs.atomic_files import replace_file
 
 
 def baseline(arguments: list[str]) -> int:
@@ -48,7 +48,7 @@ def baseline(arguments: list[str]) -> int:
 
 
 def _run_baseline(config_name: str, flags: list[str], options: argparse.Namespace) -> int:
-    from metarl.config import load_config
+    from metarl.config.schema import load_config
 
     config = load_config(config_name, flags)
     if options.stage is not None and options.stage >= len(config.stages):
@@ -58,10 +58,10 @@ def _run_baseline(config_name: str, flags: list[str], options: argparse.Namespac
     import numpy as np
     from rich.console import Console
 
-    from metarl.baseline import reference
-    from metarl.display import baseline_progress, baseline_table
+    from metarl.cli.display import baseline_progress, baseline_table
     from metarl.envs import FAMILIES
-    from metarl.evaluation import select_tasks
+    from metarl.evaluation.held_out import select_tasks
+    from metarl.evaluation.single_task import reference
     from metarl.seeding import Purpose, seeds
 
     if stage.tasks.family not in FAMILIES:

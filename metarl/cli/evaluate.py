@@ -11,8 +11,8 @@ from typing import Any
 
 from metarl.cli.arguments import Parser, add_checkpoint, new_file, not_negative, positive, run_folder
 from metarl.errors import UserError
-from metarl.files import replace_file
-from metarl.lock import own_folder
+from metarl.runs.atomic_files import replace_file
+from metarl.runs.lock import own_folder
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -56,11 +56,11 @@ def _evaluate_run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from metarl import evaluation
-    from metarl.display import report_tables
-    from metarl.evaluation import distribution_of, select_tasks
-    from metarl.policy import load
+    from metarl.build import distribution_of, num_workers
+    from metarl.cli.display import report_tables
+    from metarl.deploy.policy import load
+    from metarl.evaluation import select_tasks
     from metarl.seeding import Purpose, seeds
-    from metarl.stages import num_workers
 
     policy = load(options.run_dir, options.device, options.checkpoint)
     distribution = distribution_of(policy.config, options.tasks, options.stage)
@@ -90,10 +90,10 @@ def _evaluate_run(options: argparse.Namespace) -> int:
 def _evaluate_officially(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from metarl.display import official_table
-    from metarl.evaluation import distribution_of
-    from metarl.official import official_report
-    from metarl.policy import load
+    from metarl.build import distribution_of
+    from metarl.cli.display import official_table
+    from metarl.deploy.policy import load
+    from metarl.evaluation.metaworld_protocol import official_report
 
     policy = load(options.run_dir, options.device, options.checkpoint)
     tasks: Any = getattr(distribution_of(policy.config, options.tasks, options.stage), "config", None)

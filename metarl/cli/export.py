@@ -42,10 +42,10 @@ def export(arguments: list[str]) -> int:
 def _export(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from metarl.build import task_of
+    from metarl.deploy.policy import load
     from metarl.envs import make
-    from metarl.evaluation import adapt_to
-    from metarl.policy import load
-    from metarl.tasks import task_of
+    from metarl.evaluation.held_out import adapt_to
 
     policy, task = load(options.run_dir, checkpoint=options.checkpoint), None
     if options.adapt_on is not None:

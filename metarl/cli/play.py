@@ -9,7 +9,7 @@ from pathlib import Path
 
 from metarl.cli.arguments import Parser, add_checkpoint, new_file, not_negative, run_folder, task_name
 from metarl.errors import UserError
-from metarl.lock import own_folder
+from metarl.runs.lock import own_folder
 
 
 def play(arguments: list[str]) -> int:
@@ -43,16 +43,16 @@ def play(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
 
-    from metarl.rendering import check_gl, check_mp4, write_gif, write_mp4
+    from metarl.envs.drawing.rendering import check_gl, check_mp4, write_gif, write_mp4
 
     check_gl()  # first: the environments import MuJoCo, which fails on what it does not know
 
     from rich.console import Console
 
+    from metarl.build import task_of
+    from metarl.deploy.play import play as played
+    from metarl.deploy.policy import load
     from metarl.envs import FAMILIES, make
-    from metarl.play import play as played
-    from metarl.policy import load
-    from metarl.tasks import task_of
 
     policy = load(options.run_dir, checkpoint=options.checkpoint)
     if options.task is None and any(stage.tasks.family not in FAMILIES for stage in policy.config.stages):

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metarl.cli.arguments import Parser, any_path, run_folder
 from metarl.errors import UserError
-from metarl.lock import own_folder
+from metarl.runs.lock import own_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from metarl.comparison_plots import MethodCurve, Panel
-    from metarl.config import RunConfig
-    from metarl.continual import Evaluation
+    from metarl.config.schema import RunConfig
+    from metarl.continual.metrics import Evaluation
+    from metarl.plots.comparison import MethodCurve, Panel
 """Settings in which runs of one method may differ."""
 
 
@@ -67,9 +67,9 @@ def plot(arguments: list[str]) -> int:
 
 
 def _read(path: Path) -> _Run:
-    from metarl.config import load_config
-    from metarl.continual import evaluations, finished_stages
-    from metarl.metrics import read_metrics
+    from metarl.config.schema import load_config
+    from metarl.continual.metrics import evaluations, finished_stages
+    from metarl.runs.tracking import read_metrics
 
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} holds no run: there is no config.yaml; train one with `metarl train CONFIG`")
@@ -84,8 +84,8 @@ def _read(path: Path) -> _Run:
 
 
 def _figures(run: _Run) -> Iterator[tuple[str, Figure]]:
-    from metarl import plotting
-    from metarl.continual import score_matrix
+    from metarl.continual.metrics import score_matrix
+    from metarl.plots import run as plotting
 
     spans = plotting.stage_spans(run.lines, run.names)
     yield "learning.png", plotting.learning_curves(run.lines, spans)
@@ -103,7 +103,7 @@ def _figures(run: _Run) -> Iterator[tuple[str, Figure]]:
 
 def _reports(folder: Path) -> Iterator[tuple[str, Figure]]:
     """Draw the reports of evaluations; a file that is none is named on stderr and left out."""
-    from metarl.report_plots import read_report, report_figure
+    from metarl.plots.report import read_report, report_figure
 
     for path in sorted(folder.glob("*.json")):
         if path.name == "continual.json":  # what matrix.png shows
@@ -119,7 +119,7 @@ def _reports(folder: Path) -> Iterator[tuple[str, Figure]]:
 
 def _compare_on_same_tasks(runs: Sequence[_Run], folder: Path) -> None:
     """Draw the learning curves of runs that share their tasks; say which runs have nothing to be compared with."""
-    from metarl.comparison_plots import comparison
+    from metarl.plots.comparison import comparison
 
     groups = _grouped(runs, _tasks)
     if alone := [str(same[0].path) for same in groups if len(same) == 1]:
@@ -133,7 +133,7 @@ def _compare_on_same_tasks(runs: Sequence[_Run], folder: Path) -> None:
 
 def _panels(runs: Sequence[_Run]) -> list[Panel]:
     """Return the learning curves of runs on the same tasks, measure by measure, a method a curve."""
-    from metarl.comparison_plots import Panel, average_scores, method_curve
+    from metarl.plots.comparison import Panel, average_scores, method_curve
 
     methods = _methods(runs)
     for label, seeds in methods.items():
@@ -159,7 +159,7 @@ def _panels(runs: Sequence[_Run]) -> list[Panel]:
 
 def _learning(label: str, seeds: Sequence[_Run], measure: str) -> MethodCurve | None:
     """Return a method's curve on held-out tasks, or on those in training where runs have not been evaluated."""
-    from metarl.comparison_plots import method_curve, tracked
+    from metarl.plots.comparison import method_curve, tracked
 
     for split in ("meta_test", "meta_train"):
         points = [tracked(run.lines, f"{split}/{measure}_post") for run in seeds]
@@ -191,8 +191,8 @@ def _tasks_name(config: RunConfig) -> str:
 
 def _compare_sequences(runs: Sequence[_Run], folder: Path) -> None:
     """Draw the runs that have finished several stages by stability and plasticity; say which are left out."""
-    from metarl import plotting
-    from metarl.continual import forgetting, plasticity, score_matrix
+    from metarl.continual.metrics import forgetting, plasticity, score_matrix
+    from metarl.plots import run as plotting
 
     places = {}
     for run in runs:
@@ -226,7 +226,7 @@ def _methods(runs: Sequence[_Run]) -> dict[str, list[_Run]]:
 
     Runs whose configs differ in nothing but the seed, or in what has no effect on results, are of one method.
     """
-    from metarl.config import NO_EFFECT
+    from metarl.config.schema import NO_EFFECT
 
     groups = _grouped(runs, lambda run: run.config.model_dump_json(exclude={"seed", *NO_EFFECT}))
     methods = [_method(seeds[0].config) for seeds in groups]

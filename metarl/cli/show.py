@@ -1,4 +1,4 @@
-"""`metarl inspect`, `metarl list` and `metarl doctor`."""
+"""`metarl inspect` and `metarl list`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def inspect(arguments: list[str]) -> int:
     parser.add_argument("run_dir", type=run_folder, help="what `metarl train` wrote")
     options = parser.parse_args(arguments)
 
-    from metarl.metrics import read_metrics
-    from metarl.policy import load
+    from metarl.deploy.policy import load
+    from metarl.runs.tracking import read_metrics
 
     run_dir: Path = options.run_dir
     policy = load(run_dir)
@@ -55,7 +55,7 @@ def list_names(arguments: list[str]) -> int:
     parser.add_argument("what", choices=("envs", "agents", "methods", "configs"))
     options = parser.parse_args(arguments)
     if options.what == "configs":
-        from metarl.config import embedded_configs
+        from metarl.config.schema import embedded_configs
 
         for name, path in embedded_configs().items():
             first = path.read_text(encoding="utf-8").partition("\n")[0]
@@ -71,24 +71,8 @@ def list_names(arguments: list[str]) -> int:
         for name, method in stability_configs().items():
             print(f"{name:<30}{method.__doc__}")
     else:
-        from metarl.evaluation import family_names
+        from metarl.build import family_names
 
         for name, family in family_names().items():
             print(f"{name:<30}{family}")
     return 0
-
-
-def doctor(arguments: list[str]) -> int:
-    """Check this machine."""
-    Parser(
-        "metarl doctor",
-        description="Check versions, devices, drawing and simulators on this machine. What is marked -- is optional.",
-    ).parse_args(arguments)
-
-    from metarl.doctor import findings
-
-    healthy = True
-    for name, found, state in findings():
-        print(f"{state:<4}{name:<20}{found}", flush=True)
-        healthy &= state != "BAD"
-    return 0 if healthy else 1

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TextIO
 
 from metarl.cli.arguments import Parser, any_path
 from metarl.errors import UserError
-from metarl.lock import locked
+from metarl.runs.lock import locked
 
 RUN_OPTIONS = """options of the run:
   --run-dir DIR         where results go (default: runs/<name of the config>)
@@ -59,7 +59,7 @@ def train(arguments: list[str]) -> int:
     with locked(run_dir, resume=options.resume, overwrite=options.overwrite):
         pass  # it could be had: what speaks against it is told at once, before torch is imported
 
-    from metarl.config import load_config
+    from metarl.config.schema import load_config
 
     return _run_training(load_config(config_name, flags), run_dir, options)
 
@@ -67,8 +67,8 @@ def train(arguments: list[str]) -> int:
 def _run_training(config: Any, run_dir: Path, options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from metarl import training
-    from metarl.display import TrainingDisplay
+    from metarl.cli.display import TrainingDisplay
+    from metarl.training import loop as training
 
     total = sum(stage.iterations for stage in config.stages)
     console = Console(markup=False)
@@ -112,7 +112,7 @@ def _train_help(name: str | None, flags: Sequence[str]) -> int:
     """Show every setting with its default; tyro draws it from the same config that the flags are laid over."""
     import tyro
 
-    from metarl.config import RunConfig, load_config
+    from metarl.config.schema import RunConfig, load_config
 
     print("usage: metarl train CONFIG.yaml [--run-dir DIR] [--resume | --overwrite] [--SETTING VALUE ...]\n")
     print(RUN_OPTIONS)

@@ -15,13 +15,13 @@ from pydantic import Field
 from torch import Tensor
 
 from metarl.errors import as_tuple
+from metarl.protocols import Agent, StabilityMethod
 from metarl.stability import ewc, l2, mas
 from metarl.stability.ewc import EwcConfig
 from metarl.stability.l2 import L2Config
 from metarl.stability.mas import MasConfig
 from metarl.stability.mer import Mer, MerConfig
 from metarl.stability.replay import Replay, ReplayConfig
-from metarl.types import Agent, StabilityMethod
 
 StabilityConfig = Annotated[EwcConfig | ReplayConfig | L2Config | MasConfig | MerConfig, Field(discriminator="name")]
 """One member a method, told apart by `name`."""
@@ -77,7 +77,7 @@ class Guarding:
         self._counts: dict[str, int] = {}
 
     def __call__(self, fraction: float, again: bool = False) -> Tensor | None:
-        """See `metarl.types.Guard`."""
+        """See `metarl.protocols.Guard`."""
         total: Tensor | None = None
         if again:
             for own, state in zip(self._rngs, self._drawn, strict=True):

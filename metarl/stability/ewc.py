@@ -22,8 +22,9 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 
 from metarl.errors import STRICT
+from metarl.protocols import Agent
 from metarl.stability.quadratic import Penalty, Weights, unit_mean
-from metarl.types import Agent, Rollout
+from metarl.types import Rollout
 
 
 class EwcConfig(BaseModel):

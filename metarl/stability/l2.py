@@ -12,8 +12,9 @@ import torch
 from pydantic import BaseModel, Field
 
 from metarl.errors import STRICT
+from metarl.protocols import Agent
 from metarl.stability.quadratic import Penalty, Weights
-from metarl.types import Agent, Rollout
+from metarl.types import Rollout
 
 
 class L2Config(BaseModel):

@@ -19,8 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from metarl.protocols import Agent
 from metarl.stability.replay import Replay, ReplayConfig
-from metarl.types import Agent, Rollout
+from metarl.types import Rollout
 
 
 class MerConfig(ReplayConfig):

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarl.optimizers import check_entries
-from metarl.types import Agent, Rollout
+from metarl.nn.optimizer_state import check_entries
+from metarl.protocols import Agent
+from metarl.types import Rollout
 
 Weights = dict[str, Tensor]
 """How much each number of each parameter matters, by name, in the parameter's shape."""

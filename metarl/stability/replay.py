@@ -27,10 +27,11 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from metarl.errors import STRICT
-from metarl.objectives import gaussian_kl, weighted_mean
-from metarl.policies import gaussian_log_prob
+from metarl.nn.distributions import gaussian_kl, gaussian_log_prob
+from metarl.protocols import Agent
+from metarl.rl.surrogates import weighted_mean
 from metarl.stability.reservoir import Items, Reservoir, items_of, join, rollouts_of
-from metarl.types import Agent, Rollout
+from metarl.types import Rollout
 
 _LABELS = ("mean", "log_std", "values")
 """What is noted of a trial when its stage has ended."""

@@ -39,7 +39,17 @@ SMALL = ["--num-tasks", "4", "--device", "cpu", "--num-workers", "1", "--evaluat
 
 STABILITY = ["--stability", "ewc", "replay", "l2", "mas", "mer"]
 
-METHODS = ["maml_trpo", "maml_vpg", "fomaml", "reptile", "meta_curvature", "imaml", "anil", "meta_dropout", "multi_task"]
+METHODS = [
+    "maml_trpo",
+    "maml_vpg",
+    "fomaml",
+    "reptile",
+    "meta_curvature",
+    "imaml",
+    "anil",
+    "meta_dropout",
+    "multi_task",
+]
 
 MEMORIES = ["lstm", "transformer", "episodic"]
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from metarl.checkpoint import Spaces
-from metarl.config import RunConfig
-from metarl.policy import Policy, build_agent
-from metarl.types import Trajectory
+from metarl.build import build_agent
+from metarl.config.schema import RunConfig
+from metarl.deploy.policy import Policy
+from metarl.types import Spaces, Trajectory
 
 SPACES = Spaces(3, (-2.0, 0.0), (1.0, 0.5))
 """Bounds that are neither ±1 nor symmetric."""

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metarl.agents.inner import Batch, MetaParams, PolicyLoss, follow
-from metarl.agents.maml import Maml, MamlPpoConfig
-from metarl.agents.meta_objective import MetaObjective
-from metarl.objectives import ESTIMATORS, ppo_clip_loss
+from metarl.agents.maml.inner import Batch, MetaParams, PolicyLoss, follow
+from metarl.agents.maml.maml import Maml, MamlPpoConfig
+from metarl.agents.maml.meta_objective import MetaObjective
+from metarl.rl.surrogates import ESTIMATORS, ppo_clip_loss
 
 STATES, ACTIONS, STEPS = 3, 2, 2
 ALPHA = 0.7

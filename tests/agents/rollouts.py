@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from metarl.agents import agent_configs, build, outer
+from metarl.agents import agent_configs, build
+from metarl.agents.maml import outer
 from metarl.types import Percept, Rollout
 
 OBSERVATIONS, ACTIONS = 3, 2

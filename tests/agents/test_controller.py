@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from metarl.checkpoint import Spaces
-from metarl.memory import History, pack, unpack
-from metarl.types import Percept
+from metarl.nn.memory import History, pack, unpack
+from metarl.types import Percept, Spaces
 from tests.agents.deployed import AGENTS, SPACES, make_episodes, make_policy, make_trials, walk, zero
 
 every_agent = pytest.mark.parametrize("name", AGENTS)

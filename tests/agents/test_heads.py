@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from metarl.agents import build
-from metarl.agents.maml import MamlPpoConfig
-from metarl.agents.rl2_config import Rl2Config
-from metarl.config import load_config
+from metarl.agents.maml.maml import MamlPpoConfig
+from metarl.agents.rl2.config import Rl2Config
+from metarl.build import distribution_of
+from metarl.config.schema import load_config
+from metarl.deploy.policy import load
 from metarl.errors import UserError
-from metarl.evaluation import distribution_of
-from metarl.normalizer import Normalizer
-from metarl.objectives import saturation
-from metarl.policies import GaussianMlp
-from metarl.policy import load
-from metarl.training import train
+from metarl.nn.mlp import GaussianMlp
+from metarl.nn.normalizer import Normalizer
+from metarl.rl.surrogates import saturation
+from metarl.training.loop import train
 from metarl.types import Percept
 from tests.agents.rollouts import iteration, make_agent
 from tests.stability import agents as with_memory

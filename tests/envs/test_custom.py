@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from metarl.envs import custom
-from metarl.envs.vector import SerialEnvs
+from metarl.envs.vector.serial import SerialEnvs
 from metarl.types import Task
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import metarl
-from metarl.envs import mujoco
-from metarl.envs.metaworld import goal_vector
+from metarl.envs.metaworld.env import goal_vector
+from metarl.envs.mujoco import env as mujoco
 from metarl.envs.navigation import goal
 
 

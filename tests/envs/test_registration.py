@@ -11,8 +11,8 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 
 import metarl
+from metarl.build import family_names
 from metarl.envs.registration import ENVIRONMENTS, register_envs
-from metarl.tasks import family_names
 from metarl.types import Task
 
 MUJOCO, POINTS, REACH = "metarl/HalfCheetahDir-v0", "metarl/NavigationCuedWedges-v0", "metarl/reach-v3"

@@ -7,9 +7,9 @@ import signal
 
 import pytest
 
-from metarl.checkpoint import CorruptCheckpointError, load, load_latest
 from metarl.cli import main
-from metarl.training import train
+from metarl.runs.checkpoint import CorruptCheckpointError, load, load_latest
+from metarl.training.loop import train
 from tests.faults import processes
 from tests.faults.harness import names
 from tests.faults.small_runs import FILES, TWO_STAGES, listing
@@ -59,7 +59,7 @@ def refused(command, tmp_path, monkeypatch):
         raise AssertionError("an environment was made")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("metarl.stages.env_spaces", made)
+    monkeypatch.setattr("metarl.envs.vector.slots.env_spaces", made)
 
     def run(*arguments, expected=()):
         before = listing(tmp_path)

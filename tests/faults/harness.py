@@ -14,7 +14,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from metarl.checkpoint import CorruptCheckpointError, Position, Spaces, load, load_best, load_latest, save
+from metarl.runs.checkpoint import CorruptCheckpointError, load, load_best, load_latest, save
+from metarl.types import Position, Spaces
 
 SPACES = Spaces(3, (-1.0, -0.5), (1.0, 2.0))
 OPERATIONS = [

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from metarl.envs.workers import WorkerEnvs
+from metarl.envs.vector.workers import WorkerEnvs
 from tests.faults.fragile import BREAK_AT, Tasks, walks
 
 

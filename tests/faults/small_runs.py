@@ -1,6 +1,6 @@
 """Small runs that tests do things to, and what lies in their folders."""
 
-from metarl.config import as_config
+from metarl.config.schema import as_config
 
 WEDGES = {"family": "navigation", "name": "rotated_wedges", "horizon": 5}
 TWO_STAGES = as_config(

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from metarl.checkpoint import CorruptCheckpointError, load, load_latest
-from metarl.training import train
+from metarl.runs.checkpoint import CorruptCheckpointError, load, load_latest
+from metarl.training.loop import train
 from tests.faults.harness import names, save_states
 from tests.faults.small_runs import FILES, MANIFEST, TWO_STAGES
 

@@ -12,10 +12,10 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 
-from metarl import checkpoint
-from metarl.checkpoint import CorruptCheckpointError, load, load_latest
-from metarl.config import dump_config
-from metarl.training import train
+from metarl.config.schema import dump_config
+from metarl.runs import checkpoint
+from metarl.runs.checkpoint import CorruptCheckpointError, load, load_latest
+from metarl.training.loop import train
 from tests.faults.small_runs import FILES, MANIFEST, TWO_STAGES
 
 # Forgeries: the hashes are right

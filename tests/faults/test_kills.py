@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
-from metarl.checkpoint import Position, load_latest, save
-from metarl.config import load_config
-from metarl.tracking import Tracker
-from metarl.training import train
-from scripts import kill_often
-from scripts.kill_often import MARK, alive, different, orphans
-from tests.faults import processes
+from metarl.config.schema import load_config
+from metarl.runs.checkpoint import load_latest, save
+from metarl.runs.tracking import Tracker
+from metarl.training.loop import train
+from metarl.types import Position
+from tests.faults import kill_often, processes
+from tests.faults.kill_often import MARK, alive, different, orphans
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 

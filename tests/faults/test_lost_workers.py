@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from metarl.agents import build
-from metarl.agents.maml import MamlPpoConfig
+from metarl.agents.maml.maml import MamlPpoConfig
+from metarl.collect import BrokenRolloutsError, collect
 from metarl.envs import distribution
-from metarl.envs.vector import SerialEnvs
-from metarl.envs.workers import WorkerEnvs
-from metarl.sampling import BrokenRolloutsError, collect
+from metarl.envs.vector.serial import SerialEnvs
+from metarl.envs.vector.workers import WorkerEnvs
 from metarl.seeding import children
 from tests.faults import processes
 from tests.faults.fragile import BREAK_AT, HORIZON, Exploding, Tasks, Unreadable, walks

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from metarl.config import embedded_configs
+from metarl.config.schema import embedded_configs
 from tests.faults.processes import COMMAND, NAVIGATION, assert_told_in_one_line, environment
 from tests.faults.small_runs import listing
 
@@ -110,7 +110,7 @@ def test_a_run_that_needs_more_memory_than_there_is_says_so(command, monkeypatch
         def fail(*args, error=error, **kwargs):
             raise error
 
-        monkeypatch.setattr("metarl.training.train", fail)
+        monkeypatch.setattr("metarl.training.loop.train", fail)
         done = command(*NAVIGATION, "--run-dir", tmp_path / "run")
         assert_told_in_one_line(done, "out of memory; lower num_tasks", status=1)
 

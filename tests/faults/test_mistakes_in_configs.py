@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from metarl.config import dump_config, load_config
+from metarl.config.schema import dump_config, load_config
+from metarl.config.yaml_io import MOST_BYTES
 from metarl.errors import UserError
-from metarl.settings_yaml import MOST_BYTES
 from tests.faults.processes import COMMAND, NAVIGATION, assert_told_in_one_line, run_cli
 from tests.faults.small_runs import listing
 
@@ -266,7 +266,11 @@ def test_case_05_what_one_may_not_read():
         (folder / "closed").mkdir(mode=0)
         (folder / "open").mkdir()
         (folder / "open").chmod(0o777)
-        as_nobody = [COMMAND[0], "-c", f"import os, metarl.config, metarl.policy\nos.setuid(65534)\n{COMMAND[2]}"]
+        as_nobody = [
+            COMMAND[0],
+            "-c",
+            f"import os, metarl.config.schema, metarl.deploy.policy\nos.setuid(65534)\n{COMMAND[2]}",
+        ]
         for arguments, place in (
             (["train", folder / "secret.yaml", "--run-dir", folder / "open" / "run"], "secret.yaml"),
             (["train", folder / "closed" / "x.yaml", "--run-dir", folder / "open" / "run"], "x.yaml"),
@@ -291,7 +295,7 @@ def test_case_05_what_one_may_not_read():
         "seed: !<tag:yaml.org,2002:python/object/apply:os.mkdir> ['{marker}']",
         "seed: !!python/name:os.mkdir",
         "seed: !!python/module:os",
-        "agent: !!python/object:metarl.agents.maml.MamlPpoConfig {{}}",
+        "agent: !!python/object:metarl.agents.maml.maml.MamlPpoConfig {{}}",
         "%TAG ! tag:yaml.org,2002:python/\n---\nseed: !object/apply:os.mkdir ['{marker}']",
         "stages: [{{name: !!python/tuple [a]}}]",
         "seed: !other 1",

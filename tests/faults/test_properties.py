@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from metarl.agents import agent_configs
+from metarl.build import distribution_of, task_of
 from metarl.cli.arguments import one_line
-from metarl.config import RunConfig, dump_config, find_config, load_config
+from metarl.config.schema import RunConfig, dump_config, find_config, load_config
+from metarl.config.yaml_io import parse_yaml, write_yaml
 from metarl.errors import UserError
-from metarl.metrics import read_metrics
-from metarl.settings_yaml import parse_yaml, write_yaml
-from metarl.tasks import distribution_of, task_of
+from metarl.runs.tracking import read_metrics
 from metarl.types import Task, Trajectory
 
 

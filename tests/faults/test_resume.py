@@ -15,17 +15,17 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 
 import metarl
-import metarl.training
+import metarl.training.loop
 from metarl.agents import agent_configs
-from metarl.checkpoint import load_latest, save
-from metarl.config import as_config
+from metarl.config.schema import as_config
 from metarl.errors import UserError
-from metarl.random_state import random_state, set_random_state
+from metarl.runs.checkpoint import load_latest, save
+from metarl.runs.random_state import random_state, set_random_state
 from metarl.stability import stability_configs
-from metarl.training import train
-from scripts.kill_often import MARK, different, events, lines, orphans
+from metarl.training.loop import train
 from tests.faults import processes
 from tests.faults.harness import killed_before
+from tests.faults.kill_often import MARK, different, events, lines, orphans
 
 slow = pytest.mark.slow
 
@@ -149,7 +149,7 @@ def test_a_run_stopped_between_the_end_of_a_stage_and_its_evaluation_has_each_li
     tmp_path, monkeypatch, stage, where
 ):
     """It has saved, and is about to collect for the methods, to evaluate, or to track what it has found."""
-    settings, original, calls = config(methods=ALL), getattr(metarl.training._Trainer, where), [0]
+    settings, original, calls = config(methods=ALL), getattr(metarl.training.loop._Trainer, where), [0]
     reached = {"_consolidate": (1, 2), "_report": (3, 5), "_track": (5, 9)}[where][stage]
 
     def stopping(*args):
@@ -160,7 +160,7 @@ def test_a_run_stopped_between_the_end_of_a_stage_and_its_evaluation_has_each_li
 
     train(settings, run_dir=tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(metarl.training._Trainer, where, stopping)
+        patch.setattr(metarl.training.loop._Trainer, where, stopping)
         with pytest.raises(Stopped):
             train(settings, run_dir=tmp_path / "parts")
     position = load_latest(tmp_path / "parts" / "checkpoints").position

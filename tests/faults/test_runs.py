@@ -6,9 +6,9 @@ import signal
 import time
 from pathlib import Path
 
-from metarl.checkpoint import load_latest
-from metarl.config import load_config
-from metarl.metrics import read_metrics
+from metarl.config.schema import load_config
+from metarl.runs.checkpoint import load_latest
+from metarl.runs.tracking import read_metrics
 from tests.faults.processes import NAVIGATION
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,8 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from metarl.checkpoint import Position, load, save
+from metarl.runs.checkpoint import load, save
+from metarl.types import Position
 from tests.faults.harness import SPACES
 
 DTYPES = [

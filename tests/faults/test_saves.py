@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from metarl.checkpoint import load_latest
-from metarl.config import load_config
+from metarl.config.schema import load_config
 from metarl.errors import RunError
-from metarl.files import replace_file
-from metarl.training import train
-from scripts.kill_often import different
+from metarl.runs.atomic_files import replace_file
+from metarl.runs.checkpoint import load_latest
+from metarl.training.loop import train
 from tests.faults import processes
 from tests.faults.harness import (
     before_operation,
@@ -32,6 +31,7 @@ from tests.faults.harness import (
     save_states,
     small_disk,
 )
+from tests.faults.kill_often import different
 
 
 def two_checkpoints(folder):

@@ -4,9 +4,9 @@ import itertools
 
 import torch
 
-from metarl.agents.recurrent import CriticConfig, EpisodicConfig, GruConfig, LstmConfig, TransformerConfig
-from metarl.agents.rl2 import Rl2, Rl2Config
-from metarl.memory import rows
+from metarl.agents.rl2.agent import Rl2, Rl2Config
+from metarl.agents.rl2.networks import CriticConfig, EpisodicConfig, GruConfig, LstmConfig, TransformerConfig
+from metarl.nn.memory import rows
 from metarl.types import Percept, Rollout
 from tests.agents import rollouts as gradient_agents
 

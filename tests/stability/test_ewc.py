@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from metarl.policies import gaussian_log_prob
+from metarl.nn.distributions import gaussian_log_prob
 from metarl.stability import build
 from metarl.stability.ewc import EwcConfig, fisher, fisher_sums
 from tests.stability.agents import (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from metarl.agents.rl2 import Rl2
+from metarl.agents.rl2.agent import Rl2
 from metarl.stability import Guarding, build, stability_configs
 from tests.stability.agents import ACTIONS, KINDS, OBSERVATIONS, copy_of, iteration, make
 

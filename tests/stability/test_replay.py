@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from metarl.agents.outer import likelihood_ratio
-from metarl.agents.recurrent import CriticConfig, LinearConfig
-from metarl.objectives import gaussian_kl
-from metarl.policies import gaussian_log_prob
-from metarl.returns import discounted_returns
+from metarl.agents.maml.outer import likelihood_ratio
+from metarl.agents.rl2.networks import CriticConfig, LinearConfig
+from metarl.nn.distributions import gaussian_kl, gaussian_log_prob
+from metarl.rl.returns import discounted_returns
 from metarl.stability import Guarding
 from metarl.stability.replay import Replay, ReplayConfig, effective_sample_size
 from metarl.types import Prediction, Rollout

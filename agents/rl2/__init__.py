@@ -1,0 +1,1 @@
+"""RL²: an agent that adapts in its memory."""

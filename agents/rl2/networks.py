@@ -1,0 +1,287 @@
+"""The networks of an agent with a memory: encoder → memory → Gaussian policy and value, each told the inputs, too.
+
+Must not import environments, training or tracking.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from metarl.errors import STRICT, as_tuple, named_by_default
+from metarl.nn.attention import Episodic, Transformer
+from metarl.nn.memory import Memory, State
+from metarl.nn.mlp import choose_head
+from metarl.nn.recurrent import Gru, Lstm
+
+Sizes = Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)]
+
+MEMORIES = "gru, lstm, transformer or episodic; another one's settings are shown by --agent.memory.name NAME --help"
+
+
+class GruConfig(BaseModel):
+    """Gated recurrent units."""
+
+    model_config = STRICT
+
+    name: Literal["gru"] = Field("gru", description=MEMORIES)
+    size: int = Field(128, ge=1, description="hidden units")
+
+
+class LstmConfig(BaseModel):
+    """Long short-term memory."""
+
+    model_config = STRICT
+
+    name: Literal["lstm"] = Field("lstm", description=MEMORIES)
+    size: int = Field(128, ge=1, description="hidden units")
+
+
+def _check_heads(size: int, heads: int) -> None:
+    if size % heads:
+        raise ValueError(f"size is {size}, heads is {heads}; expected a multiple")
+
+
+class TransformerConfig(BaseModel):
+    """A causal transformer with a cache."""
+
+    model_config = STRICT
+
+    name: Literal["transformer"] = Field("transformer", description=MEMORIES)
+    size: int = Field(64, ge=1, description="width of the layers")
+    layers: int = Field(2, ge=1, description="how many")
+    heads: int = Field(4, ge=1, description="attention heads of each layer; a divisor of size")
+    context: int = Field(256, ge=1, description="steps that a layer attends to, at most the trial")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TransformerConfig:
+        _check_heads(self.size, self.heads)
+        return self
+
+
+class EpisodicConfig(BaseModel):
+    """A GRU with a memory of facts that is read by attention."""
+
+    model_config = STRICT
+
+    name: Literal["episodic"] = Field("episodic", description=MEMORIES)
+    size: int = Field(128, ge=1, description="hidden units, and width of what is read")
+    heads: int = Field(4, ge=1, description="facts asked for at once; a divisor of size")
+    context: int = Field(1024, ge=1, description="facts that are kept, one a step, the newest")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> EpisodicConfig:
+        _check_heads(self.size, self.heads)
+        return self
+
+
+MemoryConfig = Annotated[
+    GruConfig | LstmConfig | TransformerConfig | EpisodicConfig,
+    Field(discriminator="name"),
+    BeforeValidator(functools.partial(named_by_default, "gru")),
+]
+"""One member a memory, told apart by `name`; GRU if there is none."""
+
+
+VALUES = "shared, separate or linear; another one's settings are shown by --agent.critic.name NAME --help"
+
+
+class CriticConfig(BaseModel):
+    """A learned value function on a memory: that of the policy, or one of its own."""
+
+    model_config = STRICT
+
+    name: Literal["shared", "separate"] = Field("shared", description=VALUES)
+    sizes: Sizes = Field((128, 128), description="widths of the hidden layers between memory and value")
+    loss_coef: float = Field(0.5, gt=0, description="weight of the value loss; returns are normalised for it")
+
+
+class LinearConfig(BaseModel):
+    """Linear features of observation and time, fitted to each task's trials of an iteration."""
+
+    model_config = STRICT
+
+    name: Literal["linear"] = Field("linear", description=VALUES)
+
+
+BaselineConfig = Annotated[
+    CriticConfig | LinearConfig,
+    Field(discriminator="name"),
+    BeforeValidator(functools.partial(named_by_default, "shared")),
+]
+"""One member a baseline, told apart by `name`; a shared critic if there is none."""
+
+
+def build_memory(
+    config: GruConfig | LstmConfig | TransformerConfig | EpisodicConfig, input_size: int, generator: torch.Generator
+) -> Memory:
+    """Return a memory with freshly drawn weights."""
+    if isinstance(config, TransformerConfig):
+        return Transformer(input_size, config.size, config.layers, config.heads, config.context, generator)
+    if isinstance(config, EpisodicConfig):
+        return Episodic(input_size, config.size, config.heads, config.context, generator)
+    return (Gru if isinstance(config, GruConfig) else Lstm)(input_size, config.size, generator)
+
+
+def mlp(sizes: tuple[int, ...], output_gain: float, generator: torch.Generator) -> nn.Sequential:
+    """Return tanh layers with orthogonal weights, gain √2, and a linear last one (Andrychowicz et al. 2021)."""
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+        layer = nn.Linear(fan_in, fan_out)
+        final = i == len(sizes) - 2
+        nn.init.orthogonal_(layer.weight, output_gain if final else math.sqrt(2.0), generator=generator)
+        nn.init.zeros_(layer.bias)
+        layers += [layer] if final else [layer, nn.Tanh()]
+    return nn.Sequential(*layers)
+
+
+class Trunk(nn.Module):
+    """Encoder and memory. What comes out may hold the inputs as well: a reactive policy need not pass the memory.
+
+    Args:
+        input_size: I.
+        encoder_sizes: widths of the tanh layers before the memory; none: it reads the inputs.
+        memory: its settings.
+        skip: whether the features hold the inputs, behind the rest.
+        generator: draws the initial weights.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        encoder_sizes: tuple[int, ...],
+        memory: GruConfig | LstmConfig | TransformerConfig | EpisodicConfig,
+        skip: bool,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self._skip = skip
+        sizes = (input_size, *encoder_sizes)
+        self.encoder = (
+            nn.Sequential(mlp(sizes, math.sqrt(2.0), generator), nn.Tanh()) if encoder_sizes else nn.Identity()
+        )
+        self.memory = build_memory(memory, sizes[-1], generator)
+        self.output_size = self.memory.output_size + skip * input_size
+
+    def initial(self, batch: int) -> State:
+        """The state of the memory of `batch` trials that have not begun."""
+        return self.memory.initial(batch)
+
+    def step(self, inputs: Tensor, state: State, active: Tensor | None = None) -> tuple[Tensor, State]:
+        """Read one step: inputs `[B, I]` → features `[B, F]` and the next state."""
+        outputs, state = self.memory.step(self.encoder(inputs), state, active)
+        return torch.cat([outputs, inputs], -1) if self._skip else outputs, state
+
+    def scan(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+        """Read T steps: inputs `[B, T, I]` → features `[B, T, F]` and the state after them."""
+        outputs, state = self.memory.scan(self.encoder(inputs), state)
+        return torch.cat([outputs, inputs], -1) if self._skip else outputs, state
+
+
+class GaussianHead(nn.Module):
+    """A Gaussian policy on features: the mean is linear in them; so is the log deviation, or it is a parameter.
+
+    Args:
+        feature_size: F.
+        action_size: A.
+        std: (initial, least, greatest) standard deviation.
+        state_dependent: whether the deviation depends on the features.
+        generator: draws the initial weights; the mean starts near 0.
+        cue: which features choose, one-hot, one of as many output layers; None: there is one.
+    """
+
+    def __init__(
+        self,
+        feature_size: int,
+        action_size: int,
+        std: tuple[float, float, float],
+        state_dependent: bool,
+        generator: torch.Generator,
+        cue: slice | None = None,
+    ) -> None:
+        super().__init__()
+        self._cue = cue
+        heads = 1 if cue is None else cue.stop - cue.start
+        self.mean = mlp((feature_size, action_size * heads), 0.01, generator)
+        self.log_std = nn.Parameter(torch.full((action_size,), math.log(std[0])))
+        self.deviation = mlp((feature_size, action_size), 0.01, generator) if state_dependent else None
+        self._bounds = (math.log(std[1]), math.log(std[2]))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log standard deviation `[..., A]`; the gradient at a bound is 0."""
+        log_std = self.log_std if self.deviation is None else self.log_std + self.deviation(features)
+        mean: Tensor = self.mean(features)
+        if self._cue is not None:
+            mean = choose_head(mean, features[..., self._cue])
+        return mean, log_std.clamp(*self._bounds).expand_as(mean)
+
+    def keep_within_bounds(self) -> None:
+        """Bring a deviation that an optimiser's step has carried past its bounds back: there it has no gradient."""
+        if self.deviation is None:
+            with torch.no_grad():
+                self.log_std.clamp_(*self._bounds)
+
+
+class Policy(nn.Module):
+    """Trunk and Gaussian head.
+
+    Args:
+        trunk: reads the inputs.
+        head: of the trunk's features.
+    """
+
+    def __init__(self, trunk: Trunk, head: GaussianHead) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+
+class Critic(nn.Module):
+    """A value function, learned on returns that are normalised by their running mean and standard deviation.
+
+    A shared one reads the policy's memory and trains it, too: with the features cut off from the value's gradient a
+    memory has been seen to stay untrained.
+
+    Args:
+        feature_size: F.
+        sizes: widths of the hidden layers.
+        trunk: of its own; None: it reads the policy's features.
+        generator: draws the initial weights.
+    """
+
+    def __init__(
+        self, feature_size: int, sizes: tuple[int, ...], trunk: Trunk | None, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = mlp((feature_size, *sizes, 1), 1.0, generator)
+        self.scale: Tensor
+        # Mean, standard deviation, updates seen; before the first one values are 0, whatever the scale of rewards.
+        self.register_buffer("scale", torch.zeros(3))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Normalised values `[...]` of features `[..., F]`."""
+        values: Tensor = self.head(features).squeeze(-1)
+        return values
+
+    def values(self, features: Tensor) -> Tensor:
+        """Values in units of return."""
+        values: Tensor = self(features) * self.scale[1] + self.scale[0]
+        return values
+
+    def normalized(self, returns: Tensor) -> Tensor:
+        """Returns as targets."""
+        return (returns - self.scale[0]) / self.scale[1]
+
+    def rescale(self, returns: Tensor) -> None:
+        """Follow the returns of an iteration."""
+        mean, std, seen = self.scale
+        weight = 1.0 / (seen + 1.0).clamp(max=20.0)
+        mean = (1 - weight) * mean + weight * returns.mean()
+        std = (1 - weight) * std + weight * returns.std().clamp_min(1e-6)
+        self.scale = torch.stack([mean, std, seen + 1.0])

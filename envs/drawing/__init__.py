@@ -1,0 +1,1 @@
+"""Drawing: which OpenGL renders, cameras, and the plane of 2D navigation."""

@@ -1,0 +1,1 @@
+"""Meta-World: its tasks, its environments made fast, their models and scenes."""

@@ -1,0 +1,1 @@
+"""MuJoCo families: their tasks, bodies, and names of observations and actions."""

@@ -1,0 +1,79 @@
+"""Steps many environments: one after another in this process, in worker processes, or as one computation.
+
+What is stepped, and in which order results come back, does not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metarl.envs.vector.slots import LANES, POOL, Buffers, Slots, env_spaces
+from metarl.envs.vector.workers import WORKER_TIMEOUT, WorkerEnvs
+from metarl.protocols import BatchEnv, TaskDistribution
+from metarl.types import BoolArray, FloatArray, Step, Task
+
+
+def make_envs(
+    distribution: TaskDistribution, max_envs: int, num_workers: int, worker_timeout_s: float = WORKER_TIMEOUT
+) -> BatchEnv:
+    """Return a `BatchEnv` for the tasks of a distribution.
+
+    Args:
+        distribution: if it has a method `make_batch(max_envs)`, that one steps all environments as one computation.
+        max_envs: how many environments are stepped together at most.
+        num_workers: processes; 0 steps in this one.
+        worker_timeout_s: seconds without any progress after which a process counts as hung and is started again.
+    """
+    make_batch = getattr(distribution, "make_batch", None)
+    if make_batch is not None:
+        batch: BatchEnv = make_batch(max_envs)
+        return batch
+    if num_workers == 0:
+        return SerialEnvs(distribution, max_envs)
+    return WorkerEnvs(distribution, max_envs, min(num_workers, max_envs), worker_timeout_s)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class SerialEnvs:
+    """Environments stepped one after another in this process; a `BatchEnv`.
+
+    Args:
+        distribution: builds them.
+        max_envs: how many at most.
+    """
+
+    lanes = LANES
+
+    def __init__(self, distribution: TaskDistribution, max_envs: int) -> None:
+        self.max_envs = max_envs
+        self.observation_space, self.action_space = env_spaces(distribution)
+        shapes = Buffers.shapes(max_envs, self.observation_space.shape[0], self.action_space.shape[0])
+        self._buffers = Buffers(**{name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()})
+        self._slots = Slots(distribution, self._buffers, max(max_envs, POOL))
+
+    def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
+        """See `BatchEnv.reset`."""
+        self._slots.assign(tasks)
+        self._slots.reset(seeds)
+        return self._buffers.observations[: len(tasks)]
+
+    def step_async(self, rows: slice, actions: FloatArray, active: BoolArray) -> None:
+        """See `BatchEnv.step_async`."""
+        self._buffers.actions[rows], self._buffers.active[rows] = actions, active
+        self._slots.step(rows.start, rows.stop)
+
+    def step_wait(self, rows: slice) -> Step:
+        """See `BatchEnv.step_wait`."""
+        return self._buffers.step(rows)
+
+    def close(self) -> None:
+        """See `BatchEnv.close`."""
+        self._slots.close()

@@ -1,0 +1,213 @@
+"""What a config stands for: task distributions, task samplers, the agent, the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import gymnasium
+import torch
+
+from metarl import agents
+from metarl.config.schema import RunConfig, StageConfig
+from metarl.envs import FAMILIES, CuedTasks, distribution, make
+from metarl.envs.manager import Curriculum, EnvManager, JointManager, Manager
+from metarl.envs.vector.serial import usable_cores
+from metarl.envs.vector.slots import POOL, env_spaces
+from metarl.envs.vector.union import check_apart
+from metarl.errors import UserError, unknown_name
+from metarl.protocols import Agent, TaskDistribution
+from metarl.seeding import Purpose, integer_seed
+from metarl.types import Spaces, Task
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device; `auto` takes the GPU if there is one. Raises UserError for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: PyTorch finds no GPU here; use --device cpu or auto, or see `metarl doctor`")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def build_agent(config: RunConfig, spaces: Spaces, device: torch.device, purpose: Purpose = Purpose.AGENT) -> Agent:
+    """Return a freshly initialised agent for observations and actions of the given sizes."""
+    seed = integer_seed(config.seed, purpose)
+    cues = len(config.stages) if config.stage_cue != "none" else 0
+    sizes = spaces.observation_size, spaces.action_size
+    return agents.build(config.agent, *sizes, device, seed, cues, config.stage_cue == "head")
+
+
+def stage_distributions(
+    config: RunConfig, given: TaskDistribution | Sequence[TaskDistribution] | None
+) -> list[TaskDistribution]:
+    """Return the tasks of each stage, one object for equal ones; raises UserError."""
+    count = len(config.stages)
+    if given is None:
+        different = {stage.tasks: task_distribution(stage) for stage in config.stages}
+        own = [different[stage.tasks] for stage in config.stages]
+    elif isinstance(given, Sequence) and not hasattr(given, "train_tasks"):
+        if len(given) != count:
+            raise UserError(f"{len(given)} distributions for {count} stages; give one for each, or one for all")
+        check_apart(given)
+        own = list(given)
+    else:
+        own = [cast(TaskDistribution, given)] * count
+    if config.stage_cue == "none":
+        return own
+    return [CuedTasks(distribution, stage, count) for stage, distribution in enumerate(own)]
+
+
+def task_distribution(stage: StageConfig) -> TaskDistribution:
+    """Return the tasks of a stage; raises UserError for tasks that only Python can give."""
+    if stage.tasks.family not in FAMILIES:
+        raise UserError("the tasks are custom ones: train from Python with metarl.train(config, distribution)")
+    return FAMILIES[stage.tasks.family].tasks(stage.tasks)
+
+
+def common_spaces(distributions: Sequence[TaskDistribution]) -> Spaces:
+    """Return the observation and action space that all stages have; raises UserError if they differ."""
+    spaces = [_spaces(distribution) for distribution in distributions]
+    if len(set(spaces)) > 1:
+        raise UserError(
+            f"all stages need the same observation and action space; they have {', '.join(map(str, spaces))}"
+        )
+    return spaces[0]
+
+
+def _spaces(distribution: TaskDistribution) -> Spaces:
+    observation_space, action_space = env_spaces(distribution)
+    low, high = (tuple(float(bound) for bound in bounds) for bounds in (action_space.low, action_space.high))
+    return Spaces(observation_space.shape[0], low, high)
+
+
+def stage_managers(config: RunConfig, distributions: Sequence[TaskDistribution]) -> list[Manager]:
+    """Return what draws the training tasks of each stage; of joint training one for all. Raises UserError."""
+    own = [task_manager(f"stages.{i}", *pair) for i, pair in enumerate(zip(config.stages, distributions, strict=True))]
+    return [JointManager(own)] * len(own) if config.control == "joint" else [*own]
+
+
+def task_manager(setting: str, stage: StageConfig, distribution: TaskDistribution) -> EnvManager:
+    """Return what draws the training tasks of a stage, by its curriculum if it has one.
+
+    Args:
+        setting: where the stage stands in the config, e.g. `stages.0`.
+        stage: its settings.
+        distribution: its tasks.
+
+    Raises:
+        UserError: a curriculum is asked for and the tasks have no order of difficulty.
+    """
+    if not stage.curriculum.iterations:
+        return EnvManager(distribution.train_tasks)
+    difficulty = getattr(distribution, "difficulty", None)
+    if difficulty is None:
+        raise UserError(
+            f"{setting}.curriculum: these tasks have no order of difficulty; give their distribution a method "
+            "`difficulty(task)`, e.g. custom(..., difficulty=...), or leave out the curriculum"
+        )
+    try:
+        curriculum = Curriculum(difficulty, stage.curriculum.start_fraction, stage.curriculum.iterations)
+        return EnvManager(distribution.train_tasks, curriculum)
+    except ValueError as error:
+        raise UserError(f"{setting}.curriculum: {error}") from error
+
+
+def num_workers(config: RunConfig) -> int:
+    """Return how many processes step environments."""
+    return config.num_workers if config.num_workers is not None else usable_cores()
+
+
+def max_envs(config: RunConfig, stage: int) -> int:
+    """Return how many are stepped together: all rollouts of all tasks; of Meta-World, 3.2 MB each, a pool's worth."""
+    if config.num_envs is not None:
+        return config.num_envs
+    rollouts = config.rollouts_per_task
+    if config.stages[stage].tasks.family == "metaworld":
+        rollouts = min(rollouts, max(1, POOL // config.num_tasks))
+    return config.num_tasks * rollouts
+
+
+def family_names() -> dict[str, str]:
+    """Return what `distribution_of` understands: name of a benchmark, distribution or Meta-World class → its family."""
+    return {name: family for family, entry in FAMILIES.items() for name in entry.names()}
+
+
+def distribution_of(config: RunConfig, name: str | None = None, stage: str | None = None) -> TaskDistribution:
+    """Return the tasks of one of a run's stages, or others with that stage's options.
+
+    Args:
+        config: of the run.
+        name: a key of `family_names`, e.g. `ML10`, `push-v3` or `HalfCheetahVel`; None for the run's own tasks.
+        stage: name of the stage; the last one if None. An agent that is told its stage is told this one.
+
+    Raises:
+        UserError: the run was trained on custom tasks and no name is given, or a name is unknown.
+    """
+    stages = [each.name for each in config.stages]
+    if stage is not None and stage not in stages:
+        raise UserError(f"the run has no stage {stage!r}; it has {', '.join(stages)}")
+    number = len(stages) - 1 if stage is None else stages.index(stage)
+    tasks = config.stages[number].tasks
+    if name is not None:
+        found = _named(name, tasks)
+    elif tasks.family in FAMILIES:
+        found = FAMILIES[tasks.family].tasks(tasks)
+    else:
+        raise UserError("the run has custom tasks: evaluate it from Python with metarl.evaluate(…, make=…)")
+    return found if config.stage_cue == "none" else CuedTasks(found, number, len(stages))
+
+
+def _named(name: str, like: Any) -> TaskDistribution:
+    """Return the tasks of a name with the options of others."""
+    families = family_names()
+    if name not in families:
+        raise UserError(str(unknown_name("task or benchmark", name, families, "metarl list envs")))
+    family = families[name]
+    options = like.model_dump(include={"seed", "horizon", "reward_version"}) if like.family == family else {}
+    return distribution(family, **options, **FAMILIES[family].names()[name])
+
+
+def task_of(config: RunConfig, name: str | None = None, split: str = "test", stage: str | None = None) -> Task:
+    """Return one task: `reach-v3` is the first of that class, `reach-v3:7` the one with index 7 among them.
+
+    Args:
+        config: of the run, whose options the task has.
+        name: of a class of the run's tasks, or anything that `distribution_of` understands; None: the run's first task.
+        split: `test` or `train`.
+        stage: name of the stage; the last one if None.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    if name is None:
+        return _split(distribution_of(config, None, stage), split)[0]
+    wanted, _, number = name.partition(":")
+    if number and not (number.isascii() and number.isdigit() and len(number) < 10):
+        raise UserError(f"task {name!r}: expected a number behind the colon, e.g. {wanted}:3")
+    found: list[Task] = []
+    if all(each.tasks.family in FAMILIES for each in config.stages):
+        found = [task for task in _split(distribution_of(config, None, stage), split) if task.name == wanted]
+    found = found or _split(distribution_of(config, wanted, stage), split)
+    index = int(number or 0)
+    if index >= len(found):
+        raise UserError(f"there is no {name}; the {split} split has {len(found)} of {wanted}, counted from 0")
+    return found[index]
+
+
+def horizon_of(config: RunConfig) -> int | None:
+    """Return the steps of an episode in a run's last stage; None for custom tasks, which the config does not know."""
+    if config.stages[-1].tasks.family not in FAMILIES:
+        return None
+    return int(distribution_of(config).train_tasks[0].option("horizon"))
+
+
+def env_of(config: RunConfig) -> gymnasium.Env[Any, Any] | None:
+    """Return the environment of the first held-out task of a run's last stage; None for custom tasks."""
+    if config.stages[-1].tasks.family not in FAMILIES:
+        return None
+    return make(task_of(config))
+
+
+def _split(tasks: TaskDistribution, split: str) -> list[Task]:
+    return tasks.test_tasks if split == "test" else tasks.train_tasks

@@ -1,0 +1,1 @@
+"""The settings of a run: schema, YAML, flags, and readable errors."""

@@ -1,0 +1,1 @@
+"""The trained agent in use: policy, ONNX, stable-baselines3, recorded episodes."""

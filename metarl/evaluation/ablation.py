@@ -1,0 +1,123 @@
+"""Controls: what an agent with a memory is worth without its memory of earlier episodes, or without its rewards.
+
+Each is an `Actor` around an agent that changes what the agent is told; the agent is not retrained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from metarl.protocols import Actor
+from metarl.rl.returns import time_in_episode
+from metarl.types import Percept, Rollout
+
+Ablation: TypeAlias = Literal["memory", "reward"]
+"""`memory`: it begins anew at each episode; `reward`: the agent is told those of the average task."""
+
+
+def ablated(agent: Actor, ablation: Ablation, rollouts: Sequence[Rollout]) -> Actor:
+    """Return the agent without its memory or its rewards.
+
+    Args:
+        agent: with a memory.
+        ablation: what it goes without.
+        rollouts: of the agent as it is, on the same tasks, to average rewards over.
+    """
+    return WithoutMemory(agent) if ablation == "memory" else WithoutReward(agent, average_rewards(rollouts))
+
+
+class WithoutMemory:
+    """The agent with a memory that begins anew at each episode of a trial, as if that were the first one.
+
+    Args:
+        agent: to ablate.
+    """
+
+    def __init__(self, agent: Actor) -> None:
+        self._agent = agent
+        self.device, self.trial_episodes, self.adaptation_steps = agent.device, agent.trial_episodes, 0
+
+    def initial_state(self, num_tasks: int) -> Any:
+        """See `Actor.initial_state`."""
+        return self._agent.initial_state(num_tasks)
+
+    def act(self, percept: Percept, noise: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+        """See `Actor.act`; all rollouts begin their episodes together."""
+        if bool(percept.episode_start.all()):
+            state = self._agent.initial_state(len(percept.rewards))
+            percept = percept._replace(rewards=torch.full_like(percept.rewards, math.nan))
+        return self._agent.act(percept, noise, state)
+
+    def adapt(self, state: Any, rollout: Rollout) -> Any:
+        """See `Actor.adapt`."""
+        return self._agent.adapt(state, rollout)
+
+
+class _Counted(NamedTuple):
+    """The agent's state, and which step of which episode comes next."""
+
+    state: Any
+    episode: int = -1
+    time: int = 0
+
+
+class WithoutReward:
+    """The agent told, at each step of a trial, the reward that the average task would have given.
+
+    A constant would be something the agent has never met; the average differs from what it knows only in saying nothing
+    about the task at hand.
+
+    Args:
+        agent: to ablate.
+        rewards: `[L, H]`, of each step of each episode of a trial; beyond H the last one goes on.
+    """
+
+    def __init__(self, agent: Actor, rewards: Tensor) -> None:
+        self._agent, self._rewards = agent, rewards
+        self.device, self.trial_episodes, self.adaptation_steps = agent.device, agent.trial_episodes, 0
+
+    def initial_state(self, num_tasks: int) -> Any:
+        """See `Actor.initial_state`."""
+        return _Counted(self._agent.initial_state(num_tasks))
+
+    def act(self, percept: Percept, noise: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+        """See `Actor.act`; all rollouts begin their episodes together."""
+        begins = bool(percept.episode_start.all())
+        episode, time = (state.episode + 1, 0) if begins else (state.episode, state.time)
+        last = min(time, self._rewards.shape[1]) - 1  # an ablated agent may live longer than it did as it is
+        told = self._rewards[episode, last] if time else self._rewards[episode - 1, -1] if episode else math.nan
+        percept = percept._replace(rewards=torch.full_like(percept.rewards, float(told)))
+        actions, log_probs, after = self._agent.act(percept, noise, state.state)
+        return actions, log_probs, _Counted(after, episode, time + 1)
+
+    def adapt(self, state: Any, rollout: Rollout) -> Any:
+        """See `Actor.adapt`."""
+        return state._replace(state=self._agent.adapt(state.state, rollout))
+
+
+def average_rewards(rollouts: Sequence[Rollout]) -> Tensor:
+    """Return the mean reward at each step of each episode of a trial, over all tasks and trials, `[L, H]`.
+
+    Where all episodes have ended, the mean of the step before goes on.
+
+    Args:
+        rollouts: of trials of L episodes; of any number of tasks each.
+    """
+    parts = []
+    for rollout in rollouts:
+        time, valid = time_in_episode(rollout.episode_start), rollout.valid
+        parts.append(torch.stack([rollout.episode[valid], time[valid], rollout.rewards[valid]]).cpu())
+    episode, time, rewards = torch.cat(parts, 1)
+    shape = int(episode.max()) + 1, int(time.max()) + 1
+    where = episode.long() * shape[1] + time.long()
+    totals = torch.zeros(shape).view(-1).index_add(0, where, rewards)
+    counts = torch.zeros(shape).view(-1).index_add(0, where, torch.ones_like(rewards))
+    means = (totals / counts).view(shape)
+    for step in range(1, shape[1]):
+        means[:, step] = torch.where(means[:, step].isnan(), means[:, step - 1], means[:, step])
+    return means

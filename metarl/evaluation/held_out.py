@@ -1,0 +1,305 @@
+"""Held-out evaluation: adapt as trained; report before and after, with intervals, beside an untrained agent."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+from metarl import statistics
+from metarl.build import build_agent
+from metarl.collect import adapt_and_collect, by_phase, collect
+from metarl.deploy.policy import Policy
+from metarl.envs import FAMILIES
+from metarl.envs import make as make_env
+from metarl.envs.manager import EnvManager
+from metarl.envs.vector.serial import make_envs
+from metarl.errors import UserError
+from metarl.evaluation.ablation import Ablation, ablated
+from metarl.protocols import Actor, Agent, BatchEnv
+from metarl.seeding import Purpose, children, seeds
+from metarl.types import FloatArray, Rollout, Task
+
+Report = dict[str, Any]
+"""JSON: see `evaluate`."""
+
+MAX_ENVS = 200
+"""Environments of an evaluation; rollouts and then tasks beyond are run in turn."""
+
+
+class _Tasks:
+    """A list of tasks as a distribution, to make environments for."""
+
+    def __init__(self, tasks: Sequence[Task], make: Callable[[Task], gymnasium.Env[Any, Any]]) -> None:
+        self.train_tasks = self.test_tasks = list(tasks)
+        self.make = make
+
+
+def evaluate(
+    policy: Policy,
+    tasks: Sequence[Task],
+    *,
+    rollouts_per_task: int | None = None,
+    adaptation_steps: int | None = None,
+    seed: int | None = None,
+    ablate: Ablation | None = None,
+    num_workers: int = 0,
+    make: Callable[[Task], gymnasium.Env[Any, Any]] = make_env,
+) -> Report:
+    """Evaluate an agent on tasks, adapting to each as in training, and an untrained agent on the same tasks.
+
+    Every phase runs `rollouts_per_task` episodes with exploring actions. An agent that adapts by gradient steps has
+    K + 1 phases, and a phase's episodes are what the next step adapts on; for an agent with a memory the phases are
+    the episodes of a trial. The return of a phase is the mean over its episodes, its success the fraction of them in
+    which the task was solved at any step.
+
+    Args:
+        policy: from `metarl.load` or `metarl.train`, before adaptation.
+        tasks: what to evaluate on, e.g. a distribution's `test_tasks`.
+        rollouts_per_task: N; as in training if None.
+        adaptation_steps: K; as in training if None.
+        seed: of episodes and of intervals; the run's if None.
+        ablate: evaluate an agent with a memory without that memory of earlier episodes, or without its rewards, too.
+        num_workers: processes that step environments; no effect on the result.
+        make: builds the environment of a task; needed for tasks of one's own.
+
+    Returns:
+        `{"protocol", "split", "held_out", "env_steps", "seed", "adaptation_steps", "trial_episodes",
+        "rollouts_per_task", "tasks": [{"name", "index", "returns": [pre, …, post], "success": [pre, …, post],
+        "untrained_returns", "untrained_success"}], "aggregate": {"return_pre": {"mean", "iqm", "ci95": [low, high]},
+        "return_post", "return_gain", "success_pre", …, "untrained_return_post", …}, "phases": [{"return": {"mean",
+        …}, "success"}], "per_class": {name: {"return_pre", "success_post", "untrained_success_post", …}}}`. Intervals
+        are 95 % bootstrap intervals of the mean over tasks, stratified by class; `gain` is post − pre, task by task.
+        Success is null where a task does not define it, and so are phases whose episodes all had to be dropped; both
+        are left out of the aggregates. An ablation is named in "ablate"; what it led to is beside the rest, in
+        "ablated_returns", "ablated_return_post" and so on.
+
+    Raises:
+        UserError: the tasks do not fit the agent, or the agent has no such phases or no memory to ablate.
+    """
+    if not tasks:
+        raise ValueError("no tasks to evaluate on; expected at least one")
+    if policy.adapted:
+        raise UserError(
+            "the policy is adapted already, and evaluating adapts by itself; give the agent before adaptation"
+        )
+    config, by_memory = policy.config, policy.agent.adaptation_steps == 0
+    if by_memory and adaptation_steps is not None:
+        raise UserError(
+            f"{config.agent.name} adapts in its memory, within trials of {policy.agent.trial_episodes} episodes; there "
+            "is no number of adaptation steps to choose"
+        )
+    if ablate is not None and not by_memory:
+        raise UserError(f"{config.agent.name} has no memory; only agents with one, e.g. rl2, can be ablated")
+    seed = config.seed if seed is None else seed
+    rollouts = rollouts_per_task or config.evaluation.rollouts_per_task or config.rollouts_per_task
+    untrained = build_agent(config, policy.spaces, policy.agent.device, Purpose.UNTRAINED_AGENT)
+    most = min(len(tasks) * rollouts, MAX_ENVS)
+    envs = make_envs(_Tasks(tasks, make), most, num_workers, config.worker_timeout_s)
+    try:
+        _check_sizes(policy, envs)
+        report = evaluate_agent(
+            policy.agent,
+            envs,
+            tasks,
+            rollouts,
+            seed=seed,
+            env_steps=policy.env_steps,
+            adaptation_steps=adaptation_steps,
+            untrained=untrained,
+            ablate=ablate,
+        )
+    finally:
+        envs.close()
+    return report
+
+
+def _check_sizes(policy: Policy, envs: BatchEnv) -> None:
+    found = envs.observation_space.shape[0], envs.action_space.shape[0]
+    expected = policy.spaces.observation_size, policy.spaces.action_size
+    if found != expected:
+        raise UserError(f"the tasks have (observation, action) sizes {found}; the agent was trained for {expected}")
+
+
+def evaluate_agent(
+    agent: Agent,
+    envs: BatchEnv,
+    tasks: Sequence[Task],
+    rollouts_per_task: int,
+    *,
+    seed: int,
+    env_steps: int,
+    adaptation_steps: int | None = None,
+    untrained: Agent | None = None,
+    ablate: Ablation | None = None,
+) -> Report:
+    """Evaluate in given environments; see `evaluate` for the report, in which the untrained agent may be missing."""
+    trials = functools.partial(
+        _collect, envs, tasks=tasks, rollouts_per_task=rollouts_per_task, seed=seed, adaptation_steps=adaptation_steps
+    )
+    rollouts = trials(agent)
+    outcomes = {"": rollouts}
+    if untrained is not None:
+        outcomes["untrained_"] = trials(untrained)
+    if ablate is not None:
+        outcomes["ablated_"] = trials(ablated(agent, ablate, [part for (part,) in rollouts]))
+    rows: list[dict[str, Any]] = [{"name": task.name, "index": task.index} for task in tasks]
+    for prefix, outcome in outcomes.items():
+        for field, measure in (("returns", Rollout.episode_returns), ("success", Rollout.episode_success)):
+            values = torch.cat([by_phase(part, measure) for part in outcome]).tolist()
+            for row, phases in zip(rows, values, strict=True):
+                row[prefix + field] = [None if math.isnan(value) else value for value in phases]
+    shared = any(task.family in FAMILIES and task.benchmark in FAMILIES[task.family].shared_splits for task in tasks)
+    return {
+        "protocol": "metarl",
+        "split": "/".join(sorted({task.split for task in tasks})),
+        "held_out": all(task.split == "test" for task in tasks) and not shared,
+        "env_steps": env_steps,
+        "seed": seed,
+        "adaptation_steps": agent.adaptation_steps if adaptation_steps is None else adaptation_steps,
+        "trial_episodes": agent.trial_episodes,
+        "rollouts_per_task": rollouts_per_task,
+        **({"ablate": ablate} if ablate else {}),
+        "tasks": rows,
+        "aggregate": _aggregate(rows, seed),
+        "phases": _by_phase(rows, seed),
+        "per_class": _per_class(rows),
+    }
+
+
+def _collect(
+    envs: BatchEnv,
+    agent: Actor,
+    tasks: Sequence[Task],
+    rollouts_per_task: int,
+    seed: int,
+    adaptation_steps: int | None,
+) -> list[list[Rollout]]:
+    """Return the K + 1 rollouts of all tasks, in parts of as many tasks as the environments take."""
+    task_seeds, size = children(seeds(seed, Purpose.EVALUATION_ROLLOUTS), len(tasks)), envs.max_envs
+    return [
+        adapt_and_collect(
+            envs,
+            agent,
+            tasks[start : start + size],
+            rollouts_per_task,
+            task_seeds[start : start + size],
+            adaptation_steps,
+        )
+        for start in range(0, len(tasks), size)
+    ]
+
+
+_MEASURES = {"return": "returns", "success": "success"}
+
+_PREFIXES = ("", "untrained_", "ablated_")
+
+
+def _defined(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], FloatArray]]:
+    """Return each measure as the classes and values `[tasks, phases]` of the tasks that define it."""
+    measures = {}
+    for prefix in _PREFIXES:
+        for measure, field in _MEASURES.items():
+            kept = [row for row in rows if prefix + field in row and None not in row[prefix + field]]
+            if kept:
+                values = np.array([row[prefix + field] for row in kept], dtype=np.float64)
+                measures[prefix + measure] = [row["name"] for row in kept], values
+    return measures
+
+
+def _measures(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], FloatArray]]:
+    """Return each measure before and after adaptation as classes and values `[tasks]`, and the gain of one over it."""
+    measures: dict[str, tuple[list[str], FloatArray]] = {}
+    for name, (classes, values) in _defined(rows).items():
+        measures[f"{name}_pre"], measures[f"{name}_post"] = (classes, values[:, 0]), (classes, values[:, -1])
+        if not name.startswith("untrained_"):
+            measures[f"{name}_gain"] = classes, values[:, -1] - values[:, 0]
+    return measures
+
+
+def _aggregate(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seeds(seed, Purpose.BOOTSTRAP))
+    return {name: statistics.aggregate(values, classes, rng) for name, (classes, values) in _measures(rows).items()}
+
+
+def _by_phase(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seeds(seed, Purpose.BOOTSTRAP, 1))
+    phases: list[dict[str, Any]] = [{} for _ in rows[0]["returns"]]
+    for name, (classes, values) in _defined(rows).items():
+        for phase, column in zip(phases, values.T, strict=True):
+            phase[name] = statistics.aggregate(column, classes, rng)
+    return phases
+
+
+def _per_class(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    classes = dict.fromkeys(row["name"] for row in rows)
+    return {
+        name: {
+            measure: float(np.mean(values))
+            for measure, (_, values) in _measures([row for row in rows if row["name"] == name]).items()
+        }
+        for name in classes
+    }
+
+
+def held_out_metrics(report: Report) -> dict[str, float]:
+    """Return the scalars of a report, as they are tracked during training."""
+    aggregate = report["aggregate"]
+    names = [f"{measure}_{phase}" for measure in _MEASURES for phase in ("pre", "post")]
+    metrics = {f"meta_test/{name}": aggregate[name]["mean"] for name in names if name in aggregate}
+    for name, row in report["per_class"].items():
+        if "success_post" in row:
+            metrics[f"meta_test/{name}/success_post"] = row["success_post"]
+    return metrics
+
+
+def adapt_to(
+    policy: Policy,
+    task: Task,
+    *,
+    rollouts_per_task: int | None = None,
+    seed: int | None = None,
+    make: Callable[[Task], gymnasium.Env[Any, Any]] = make_env,
+) -> Policy:
+    """Return the policy adapted to a task as in training: K steps, each on fresh episodes.
+
+    An agent with a memory reads all episodes of a trial but the last, which is the one that it acts in then.
+
+    Args:
+        policy: before adaptation.
+        task: to adapt to.
+        rollouts_per_task: N, episodes of a step; as in training if None. Agents with a memory read one trial.
+        seed: of the episodes; the run's if None.
+        make: builds the environment of a task.
+
+    Raises:
+        UserError: the task does not fit the agent, or the policy is adapted already.
+    """
+    if policy.adapted:
+        raise UserError("the policy is adapted already; give the agent before adaptation")
+    agent, config = policy.agent, policy.config
+    root = seeds(config.seed if seed is None else seed, Purpose.EVALUATION_ROLLOUTS)
+    count = 1 if policy.has_memory else rollouts_per_task or config.rollouts_per_task
+    envs = make_envs(_Tasks([task], make), min(count, MAX_ENVS), num_workers=0)
+    state = policy.state
+    try:
+        _check_sizes(policy, envs)
+        for phase in children(root, max(1, agent.adaptation_steps)):
+            rollout = collect(envs, agent, state, [task], count, [phase])
+            if agent.trial_episodes > 1:
+                rollout = replace(rollout, valid=rollout.valid & (rollout.episode < agent.trial_episodes - 1))
+            state = agent.adapt(state, rollout)
+    finally:
+        envs.close()
+    return replace(policy, state=state, adapted=True)
+
+
+def select_tasks(tasks: Sequence[Task], count: int, rng: np.random.Generator) -> list[Task]:
+    """Return `count` of the tasks, or all if there are fewer, balanced over classes and in a fixed order of classes."""
+    return list(tasks) if count >= len(tasks) else EnvManager(tasks).sample(count, rng)

@@ -1,0 +1,394 @@
+"""Meta-World's own evaluation of meta-learning agents, on its own environments: figures to compare with published ones.
+
+Owns the adapter between agents and `metaworld.evaluation`, and a second count of what that evaluates: upstream counts
+success over the first episodes of a class to finish, and as an episode ends where it is solved, a goal that is solved
+at once stands for the others, too. The environments are the official ones, unchanged, their goals hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from metarl.collect import rollout_arrays, scale_actions
+from metarl.deploy.policy import Policy
+from metarl.errors import UserError
+from metarl.seeding import Purpose, integer_seed
+from metarl.types import BoolArray, FloatArray, Percept, Rollout
+
+GOALS_PER_CLASS = {"train": 50, "test": 40}
+"""Goals of each class that published figures are over (`MetaworldMetaLearningConfig` of metaworld-algorithms)."""
+
+NUM_ENVS = 20
+"""Environments of published figures (upstream's `meta_batch_size`); fewer where goals or classes do not divide them."""
+
+
+class MetaWorldAgent:
+    """A policy as a `metaworld.evaluation.MetaLearningAgent`, of as many environments E as it meets, a task each.
+
+    Agents that adapt between rollouts (the MAML family) are given the complete episodes since the last adaptation;
+    the last observation of an episode stands for the one after it, which upstream does not pass on.
+
+    Those that adapt in their memory keep it through the ends of adaptation episodes; `reset` brings back what `adapt`
+    found in it, with the last reward of then. As upstream tells no reward while it evaluates, their environments need
+    `recurrent_info_in_obs=True, normalize_reward_in_recurrent_info=False`. Each environment has a state of its own, as
+    a row of a common one could not be brought back: E calls of the agent make a step.
+
+    Args:
+        policy: before adaptation.
+        seed: of the actions' noise; each `init` begins a stream of its own.
+        deterministic: whether `eval_action` acts without noise, as published figures do (metaworld-algorithms takes
+            the mode, for MAML and RL² alike); otherwise it explores as in training. Adapting always explores.
+    """
+
+    def __init__(self, policy: Policy, *, seed: int = 0, deterministic: bool = False) -> None:
+        self._agent, self._spaces = policy.agent, policy.spaces
+        self._remembers = policy.agent.adaptation_steps == 0
+        self._seed, self._deterministic, self._num_inits = seed, deterministic, 0
+        self.init()
+
+    def init(self) -> None:
+        """Forget the tasks, to begin with new ones."""
+        noise_seed = integer_seed(self._seed, Purpose.EVALUATION_ROLLOUTS, self._num_inits)
+        self._noise = torch.Generator().manual_seed(noise_seed)
+        self._num_inits, self._num_envs = self._num_inits + 1, 0
+        self._record: list[dict[str, NDArray[Any]]] = []
+
+    def _begin(self, envs: int) -> None:
+        """Have a state for each environment, from the first time on that they are met."""
+        if self._num_envs:
+            return
+        agent, self._num_envs = self._agent, envs
+        self._states = [agent.initial_state(1) for _ in range(envs)] if self._remembers else [agent.initial_state(envs)]
+        self._rewards, self._episode_start = np.zeros(envs, np.float32), np.ones(envs, np.bool_)
+        self._adapted = self._states, self._rewards
+
+    def adapt_action(self, observations: FloatArray) -> tuple[FloatArray, dict[str, NDArray[Any]]]:
+        """Explore: observations `[E, ·]` → actions `[E, A]` for the environments, and what `step` needs of them."""
+        own, told = self._read(observations)
+        fits = self._episode_start | np.isclose(told, self._rewards, rtol=1e-4)
+        if not fits.all():
+            raise ValueError(
+                f"the observations tell the rewards {told[~fits]}, the environments {self._rewards[~fits]}; build them "
+                "with normalize_reward_in_recurrent_info=False and no wrapper that changes rewards"
+            )
+        draws, log_probs = self._act(own, deterministic=False)
+        return self._to_envs(draws), {"observations": own, "actions": draws, "log_probs": log_probs}
+
+    def step(self, timestep: Any) -> None:
+        """Take in the `metaworld.evaluation.Timestep` that an `adapt_action` led to."""
+        ends = {"terminated": timestep.terminated, "truncated": timestep.truncated}
+        self._rewards = np.array(timestep.reward, np.float32)
+        self._episode_start = np.logical_or(*ends.values())
+        if not self._remembers:
+            self._record.append({**timestep.aux_policy_outputs, "rewards": self._rewards, **ends})
+
+    def adapt(self) -> None:
+        """Adapt to what was recorded, or keep what is remembered; the next step begins an episode."""
+        if not self._remembers:
+            rollout = self._rollout().to(self._agent.device)
+            self._states, self._record = [self._agent.adapt(self._states[0], rollout)], []
+        self._adapted = self._states, self._rewards
+        self._episode_start = np.ones(self._num_envs, np.bool_)
+
+    def reset(self, env_mask: BoolArray) -> None:
+        """Where `env_mask` `[E]`, an episode begins with what was adapted; nothing else changes."""
+        self._begin(len(env_mask))
+        states, rewards = self._adapted
+        self._rewards, self._episode_start = np.where(env_mask, rewards, self._rewards), self._episode_start | env_mask
+        if self._remembers:
+            parts = zip(env_mask, states, self._states, strict=True)
+            self._states = [adapted if back else current for back, adapted, current in parts]
+
+    def eval_action(self, observations: FloatArray) -> FloatArray:
+        """Act after adaptation: observations `[E, ·]` → actions `[E, A]` for the environments."""
+        own, told = self._read(observations)
+        self._rewards = np.where(self._episode_start, self._rewards, told)
+        return self._to_envs(self._act(own, self._deterministic)[0])
+
+    def _read(self, observations: FloatArray) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return observations `[E, O]` and the last rewards `[E]`: of memories those that the observations tell."""
+        self._begin(len(observations))
+        size = self._spaces.observation_size
+        expected = (self._num_envs, size + (self._spaces.action_size + 2 if self._remembers else 0))
+        if observations.shape != expected:
+            raise ValueError(
+                f"observations have shape {observations.shape}; expected {expected}: the environments of this agent "
+                f"are built with recurrent_info_in_obs={self._remembers}"
+            )
+        if not np.isfinite(observations).all():
+            raise ValueError("observations hold NaN or infinity; the simulation has diverged")
+        observations = observations.astype(np.float32)
+        return observations[:, :size], observations[:, -2] if self._remembers else self._rewards
+
+    def _act(self, observations: NDArray[Any], deterministic: bool) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return draws `[E, A]`, in which ±1 are the bounds, not clipped, and log-probabilities `[E]`; moves states."""
+        shape = (self._num_envs, 1)
+        noise = torch.randn(*shape, self._spaces.action_size, generator=self._noise) * (not deterministic)
+        percept = Percept(
+            observations=torch.from_numpy(observations)[:, None],
+            rewards=torch.from_numpy(self._rewards)[:, None],
+            episode_start=torch.from_numpy(self._episode_start)[:, None],
+            active=torch.ones(shape, dtype=torch.bool),
+        )
+        count = self._num_envs // len(self._states)
+        acted = [
+            self._agent.act(Percept(*(part[i : i + count] for part in percept)), noise[i : i + count], state)
+            for i, state in zip(range(0, self._num_envs, count), self._states, strict=True)
+        ]
+        draws, log_probs, self._states = (list(part) for part in zip(*acted, strict=True))
+        self._episode_start = np.zeros(self._num_envs, np.bool_)
+        return torch.cat(draws)[:, 0].numpy(), torch.cat(log_probs)[:, 0].numpy()
+
+    def _to_envs(self, draws: NDArray[Any]) -> FloatArray:
+        return scale_actions(np.clip(draws.astype(np.float64), -1.0, 1.0), *self._spaces.action_bounds)
+
+    def _rollout(self) -> Rollout:
+        """Lay the complete episodes out, `[E, N, T, ...]`; one that has not ended is left out, padding is last."""
+        steps = {name: np.stack([step[name] for step in self._record]) for name in self._record[0]}
+        ends = [np.flatnonzero(ended) + 1 for ended in (steps["terminated"] | steps["truncated"]).T]
+        episodes = [np.split(np.arange(of_env[-1]), of_env[:-1]) for of_env in ends]
+        longest = max(len(when) for parts in episodes for when in parts)
+        shape = (self._num_envs, max(len(parts) for parts in episodes), longest)
+        arrays = rollout_arrays(shape, self._spaces.observation_size, self._spaces.action_size)
+        for m, parts in enumerate(episodes):
+            for n, when in enumerate(parts):
+                where = (m, n, slice(len(when)))
+                for name, values in steps.items():
+                    arrays[name][where] = values[when, m]
+                arrays["next_observations"][where] = steps["observations"][[*when[1:], when[-1]], m]
+                arrays["success"][where] = np.nan  # upstream does not tell
+                arrays["valid"][where] = arrays["episode_start"][m, n, 0] = True
+        return Rollout(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def success_per_class(names: Sequence[str], outcomes: Sequence[Sequence[float]], num_episodes: int) -> dict[str, float]:
+    """Return the success of each class, in which every environment counts alike.
+
+    Args:
+        names: the class of each of E environments.
+        outcomes: 0 or 1 of the episodes of each of E environments, in the order in which it finished them.
+        num_episodes: how many of each environment count, the first ones.
+
+    Raises:
+        ValueError: an environment has finished fewer.
+    """
+    finished = [len(of_env) for of_env in outcomes]
+    if min(finished) < num_episodes:
+        raise ValueError(f"the environments finished {finished} episodes; expected at least {num_episodes} of each")
+    of_class: dict[str, list[float]] = {name: [] for name in names}
+    for name, of_env in zip(names, outcomes, strict=True):
+        of_class[name].append(float(np.mean(of_env[:num_episodes])))
+    return {name: float(np.mean(of_envs)) for name, of_envs in of_class.items()}
+
+
+class CountedEnvs:
+    """Official vector environments that count success per environment beside upstream, on the same episodes.
+
+    Upstream ends an evaluation by setting `terminate_on_success` back. Before that the episodes go on here as they
+    were, until every environment has finished as many as upstream counts of a class; its own count is over by then.
+
+    Args:
+        envs: as `metaworld.make_ml_envs` makes them.
+        agent: that is evaluated.
+        num_episodes: of an evaluation.
+    """
+
+    def __init__(self, envs: Any, agent: MetaWorldAgent, num_episodes: int) -> None:
+        from metaworld.evaluation import _get_task_names
+
+        self.num_envs: int = envs.num_envs
+        self.names = _get_task_names(envs)
+        self.success: list[dict[str, float]] = []  # of each evaluation, by class
+        self._envs, self._agent, self._num_episodes = envs, agent, num_episodes
+        self._outcomes: list[list[float]] | None = None  # of the evaluation in progress
+        self._observations: FloatArray
+
+    def get_attr(self, name: str) -> Any:
+        """As upstream."""
+        return self._envs.get_attr(name)
+
+    def call(self, name: str, *args: Any) -> Any:
+        """As upstream; an evaluation begins where it lets success end episodes, and ends at the next such call."""
+        if name == "toggle_terminate_on_success":
+            if self._outcomes is not None:
+                self._finish(self._outcomes)
+            self._outcomes = [[] for _ in range(self.num_envs)] if args[0] else None
+        return self._envs.call(name, *args)
+
+    def reset(self) -> tuple[FloatArray, dict[str, Any]]:
+        """As upstream."""
+        self._observations, infos = self._envs.reset()
+        return self._observations, infos
+
+    def step(self, actions: FloatArray) -> tuple[FloatArray, FloatArray, BoolArray, BoolArray, dict[str, Any]]:
+        """As upstream."""
+        self._observations, rewards, terminated, truncated, infos = self._envs.step(actions)
+        if self._outcomes is not None:
+            for i in np.flatnonzero(np.logical_or(terminated, truncated)):
+                self._outcomes[i].append(float(infos["final_info"]["success"][i]))
+        return self._observations, rewards, terminated, truncated, infos
+
+    def _finish(self, outcomes: Sequence[Sequence[float]]) -> None:
+        while min(len(of_env) for of_env in outcomes) < self._num_episodes:
+            _, _, terminated, truncated, _ = self.step(self._agent.eval_action(self._observations))
+            self._agent.reset(np.logical_or(terminated, truncated))
+        self.success.append(success_per_class(self.names, outcomes, self._num_episodes))
+
+
+def evaluate_both_ways(
+    envs: Any,
+    agent: MetaWorldAgent,
+    *,
+    num_evals: int,
+    adaptation_steps: int,
+    adaptation_episodes: int,
+    evaluation_episodes: int,
+) -> dict[str, Any]:
+    """Run `metaworld.evaluation.metalearning_evaluation`, count per environment beside it, and return both figures."""
+    from metaworld.evaluation import metalearning_evaluation
+
+    counted: Any = CountedEnvs(envs, agent, evaluation_episodes)
+    official, returns, of_class = metalearning_evaluation(
+        agent, counted, num_evals, adaptation_steps, adaptation_episodes, evaluation_episodes
+    )
+    names = dict.fromkeys(counted.names)
+    ours = {name: float(np.mean([success[name] for success in counted.success])) for name in names}
+    success_mean = float(np.mean(list(ours.values())))
+    return {
+        "success_mean": official,
+        "return_mean": returns,
+        "success_per_class": {name: float(of_class[name]) for name in names},
+        "per_environment": {"success_mean": success_mean, "success_per_class": ours},
+        "biased_by": official - success_mean,
+    }
+
+
+def official_report(
+    policy: Policy,
+    *,
+    benchmark: str,
+    name: str | None = None,
+    split: Literal["train", "test"] = "test",
+    seed: int = 0,
+    goal_seed: int | None = None,
+    num_evals: int | None = None,
+    adaptation_episodes: int = 10,
+    evaluation_episodes: int = 3,
+    horizon: int = 500,
+    reward_version: str = "v2",
+    deterministic: bool = True,
+    vector_strategy: Literal["sync", "async"] = "sync",
+) -> dict[str, Any]:
+    """Evaluate a policy with Meta-World's own evaluation; by default as published figures were.
+
+    That is: 40 test goals of each class, each of them once, in 20 environments; K adaptation steps on 10 episodes each,
+    then 3 episodes a class without noise. Upstream's success is biased upwards: of a class it counts the first 3
+    episodes to finish in any of its environments, and solved episodes finish early. The report holds beside it the
+    success of the first 3 episodes of every environment, of the same adapted agents.
+
+    Args:
+        policy: from `metarl.load` or `metarl.train`, before adaptation.
+        benchmark: whose environments. ML25 tests on a class that it trains on as well; the report names it.
+        name: the class of ML1.
+        split: of the benchmark's classes and goals.
+        seed: of the actions' noise.
+        goal_seed: of the benchmark's goals and their order; that of the run's own goals if None. With the one below it
+            ML1 would test on the goals of the training.
+        num_evals: rounds, each with another goal in every environment; None: until each goal has had its turn.
+        adaptation_episodes: of an adaptation step, or those that a memory sees before it is evaluated.
+        evaluation_episodes: of each class, and of each environment, that count.
+        horizon: steps an episode, at most 500.
+        reward_version: Meta-World's reward_function_version.
+        deterministic: whether the adapted agent acts without noise.
+        vector_strategy: `async` steps every environment in a process of its own; no effect on the result.
+
+    Returns:
+        `{"protocol": "metaworld", "success_mean", "return_mean", "success_per_class": {name: …}, "per_environment":
+        {"success_mean", "success_per_class"}, "biased_by": official − per environment, "shared_classes": those of both
+        splits, "env_steps": of the training, …}` and the settings.
+
+    Raises:
+        UserError: the policy is adapted already, benchmark and name do not fit, the reward is not one of Meta-World's,
+            or the policy was trained for other observations or actions.
+    """
+    if policy.adapted:
+        raise UserError("the policy is adapted already, and evaluating adapts by itself; give the one before")
+    if reward_version not in ("v1", "v2"):
+        raise UserError(f"reward_version is {reward_version!r}, which Meta-World does not have; expected v1 or v2")
+    import metaworld
+
+    classes, goals = _classes(benchmark, name), GOALS_PER_CLASS[split]
+    per_class = envs_per_class(len(classes[split]), goals)
+    num_envs = per_class * len(classes[split])
+    remembers = policy.agent.adaptation_steps == 0
+    settings = {"split": split, "seed": seed, "horizon": horizon, "reward_version": reward_version}
+    rounds = {
+        "num_evals": goals // per_class if num_evals is None else num_evals,
+        "adaptation_steps": max(1, policy.agent.adaptation_steps),  # a memory adapts in upstream's one step
+        "adaptation_episodes": adaptation_episodes,
+        "evaluation_episodes": evaluation_episodes,
+    }
+    if goal_seed is None:
+        goal_seed = int(getattr(policy.config.stages[-1].tasks, "seed", 0))
+    envs: Any = metaworld.make_ml_envs(
+        name or benchmark,
+        seed=goal_seed,
+        meta_batch_size=num_envs,
+        total_tasks_per_cls=goals,
+        split=split,
+        vector_strategy=vector_strategy,
+        autoreset_mode="SameStep",
+        max_episode_steps=horizon,
+        task_select="pseudorandom",
+        reward_function_version=reward_version,
+        recurrent_info_in_obs=remembers,
+        normalize_reward_in_recurrent_info=False,
+    )
+    try:
+        action_size = envs.single_action_space.shape[0]
+        found = envs.single_observation_space.shape[0] - (action_size + 2) * remembers, action_size
+        expected = policy.spaces.observation_size, policy.spaces.action_size
+        if found != expected:
+            raise UserError(f"{benchmark} has (observation, action) sizes {found}; the agent was made for {expected}")
+        agent = MetaWorldAgent(policy, seed=seed, deterministic=deterministic)
+        figures = evaluate_both_ways(envs, agent, **rounds)
+    finally:
+        envs.close()
+    shared = set() if benchmark == "ML1" else set(classes["train"]) & set(classes["test"])
+    return {
+        "protocol": "metaworld",
+        "benchmark": benchmark,
+        "name": name,
+        **settings,
+        "goal_seed": goal_seed,
+        "goals_per_class": goals,
+        "num_envs": num_envs,
+        **rounds,
+        "deterministic": deterministic,
+        "env_steps": policy.env_steps,
+        "shared_classes": sorted(shared),
+        **figures,
+    }
+
+
+def envs_per_class(num_classes: int, goals: int) -> int:
+    """Return how many environments share the goals of a class: as published, or the next smaller divisor of `goals`."""
+    return max(k for k in range(1, goals + 1) if goals % k == 0 and (k == 1 or k * num_classes <= NUM_ENVS))
+
+
+def _classes(benchmark: str, name: str | None) -> Mapping[str, Sequence[str]]:
+    """Return the names of the classes of each split, as upstream lists them."""
+    from metaworld import env_dict
+
+    if benchmark not in ("ML1", "ML10", "ML25", "ML45") or (name is None) == (benchmark == "ML1"):
+        raise UserError(f"benchmark is {benchmark!r}, name {name!r}; expected ML1 and a class, or ML10, ML25 or ML45")
+    if name is None:
+        return {split: list(classes) for split, classes in getattr(env_dict, f"{benchmark}_V3").items()}
+    if name not in env_dict.ALL_V3_ENVIRONMENTS:
+        raise UserError(f"name is {name!r}; expected a class of Meta-World: `metarl list envs` shows all")
+    return {"train": [name], "test": [name]}

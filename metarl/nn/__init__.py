@@ -1,0 +1,1 @@
+"""Networks and numerics: pure functions and modules that know neither agents nor environments."""

@@ -1,0 +1,1 @@
+"""Figures of runs, of their evaluation reports, and of several runs."""

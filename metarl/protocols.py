@@ -1,0 +1,250 @@
+"""The Protocols that the loop is written in: agents, batches of environments, task distributions, stability methods.
+
+Must not import torch, environments or agents at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metarl.types import BoolArray, FloatArray, Percept, Prediction, Rollout, Sensitivity, Step, Task
+
+if TYPE_CHECKING:
+    import gymnasium
+    import torch
+
+
+class EpisodesLostError(RuntimeError):
+    """The episodes under way are lost, because a process that stepped them has died; they can be begun again."""
+
+
+class BatchEnv(Protocol):
+    """Up to `max_envs` environments stepped together. It holds no random stream: a reset is told its seeds.
+
+    If its processes can be lost, `reset` and `step_wait` raise `EpisodesLostError`, the next reset starts what has
+    died again, and an attribute `restarts` counts how often that was; read it as `getattr(envs, "restarts", 0)`.
+
+    Attributes:
+        max_envs: how many at most.
+        lanes: in how many parts a caller should step them, if it can, so that some are stepped while it computes the
+            actions of others; does not depend on the number of processes.
+    """
+
+    max_envs: int
+    lanes: int
+    observation_space: gymnasium.spaces.Box
+    action_space: gymnasium.spaces.Box
+
+    def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
+        """Begin an episode of each of E ≤ max_envs tasks, seeded by `seeds` `[E]`; returns observations `[E, O]`."""
+
+    def step_async(self, rows: slice, actions: FloatArray, active: BoolArray) -> None:
+        """Begin a step of the environments `rows`, e of those that were reset, where `active` `[e]`.
+
+        `actions` `[e, A]` are in the units of the action space.
+        """
+
+    def step_wait(self, rows: slice) -> Step:
+        """Return what the step of `rows` led to; asked for in the order in which the steps were begun."""
+
+    def close(self) -> None:
+        """End worker processes and free memory; calling it twice is fine."""
+
+
+class TaskDistribution(Protocol):
+    """Tasks to train on, tasks held out, and how to build the environment of one.
+
+    Two methods are optional: `make_batch(max_envs)` steps all environments as one computation, and `difficulty(task)`
+    says how hard a task is, harder is larger, which a curriculum needs; it raises ValueError where there is no order.
+    """
+
+    @property
+    def train_tasks(self) -> list[Task]:
+        """Tasks to meta-train on."""
+
+    @property
+    def test_tasks(self) -> list[Task]:
+        """Held-out tasks: disjoint from `train_tasks`, but for families that have only a few tasks in all."""
+
+    def make(self, task: Task) -> gymnasium.Env[Any, Any]:
+        """Build the environment of `task`. One with a method `set_task(task)` is reused for tasks of the same class."""
+
+
+class Actor(Protocol):
+    """What collecting asks of an agent. Its adaptation state is opaque: parameters a task, or a memory."""
+
+    device: torch.device
+    """Where `adapt` and `update` want their rollouts; `act` takes and gives tensors on the CPU."""
+
+    trial_episodes: int
+    """L, the episodes of a rollout, through which the state of `act` is carried; 1 for agents without a memory."""
+
+    adaptation_steps: int
+    """K, the number of calls of `adapt` between the first rollout and the last; 0 for agents that adapt in memory."""
+
+    def initial_state(self, num_tasks: int) -> Any:
+        """The state before adaptation, for `num_tasks` tasks."""
+
+    def act(self, percept: Percept, noise: torch.Tensor, state: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Choose actions.
+
+        Args:
+            percept: of P rollouts of each task.
+            noise: `[M, P, A]`, standard normal; zeros give the deterministic action.
+            state: from `initial_state`, `adapt` or the last `act`; it stays as it is.
+
+        Returns:
+            actions `[M, P, A]` in which ±1 are the bounds of the action space, log_probs `[M, P]`, and the next state.
+        """
+
+    def adapt(self, state: Any, rollout: Rollout) -> Any:
+        """The state after one adaptation step on `rollout`, which `state` collected; nothing else changes."""
+
+
+class Controller(Protocol):
+    """One control step, on the CPU, as a function of tensors alone; a `torch.nn.Module`, so that it can be exported."""
+
+    state_size: int
+    """S, of what is remembered from step to step; 0: nothing."""
+
+    reward_scale: dict[str, float] | None
+    """`mean` and `std` by which rewards are normalised inside; None where none are read."""
+
+    observation_scale: tuple[FloatArray, FloatArray]
+    """Mean and standard deviation by which observations are normalised inside, both `[O]`."""
+
+    def __call__(self, observations: torch.Tensor, *rest: torch.Tensor | None) -> Any:
+        """Return actions `[B, A]`, in the units of the action space, for raw observations `[B, O]`.
+
+        What follows them is the noise `[B, A]` or None for the mean; with a memory (S > 0) before that the last rewards
+        `[B]` (NaN: not known), where episodes start `[B]`, bool, and the state `[B, S]`, zeros where a trial begins.
+        Then the next state is returned, too.
+        """
+
+
+class Guard(Protocol):
+    """What `Agent.update` adds to its loss before each step of its optimiser."""
+
+    def __call__(self, fraction: float, again: bool = False) -> torch.Tensor | None:
+        """Return a scalar, or None for nothing.
+
+        Args:
+            fraction: of the iteration's data that the step learns from.
+            again: on the same draw as the last time, to be compared with it.
+        """
+
+
+class Agent(Actor, Protocol):
+    """What the loop, and whatever guards the agent's stability, ask of an agent."""
+
+    training_adaptation_steps: int
+    """K of the K + 1 rollouts that `update` learns from; differs where training does without adaptation."""
+
+    def adapt(self, state: Any, rollout: Rollout, inner_lr: float | None = None) -> Any:
+        """See `Actor.adapt`; `inner_lr` replaces the step size of training, ValueError where there is none."""
+
+    def controller(self, state: Any, low: FloatArray, high: FloatArray) -> Controller:
+        """What the agent does in `state`, of one task, step by step, for actions with bounds `[A]`."""
+
+    def pack(self, state: Any) -> dict[str, torch.Tensor]:
+        """Return an adaptation state as tensors, to be saved."""
+
+    def unpack(self, packed: Mapping[str, torch.Tensor]) -> Any:
+        """Return the state of one task that was packed; raises ValueError naming the entry that does not fit."""
+
+    def log_prob(self, state: Any, rollout: Rollout) -> torch.Tensor:
+        """Log-density `[M, N, T]` of a rollout's actions, by the agent that begins it in `state`; no gradient."""
+
+    def update(self, rollouts: Sequence[Rollout], guard: Guard | None = None) -> dict[str, float]:
+        """The outer step: learn from the K + 1 rollouts of one iteration; returns metrics by name."""
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """What `update` trains, by name: the tensors themselves. Those of the policy begin with `policy.`."""
+
+    def retrace(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
+        """Adapt anew on the first K of K + 1 recorded rollouts; say what the agent would do in the last one now.
+
+        Args:
+            rollouts: of earlier policies. The log-probabilities of the first K are those of the policy that the data
+                stands for: it need not be the one that collected it.
+            advantages: whether to estimate them, too.
+        """
+
+    def sensitivities(
+        self, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
+    ) -> Iterator[Sensitivity]:
+        """Differentiate the policy at about `states` steps, drawn from all of the K + 1 rollouts, part by part.
+
+        An agent that adapts by gradient steps is differentiated at the parameters that it had adapted then.
+        """
+
+    def hidden_units(self, rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
+        """Activations `[S, H]` of each hidden layer of the policy, by name, at the valid steps of the last rollout."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything that training changes, flat."""
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state_dict` returned; raises ValueError naming the entry that does not fit."""
+
+
+class StabilityMethod(Protocol):
+    """Guards what an agent learned in earlier stages. Any number of them go together; the loop asks them in turn.
+
+    A penalty or replay speaks through `loss`; a method that moves parameters does so in `observe`. What a method
+    remembers it gives away in `state_dict`, so that a run can be resumed.
+    """
+
+    name: str
+    """As in the config and in `stability/<name>/loss`."""
+
+    def loss(self, agent: Agent, rng: np.random.Generator, fraction: float) -> dict[str, torch.Tensor]:
+        """What is added to the agent's loss before a step of its optimiser; see `Guard`.
+
+        Args:
+            agent: about to make a step.
+            rng: of this iteration, the only source of randomness.
+            fraction: of the iteration's data that the step learns from.
+
+        Returns:
+            `{"loss": …}`, a scalar, or nothing where there is nothing to guard. Further entries are tracked only; all
+            are `stability/<method>/<entry>`.
+        """
+
+    def observe(
+        self,
+        agent: Agent,
+        rollouts: Sequence[Rollout],
+        before: Mapping[str, torch.Tensor],
+        rng: np.random.Generator,
+    ) -> None:
+        """Take note of an iteration after its update, or move the agent's parameters.
+
+        Args:
+            agent: after the update.
+            rollouts: the K + 1 that it has learned from.
+            before: what `Agent.parameters` held before the update.
+            rng: of this iteration, another one than that of `loss`.
+        """
+
+    def end_stage(self, agent: Agent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
+        """Consolidate at the end of a stage that others follow.
+
+        Args:
+            agent: at the end of the stage.
+            rollouts: K + 1 fresh ones of it, on tasks of the stage.
+            rng: of this stage's end.
+
+        Raises:
+            FloatingPointError: numbers are not finite; nothing was changed, and it is asked again with other rollouts.
+        """
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything that the method remembers, flat."""
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state_dict` returned; raises ValueError naming the entry that does not fit."""

@@ -1,0 +1,1 @@
+"""Returns, surrogate losses and value functions: pure functions on tensors."""

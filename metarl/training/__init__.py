@@ -1,0 +1,1 @@
+"""The training loop, how a run starts, and warm starts from other runs."""
