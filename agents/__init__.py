@@ -1,6 +1,6 @@
 """Agents: the MAML family, one file a method, and RL²; each is read top to bottom like its paper.
 
-A new method of the family is one file, one member of `AgentConfig` and one entry in `METHODS`.
+A new method of the family is one file, one member of `AgentConfig` and one entry in `INNER_METHODS`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ AgentConfig = Annotated[
 ]
 """One member an agent, told apart by `name`; MAML-PPO if there is none."""
 
-METHODS: dict[str, Any] = {
+INNER_METHODS: dict[str, Any] = {
     "maml_ppo": Maml,
     "maml_trpo": Maml,
     "maml_vpg": Maml,
@@ -88,4 +88,4 @@ def build(
     sizes = observation_size, action_size, device, seed, cues, heads
     if isinstance(config, Rl2Config):
         return Rl2(config, *sizes)
-    return GradientAgent(METHODS[config.name](config, config.adapted), config, *sizes)
+    return GradientAgent(INNER_METHODS[config.name](config, config.adapted), config, *sizes)

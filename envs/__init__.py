@@ -17,12 +17,12 @@ from metarl.envs.custom import custom
 from metarl.envs.metaworld import env as metaworld_env
 from metarl.envs.mujoco import env as mujoco_env
 from metarl.envs.registration import register_envs
-from metarl.envs.stage_id import CuedEnv, CuedTasks, has_cue, without_cue
+from metarl.envs.stage_id import StageIdEnv, StageIdTasks, has_stage_id, without_stage_id
 from metarl.errors import unknown_name
 from metarl.protocols import TaskDistribution
 from metarl.types import Task
 
-__all__ = ["FAMILIES", "CuedTasks", "Family", "custom", "distribution", "make"]
+__all__ = ["FAMILIES", "Family", "StageIdTasks", "custom", "distribution", "make"]
 
 
 class Family(NamedTuple):
@@ -74,14 +74,14 @@ def make(task: Task, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
     """Build the environment of a task of a built-in family.
 
     Args:
-        task: one of `CuedTasks` gives observations that end in its cue.
+        task: one of `StageIdTasks` gives observations that end in its cue.
         render_mode: `rgb_array` for an environment whose `render` returns a picture, `[H, W, 3]`.
 
     Raises:
         ValueError: a task of another family, or an unknown mode.
     """
-    if has_cue(task):
-        return CuedEnv(make(without_cue(task), render_mode), task)
+    if has_stage_id(task):
+        return StageIdEnv(make(without_stage_id(task), render_mode), task)
     return _family(task.family).make(task, render_mode)
 
 

@@ -22,7 +22,7 @@ _OPTIONS = ("stage", "stages")
 """The options of a task that hold its cue: the stage, counted from 0, and how many there are."""
 
 
-class CuedTasks:
+class StageIdTasks:
     """The tasks of another distribution, whose observations end in a one-hot of the stage; a `TaskDistribution`.
 
     Args:
@@ -50,36 +50,36 @@ class CuedTasks:
         values = (self._stage, self._num_stages)
         cued = []
         for task in tasks:
-            if has_cue(task):
+            if has_stage_id(task):
                 raise ValueError(
                     f"{task.to_json()} has an option stage or stages, which a cue takes; name it otherwise"
                 )
             cued.append(dataclasses.replace(task, options=(*task.options, *zip(_OPTIONS, values, strict=True))))
         return cued
 
-    def make(self, task: Task) -> CuedEnv:
+    def make(self, task: Task) -> StageIdEnv:
         """Build the environment of `task`."""
-        return CuedEnv(self._distribution.make(without_cue(task)), task)
+        return StageIdEnv(self._distribution.make(without_stage_id(task)), task)
 
     @property
-    def make_batch(self) -> Callable[[int], CuedBatch] | None:
+    def make_batch(self) -> Callable[[int], StageIdBatch] | None:
         """Build `max_envs` environments that step as one computation; None if the tasks have no such form."""
         make_batch = getattr(self._distribution, "make_batch", None)
-        return None if make_batch is None else lambda max_envs: CuedBatch(make_batch(max_envs), self._num_stages)
+        return None if make_batch is None else lambda max_envs: StageIdBatch(make_batch(max_envs), self._num_stages)
 
     @property
     def difficulty(self) -> Callable[[Task], float] | None:
         """Return how hard a task is; None if the tasks have no order."""
         difficulty = getattr(self._distribution, "difficulty", None)
-        return None if difficulty is None else lambda task: float(difficulty(without_cue(task)))
+        return None if difficulty is None else lambda task: float(difficulty(without_stage_id(task)))
 
 
-def has_cue(task: Task) -> bool:
+def has_stage_id(task: Task) -> bool:
     """Return whether observations of `task` end in a one-hot of its stage."""
     return not dict(task.options).keys().isdisjoint(_OPTIONS)
 
 
-def without_cue(task: Task) -> Task:
+def without_stage_id(task: Task) -> Task:
     """Return the task that `task` is without its cue."""
     return dataclasses.replace(task, options=tuple(pair for pair in task.options if pair[0] not in _OPTIONS))
 
@@ -94,7 +94,7 @@ def one_hot(task: Task) -> FloatArray:
     return cue
 
 
-class CuedEnv(gymnasium.Env[NDArray[Any], NDArray[Any]]):
+class StageIdEnv(gymnasium.Env[NDArray[Any], NDArray[Any]]):
     """An environment whose observations end in the one-hot of its task's stage, held by composition.
 
     It is no `gymnasium.Wrapper`, since the environment below one is retargeted as `env.unwrapped` and would be given a
@@ -128,7 +128,7 @@ class CuedEnv(gymnasium.Env[NDArray[Any], NDArray[Any]]):
         cue = one_hot(task)
         if len(cue) != len(self._cue):
             raise ValueError(f"set_task got a task of {len(cue)} stages, the environment is of {len(self._cue)}")
-        self.env.unwrapped.set_task(without_cue(task))  # type: ignore[attr-defined]
+        self.env.unwrapped.set_task(without_stage_id(task))  # type: ignore[attr-defined]
         self.task, self._cue = task, cue
 
     def _observe(self, observation: NDArray[Any]) -> NDArray[Any]:
@@ -156,7 +156,7 @@ class CuedEnv(gymnasium.Env[NDArray[Any], NDArray[Any]]):
         self.env.close()
 
 
-class CuedBatch:
+class StageIdBatch:
     """Environments stepped as one computation, each with the cue of its own task; a `BatchEnv`.
 
     Args:
@@ -178,7 +178,7 @@ class CuedBatch:
         if not numbers <= {self._num_stages}:
             raise ValueError(f"tasks are of {sorted(numbers)} stages; expected {self._num_stages}")
         self._cues = np.reshape(cues, (len(cues), self._num_stages))
-        observations = self._batch.reset([without_cue(task) for task in tasks], seeds)
+        observations = self._batch.reset([without_stage_id(task) for task in tasks], seeds)
         return np.concatenate([observations, self._cues], axis=-1)
 
     def step_async(self, rows: slice, actions: FloatArray, active: BoolArray) -> None:

@@ -10,10 +10,10 @@ import torch
 
 from metarl import agents
 from metarl.config.schema import RunConfig, StageConfig
-from metarl.envs import FAMILIES, CuedTasks, distribution, make
+from metarl.envs import FAMILIES, StageIdTasks, distribution, make
 from metarl.envs.manager import Curriculum, EnvManager, JointManager, Manager
+from metarl.envs.vector.pool import POOL, env_spaces
 from metarl.envs.vector.serial import usable_cores
-from metarl.envs.vector.slots import POOL, env_spaces
 from metarl.envs.vector.union import check_apart
 from metarl.errors import UserError, unknown_name
 from metarl.protocols import Agent, TaskDistribution
@@ -33,9 +33,9 @@ def resolve_device(device: str) -> torch.device:
 def build_agent(config: RunConfig, spaces: Spaces, device: torch.device, purpose: Purpose = Purpose.AGENT) -> Agent:
     """Return a freshly initialised agent for observations and actions of the given sizes."""
     seed = integer_seed(config.seed, purpose)
-    cues = len(config.stages) if config.stage_cue != "none" else 0
+    cues = len(config.stages) if config.stage_id != "none" else 0
     sizes = spaces.observation_size, spaces.action_size
-    return agents.build(config.agent, *sizes, device, seed, cues, config.stage_cue == "head")
+    return agents.build(config.agent, *sizes, device, seed, cues, config.stage_id == "head")
 
 
 def stage_distributions(
@@ -53,9 +53,9 @@ def stage_distributions(
         own = list(given)
     else:
         own = [cast(TaskDistribution, given)] * count
-    if config.stage_cue == "none":
+    if config.stage_id == "none":
         return own
-    return [CuedTasks(distribution, stage, count) for stage, distribution in enumerate(own)]
+    return [StageIdTasks(distribution, stage, count) for stage, distribution in enumerate(own)]
 
 
 def task_distribution(stage: StageConfig) -> TaskDistribution:
@@ -155,7 +155,7 @@ def distribution_of(config: RunConfig, name: str | None = None, stage: str | Non
         found = FAMILIES[tasks.family].tasks(tasks)
     else:
         raise UserError("the run has custom tasks: evaluate it from Python with metarl.evaluate(…, make=…)")
-    return found if config.stage_cue == "none" else CuedTasks(found, number, len(stages))
+    return found if config.stage_id == "none" else StageIdTasks(found, number, len(stages))
 
 
 def _named(name: str, like: Any) -> TaskDistribution:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from metarl.protocols import Actor, BatchEnv, EpisodesLostError
 from metarl.seeding import children
-from metarl.types import BoolArray, FloatArray, Percept, Rollout, Step, Task
+from metarl.types import BoolArray, FloatArray, Rollout, Step, Task, TimeStep
 
 MAX_RESTARTS = 3
 """How often in a row the same episodes may lose the processes that step them."""
@@ -184,8 +184,8 @@ def _run_wave(
                 if t > 0 and record.active.any():
                     record.write(t - 1, envs.step_wait(rows[i]))
                 if t < horizon and record.active.any():
-                    percept = record.percept(t, num_tasks)
-                    actions, log_probs, states[i] = agent.act(percept, noise[:, lanes[i], begin + t], states[i])
+                    time_step = record.time_step(t, num_tasks)
+                    actions, log_probs, states[i] = agent.act(time_step, noise[:, lanes[i], begin + t], states[i])
                     record.act(t, actions, log_probs)
                     if record.active.any():
                         scaled = scale_actions(np.clip(record.actions[t].astype(np.float64), -1.0, 1.0), low, high)
@@ -234,11 +234,11 @@ class _Episodes:
         self.dropped = ~self.active
         self.last_rewards = rewards
 
-    def percept(self, t: int, num_tasks: int) -> Percept:
+    def time_step(self, t: int, num_tasks: int) -> TimeStep:
         """What the agent is told before step t, of P rollouts of each task."""
         observations = torch.from_numpy(self.observations[t]).view(num_tasks, -1, self.observations.shape[-1])
         shape = observations.shape[:2]
-        return Percept(
+        return TimeStep(
             observations,
             torch.from_numpy(self.last_rewards).view(shape),
             torch.full(shape, t == 0),
@@ -308,15 +308,15 @@ def adapt_and_collect(
     steps = agent.adaptation_steps if adaptation_steps is None else adaptation_steps
     state = agent.initial_state(len(tasks))
     rollouts: list[Rollout] = []
-    by_phase = zip(*(children(task_seeds, steps + 1) for task_seeds in seeds), strict=True)
-    for phase_seeds in by_phase:
+    per_phase = zip(*(children(task_seeds, steps + 1) for task_seeds in seeds), strict=True)
+    for phase_seeds in per_phase:
         if rollouts:
             state = agent.adapt(state, rollouts[-1])
         rollouts.append(collect(envs, agent, state, tasks, rollouts_per_task, phase_seeds))
     return rollouts
 
 
-def by_phase(rollouts: Sequence[Rollout], measure: Callable[[Rollout], torch.Tensor]) -> torch.Tensor:
+def per_phase(rollouts: Sequence[Rollout], measure: Callable[[Rollout], torch.Tensor]) -> torch.Tensor:
     """Return how each task went before adaptation, and after each part of it, `[M, phases]`.
 
     A phase is one of the rollouts between which an agent adapts, or one episode of a trial; what adapts is told by

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.types import BoolArray, FloatArray, Percept, Prediction, Rollout, Sensitivity, Step, Task
+from metarl.types import BoolArray, FloatArray, PolicyJacobian, Prediction, Rollout, Step, Task, TimeStep
 
 if TYPE_CHECKING:
     import gymnasium
@@ -89,11 +89,11 @@ class Actor(Protocol):
     def initial_state(self, num_tasks: int) -> Any:
         """The state before adaptation, for `num_tasks` tasks."""
 
-    def act(self, percept: Percept, noise: torch.Tensor, state: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    def act(self, time_step: TimeStep, noise: torch.Tensor, state: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Choose actions.
 
         Args:
-            percept: of P rollouts of each task.
+            time_step: of P rollouts of each task.
             noise: `[M, P, A]`, standard normal; zeros give the deterministic action.
             state: from `initial_state`, `adapt` or the last `act`; it stays as it is.
 
@@ -126,7 +126,7 @@ class Controller(Protocol):
         """
 
 
-class Guard(Protocol):
+class AuxiliaryLoss(Protocol):
     """What `Agent.update` adds to its loss before each step of its optimiser."""
 
     def __call__(self, fraction: float, again: bool = False) -> torch.Tensor | None:
@@ -159,13 +159,13 @@ class Agent(Actor, Protocol):
     def log_prob(self, state: Any, rollout: Rollout) -> torch.Tensor:
         """Log-density `[M, N, T]` of a rollout's actions, by the agent that begins it in `state`; no gradient."""
 
-    def update(self, rollouts: Sequence[Rollout], guard: Guard | None = None) -> dict[str, float]:
+    def update(self, rollouts: Sequence[Rollout], auxiliary_loss: AuxiliaryLoss | None = None) -> dict[str, float]:
         """The outer step: learn from the K + 1 rollouts of one iteration; returns metrics by name."""
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """What `update` trains, by name: the tensors themselves. Those of the policy begin with `policy.`."""
 
-    def retrace(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
+    def replay_policy(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
         """Adapt anew on the first K of K + 1 recorded rollouts; say what the agent would do in the last one now.
 
         Args:
@@ -174,9 +174,9 @@ class Agent(Actor, Protocol):
             advantages: whether to estimate them, too.
         """
 
-    def sensitivities(
+    def policy_jacobians(
         self, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
-    ) -> Iterator[Sensitivity]:
+    ) -> Iterator[PolicyJacobian]:
         """Differentiate the policy at about `states` steps, drawn from all of the K + 1 rollouts, part by part.
 
         An agent that adapts by gradient steps is differentiated at the parameters that it had adapted then.
@@ -203,7 +203,7 @@ class StabilityMethod(Protocol):
     """As in the config and in `stability/<name>/loss`."""
 
     def loss(self, agent: Agent, rng: np.random.Generator, fraction: float) -> dict[str, torch.Tensor]:
-        """What is added to the agent's loss before a step of its optimiser; see `Guard`.
+        """What is added to the agent's loss before a step of its optimiser; see `AuxiliaryLoss`.
 
         Args:
             agent: about to make a step.

@@ -309,7 +309,7 @@ class Spaces:
         return None
 
 
-class Percept(NamedTuple):
+class TimeStep(NamedTuple):
     """What an agent is told before it acts in P rollouts of each of M tasks."""
 
     observations: torch.Tensor
@@ -337,7 +337,7 @@ class Prediction(NamedTuple):
     """The standard deviation of returns, by which losses of values and advantages are measured; 1 without either."""
 
 
-class Sensitivity(NamedTuple):
+class PolicyJacobian(NamedTuple):
     """How the policy's outputs at S states depend on each of its parameters."""
 
     mean: torch.Tensor

@@ -9,7 +9,7 @@ import torch
 
 from metarl.agents import build
 from metarl.agents.maml.maml import MamlPpoConfig
-from metarl.collect import BrokenRolloutsError, adapt_and_collect, by_phase, collect, scale_actions
+from metarl.collect import BrokenRolloutsError, adapt_and_collect, collect, per_phase, scale_actions
 from metarl.envs import custom, distribution
 from metarl.envs.vector.serial import SerialEnvs, make_envs
 from metarl.seeding import children
@@ -68,9 +68,9 @@ class Scripted:
     def initial_state(self, num_tasks):
         return 0.0
 
-    def act(self, percept, noise, state):
-        assert percept.observations.dtype == torch.float32
-        assert noise.shape == (*percept.observations.shape[:2], 2)
+    def act(self, time_step, noise, state):
+        assert time_step.observations.dtype == torch.float32
+        assert noise.shape == (*time_step.observations.shape[:2], 2)
         actions = noise if self.action is None else torch.tensor(self.action).expand(noise.shape)
         return actions, torch.full(noise.shape[:2], state), state + 0.01
 
@@ -373,10 +373,10 @@ class Diary:
         self.trial_episodes = trial_episodes
         self.told = []
 
-    def act(self, percept, noise, state):
+    def act(self, time_step, noise, state):
         lived = torch.zeros(noise.shape[:2]) if state is None else state
-        self.told.append(percept)
-        return noise, lived, lived + percept.active
+        self.told.append(time_step)
+        return noise, lived, lived + time_step.active
 
 
 def trial(num_tasks, rollouts=2, *, max_envs=None, agent=None, seed=0, **settings):
@@ -417,7 +417,7 @@ def test_an_agent_is_told_the_last_reward_and_where_episodes_begin():
     trial(2, rollouts=1, agent=agent, ends_at={1: 3})
     assert len(agent.told) == 8
     rewards, starts, active = (
-        torch.stack([getattr(percept, name)[:, 0] for percept in agent.told]).tolist()
+        torch.stack([getattr(time_step, name)[:, 0] for time_step in agent.told]).tolist()
         for name in ("rewards", "episode_start", "active")
     )
     assert str(rewards[0]) == "[nan, nan]"  # there was none
@@ -451,9 +451,9 @@ def test_a_trial_with_a_broken_episode_is_dropped_whole():
 
 def test_by_phase_holds_for_rollouts_between_adaptations_and_for_episodes_of_a_trial():
     one, two = run(2, 3), run(2, 3, ends_at={1: 2})
-    assert by_phase([one, two], lambda r: r.episode_returns()).tolist() == [[5.0, 5.0], [5.0, 2.0]]
+    assert per_phase([one, two], lambda r: r.episode_returns()).tolist() == [[5.0, 5.0], [5.0, 2.0]]
     lived = trial(2, ends_at={1: 3}, breaks_at={})
-    assert by_phase([lived], lambda r: r.episode_returns()).tolist() == [[4.0] * 3, [3.0] * 3]
+    assert per_phase([lived], lambda r: r.episode_returns()).tolist() == [[4.0] * 3, [3.0] * 3]
 
 
 class Counted(Diary):
@@ -462,8 +462,8 @@ class Counted(Diary):
     def initial_state(self, num_tasks):
         return torch.arange(float(num_tasks))[:, None]
 
-    def act(self, percept, noise, state):
-        return noise + 100.0 * state[..., None], state.expand(percept.rewards.shape), state
+    def act(self, time_step, noise, state):
+        return noise + 100.0 * state[..., None], state.expand(time_step.rewards.shape), state
 
 
 @pytest.mark.parametrize("rollouts", [1, 3])

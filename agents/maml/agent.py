@@ -1,6 +1,6 @@
 """The agent of the MAML family: parameters θ that a few gradient steps adapt to a task.
 
-It owns θ, what a `Method` learns beside it, the baseline, the normaliser and the outer step. The methods, one file
+It owns θ, what a `InnerMethod` learns beside it, the baseline, the normaliser and the outer step. The methods, one file
 each, say how a step of adaptation is made and differentiated; `meta_objective.py` holds the outer objective and
 `outer.py` what improves on it.
 
@@ -13,25 +13,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor
 
 from metarl.agents.maml.controller import MlpController
-from metarl.agents.maml.inner import Batch, MetaParams, Method, PolicyLoss, follow
+from metarl.agents.maml.inner import Batch, InnerMethod, MetaParams, PolicyLoss, inner_loop
 from metarl.agents.maml.meta_objective import MetaObjective
 from metarl.agents.maml.outer import OuterConfig, PpoConfig, build_outer
 from metarl.errors import STRICT, as_tuple
 from metarl.nn.distributions import gaussian_log_prob
-from metarl.nn.jacobians import choose_steps, of_mlp
+from metarl.nn.jacobians import choose_steps, mlp_jacobian
 from metarl.nn.mlp import ACTIVATIONS, GaussianMlp, Params, check_deviations
 from metarl.nn.normalizer import Normalizer
 from metarl.nn.optimizer_state import check_entries
-from metarl.protocols import Guard
+from metarl.protocols import AuxiliaryLoss
 from metarl.rl.returns import gae, normalize_advantages, return_scale, vtrace
 from metarl.rl.surrogates import ESTIMATORS, saturation
 from metarl.rl.value import LearnedValue, linear_values
 from metarl.seeding import Purpose, integer_seed
-from metarl.types import FloatArray, Percept, Prediction, Rollout, Sensitivity
+from metarl.types import FloatArray, PolicyJacobian, Prediction, Rollout, TimeStep
 
 
 class GradientAgentConfig(BaseModel):
@@ -59,11 +59,13 @@ class GradientAgentConfig(BaseModel):
     )
     gamma: float = Field(0.99, ge=0, le=1, description="discount a step")
     gae_lambda: float = Field(0.97, ge=0, le=1, description="GAE's trade-off: 0 one-step, 1 Monte Carlo")
-    baseline: Literal["linear", "learned"] = Field(
-        "linear", description="linear features fitted per task and phase, or one value network for all tasks"
+    critic: Literal["linear", "learned"] = Field(
+        "linear",
+        validation_alias=AliasChoices("critic", "baseline"),
+        description="linear features fitted per task and phase, or one value network for all tasks",
     )
-    value_lr: float = Field(1e-3, gt=0, description="Adam's learning rate of the value network (baseline: learned)")
-    value_epochs: int = Field(5, ge=1, description="passes of the value network over the data (baseline: learned)")
+    value_lr: float = Field(1e-3, gt=0, description="Adam's learning rate of the value network (critic: learned)")
+    value_epochs: int = Field(5, ge=1, description="passes of the value network over the data (critic: learned)")
     saturation_coef: float = Field(
         0.0,
         ge=0,
@@ -111,7 +113,7 @@ class GradientAgent:
 
     def __init__(
         self,
-        method: Method,
+        method: InnerMethod,
         config: GradientAgentConfig,
         observation_size: int,
         action_size: int,
@@ -139,7 +141,7 @@ class GradientAgent:
         theta = {name: value.to(device).requires_grad_() for name, value in params.items()}
         self.meta = MetaParams(theta, method.learned(theta), seed=seed)
         self.value: LearnedValue | None = None
-        if config.baseline == "learned":
+        if config.critic == "learned":
             value_args = (observation_size, config.hidden_sizes, config.value_lr, config.value_epochs)
             self.value = LearnedValue(*value_args, generator, device)
         told = observation_size - cues, observation_size
@@ -157,9 +159,9 @@ class GradientAgent:
         return {name: value.detach().cpu().expand(num_tasks, *value.shape) for name, value in self.meta.theta.items()}
 
     @torch.no_grad()
-    def act(self, percept: Percept, noise: Tensor, state: Params) -> tuple[Tensor, Tensor, Params]:
-        """Draw actions; see `Agent.act`. Of the percept only the observations matter."""
-        mean, log_std = self.policy.distribution(state, self._acting_normalizer(percept.observations))
+    def act(self, time_step: TimeStep, noise: Tensor, state: Params) -> tuple[Tensor, Tensor, Params]:
+        """Draw actions; see `Agent.act`. Of the time step only the observations matter."""
+        mean, log_std = self.policy.distribution(state, self._acting_normalizer(time_step.observations))
         actions = mean + log_std.exp() * noise
         return actions, gaussian_log_prob(mean, log_std, actions), state
 
@@ -226,12 +228,12 @@ class GradientAgent:
 
     # --- learning ------------------------------------------------------------------------------------------------
 
-    def update(self, rollouts: Sequence[Rollout], guard: Guard | None = None) -> dict[str, float]:
+    def update(self, rollouts: Sequence[Rollout], auxiliary_loss: AuxiliaryLoss | None = None) -> dict[str, float]:
         """One meta-update on the K support rollouts and the query rollout; see `Agent.update`."""
         config = self.config
         if len(rollouts) != self.training_adaptation_steps + 1:
             raise ValueError(f"got {len(rollouts)} rollouts, expected {self.training_adaptation_steps + 1}: K + 1")
-        metrics = self._outer.step(self.objective([self._prepare(rollout) for rollout in rollouts], guard))
+        metrics = self._outer.step(self.objective([self._prepare(rollout) for rollout in rollouts], auxiliary_loss))
         self.policy.keep_within_bounds(self.meta.theta)
         self.meta = self.meta._replace(iteration=self.meta.iteration + 1)
         metrics |= {"std": float(self.meta.theta["log_std"].detach().exp().mean())} | self._fit_value(rollouts)
@@ -242,11 +244,13 @@ class GradientAgent:
             self._use_normalizer(normalizer)
         return {f"train/{name}": value for name, value in metrics.items()}
 
-    def objective(self, batches: Sequence[Batch], guard: Guard | None = None) -> MetaObjective:
+    def objective(self, batches: Sequence[Batch], auxiliary_loss: AuxiliaryLoss | None = None) -> MetaObjective:
         """Return the outer objective on the K support batches and the query batch, each `[M, S, ...]`."""
         width = max(self.config.hidden_sizes, default=self.policy.observation_size)
         penalty = self._saturation if self.config.saturation_coef else None
-        return MetaObjective(self.method, self._loss, self.policy.log_prob, self.meta, batches, width, guard, penalty)
+        return MetaObjective(
+            self.method, self._loss, self.policy.log_prob, self.meta, batches, width, auxiliary_loss, penalty
+        )
 
     def _saturation(self, params: Params, batch: Batch) -> Tensor:
         mean, _ = self.policy.distribution(params, batch.observations)
@@ -270,13 +274,13 @@ class GradientAgent:
         """What the outer step trains, by name."""
         return {name: value for name, value in self.meta.named().items() if value.requires_grad}
 
-    def retrace(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
-        """Adapt anew from θ to recorded support data, differentiated as the method is; see `Agent.retrace`."""
+    def replay_policy(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
+        """Adapt anew from θ to recorded support data, differentiated as the method is; see `Agent.replay_policy`."""
         *supports, query = rollouts
         tasks, shape = len(query.valid), query.valid.shape
         theta = {name: value.expand(tasks, *value.shape) for name, value in self.meta.theta.items()}
         batches = [self._prepare(support) for support in supports]
-        params = follow(self.method, self._loss, self.meta._replace(theta=theta), batches)[-1]
+        params = inner_loop(self.method, self._loss, self.meta._replace(theta=theta), batches)[-1]
         observations = self.normalizer(query.observations)
         mean, log_std = self.policy.distribution(params, observations.flatten(1, 2))
         mean, log_std = mean.view(*shape, -1), log_std.expand_as(mean).view(*shape, -1)
@@ -290,10 +294,10 @@ class GradientAgent:
                 estimated = vtrace(query.rewards, values, following, log_ratios, *ends, self.config.gamma)[1]
         return Prediction(mean, log_std, None, estimated, scale)
 
-    def sensitivities(
+    def policy_jacobians(
         self, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
-    ) -> Iterator[Sensitivity]:
-        """Differentiate each task's policy at θ⁰ … θᴷ, to first order (∂θᵏ/∂θ = 1); see `Agent.sensitivities`."""
+    ) -> Iterator[PolicyJacobian]:
+        """Differentiate each task's policy at θ⁰ … θᴷ, to first order (∂θᵏ/∂θ = 1); see `Agent.policy_jacobians`."""
         batches = [self._prepare(rollout) for rollout in rollouts]
         tasks = len(batches[0].weights)
         each = max(1, states // (tasks * len(batches)))
@@ -302,7 +306,7 @@ class GradientAgent:
                 chosen = choose_steps(batch.weights[i] > 0, each, generator)
                 if len(chosen):
                     own = {name: value[i] for name, value in params.items()}
-                    yield of_mlp(self.policy, own, batch.observations[i, chosen])
+                    yield mlp_jacobian(self.policy, own, batch.observations[i, chosen])
 
     def hidden_units(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
         """Activations of the adapted policies; see `Agent.hidden_units`."""
@@ -322,7 +326,7 @@ class GradientAgent:
     def _path(self, batches: Sequence[Batch]) -> list[Params]:
         """Adapt to each task's data anew; returns θ⁰ … θᴷ, stacked `[M, ...]`, without a graph."""
         theta = {name: value.expand(len(batches[0].weights), *value.shape) for name, value in self.meta.theta.items()}
-        path = follow(self.method, self._loss, self.meta._replace(theta=theta), batches[:-1], create_graph=False)
+        path = inner_loop(self.method, self._loss, self.meta._replace(theta=theta), batches[:-1], create_graph=False)
         return [{name: value.detach() for name, value in params.items()} for params in path]
 
     # --- saving --------------------------------------------------------------------------------------------------

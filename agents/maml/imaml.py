@@ -48,7 +48,7 @@ class Imaml:
         return {}
 
     def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
-        """Descend from `params`; differentiated for θ as if this phase's problem were solved. See `Method.step`."""
+        """Descend from `params`; differentiated for θ as if this phase were solved. See `InnerMethod.step`."""
         config = self.config
         solution = {name: params[name].detach() for name in params}
         for _ in range(config.gradient_steps):

@@ -1,6 +1,6 @@
-"""Inner steps: how the parameters of a task follow from the meta-parameters. Pure functions of explicit parameters.
+"""Inner steps: how the parameters of a task inner_loop from the meta-parameters. Pure functions of explicit parameters.
 
-What differs between the meta-learners of this package is a `Method`: what it learns beside θ, and how one step of
+What differs between the meta-learners of this package is a `InnerMethod`: what it learns beside θ, and how one step of
 adaptation is made. All of them work on one task with plain parameters, or on M tasks at once with parameters stacked as
 `[M, ...]`: the loss of a task depends on its own parameters alone, so that the gradient of the sum holds the gradient
 of each. Nothing here knows environments; with another `Loss` the same core learns regression
@@ -68,7 +68,7 @@ class MetaParams(NamedTuple):
 OuterPhases = Literal["first", "last", "all"]
 
 
-class Method(Protocol):
+class InnerMethod(Protocol):
     """What one meta-learner does differently from the others.
 
     Attributes:
@@ -109,8 +109,8 @@ def descend(params: Params, gradient: Params, inner_lr: float) -> Params:
     return params | {name: params[name] - inner_lr * value for name, value in gradient.items()}
 
 
-def follow(
-    method: Method, loss: Loss, meta: MetaParams, supports: Sequence[Any], create_graph: bool = True
+def inner_loop(
+    method: InnerMethod, loss: Loss, meta: MetaParams, supports: Sequence[Any], create_graph: bool = True
 ) -> list[Params]:
     """Adapt step by step from θ.
 

@@ -53,7 +53,7 @@ class Maml:
         config: its settings.
         adapted: names of the parameters that adapt.
         second_order: whether ∇L is differentiated, too; else it counts as a constant.
-        outer_phases: what the outer loss is taken of; see `Method`.
+        outer_phases: what the outer loss is taken of; see `InnerMethod`.
     """
 
     config: GradientAgentConfig
@@ -66,6 +66,6 @@ class Maml:
         return {}
 
     def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
-        """Finn et al. 2017, Sec. 2.2; see `Method.step`."""
+        """Finn et al. 2017, Sec. 2.2; see `InnerMethod.step`."""
         gradient = gradients(loss, params, self.adapted, batch, create_graph and self.second_order)
         return descend(params, gradient, self.config.inner_lr)

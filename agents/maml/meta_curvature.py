@@ -44,7 +44,7 @@ class MetaCurvature:
         }
 
     def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
-        """A step along the transformed gradient; see `Method.step`."""
+        """A step along the transformed gradient; see `InnerMethod.step`."""
         gradient = gradients(loss, params, self.adapted, batch, create_graph)
         return params | {
             name: params[name] - self.config.inner_lr * precondition(meta.learned, name, value)

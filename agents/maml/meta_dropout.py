@@ -55,7 +55,7 @@ class MetaDropout:
         return learned
 
     def step(self, loss: PolicyLoss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
-        """MAML's step on the perturbed loss; see `Method.step`."""
+        """MAML's step on the perturbed loss; see `InnerMethod.step`."""
 
         def perturb(layer: int, below: Tensor, hidden: Tensor) -> Tensor:
             seed = integer_seed(meta.seed, Purpose.META_DROPOUT, meta.iteration, layer)

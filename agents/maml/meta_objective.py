@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from metarl.agents.maml.inner import Batch, LogProb, Loss, MetaParams, Method, follow
+from metarl.agents.maml.inner import Batch, InnerMethod, LogProb, Loss, MetaParams, inner_loop
 from metarl.nn.conjugate_gradient import dot
 from metarl.nn.mlp import Params
-from metarl.protocols import Guard
+from metarl.protocols import AuxiliaryLoss
 from metarl.rl.surrogates import approximate_kl
 
 CPU_CHUNK_BYTES = 2_500_000
@@ -66,23 +66,23 @@ class MetaObjective:
         meta: the meta-parameters; those that require a gradient are trained.
         batches: K support batches and the query batch, all `[M, S, ...]`.
         width: numbers of the widest layer a sample, which sets how many tasks a chunk holds.
-        guard: adds to the objective what keeps earlier stages.
+        auxiliary_loss: adds to the objective what keeps earlier stages.
         penalty: adds to a task's outer loss, (adapted parameters, data) → scalar or `[M]`.
     """
 
     def __init__(
         self,
-        method: Method,
+        method: InnerMethod,
         loss: Loss,
         log_prob: LogProb,
         meta: MetaParams,
         batches: Sequence[Batch],
         width: int,
-        guard: Guard | None = None,
+        auxiliary_loss: AuxiliaryLoss | None = None,
         penalty: Callable[[Params, Batch], Tensor] | None = None,
     ) -> None:
         self._method, self._loss, self._log_prob, self._meta, self._batches = method, loss, log_prob, meta, batches
-        self._guard, self._penalty = guard, penalty
+        self._guard, self._penalty = auxiliary_loss, penalty
         self.num_tasks, samples = batches[-1].weights.shape
         self._chunk = max(1, chunk_bytes(batches[-1].weights.device) // (4 * samples * width))
         self._outer_phases = range(0 if method.outer_phases == "all" else len(batches) - 1, len(batches))
@@ -97,7 +97,7 @@ class MetaObjective:
             if count > 1:
                 stacked = {name: value.expand(count, *value.shape) for name, value in meta.theta.items()}
                 meta = meta._replace(theta=stacked)
-            yield follow(self._method, self._loss, meta, batches[:-1], create_graph), batches
+            yield inner_loop(self._method, self._loss, meta, batches[:-1], create_graph), batches
 
     def backward(self, surrogate: Surrogate, inner_kl_coef: float = 0.0) -> dict[str, float]:
         """Add the gradient of J to that of the meta-parameters.

@@ -40,7 +40,7 @@ class MetaSgd:
         return {f"inner_lr.{name}": value.requires_grad_() for name, value in rates.items()}
 
     def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
-        """A step at the learned rates; see `Method.step`."""
+        """A step at the learned rates; see `InnerMethod.step`."""
         gradient = gradients(loss, params, self.adapted, batch, create_graph)
         return params | {
             name: params[name] - meta.learned[f"inner_lr.{name}"] * value for name, value in gradient.items()

@@ -1,4 +1,4 @@
-"""Outer steps: how the meta-parameters follow the meta-gradient. PPO-clip, TRPO, or a plain gradient."""
+"""Outer steps: how the meta-parameters inner_loop the meta-gradient. PPO-clip, TRPO, or a plain gradient."""
 
 from __future__ import annotations
 

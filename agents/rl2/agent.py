@@ -23,20 +23,29 @@ from torch import Tensor
 
 from metarl.agents.rl2.config import Rl2Config
 from metarl.agents.rl2.controller import MemoryController, joined, split
-from metarl.agents.rl2.networks import Critic, CriticConfig, GaussianHead, Policy, Trunk
-from metarl.agents.rl2.trials import Before, Inputs, TrialBatch, Trials, chunks, normalized, read_memory, read_trials
+from metarl.agents.rl2.networks import Critic, GaussianHead, LearnedCriticConfig, Policy, Trunk
+from metarl.agents.rl2.trials import (
+    Inputs,
+    PreviousStep,
+    TrialBatch,
+    Trials,
+    chunks,
+    normalized,
+    read_memory,
+    read_trials,
+)
 from metarl.errors import UserError
 from metarl.nn.distributions import gaussian_log_prob
 from metarl.nn.jacobians import choose_steps, jacobian, plain_kernels
 from metarl.nn.memory import State, rows, unpack
 from metarl.nn.normalizer import Normalizer
 from metarl.nn.optimizer_state import check_entries, clip_gradients, load_optimizer_state, optimizer_state
-from metarl.protocols import Guard
+from metarl.protocols import AuxiliaryLoss
 from metarl.rl.returns import gae, normalize_advantages, return_scale, vtrace
 from metarl.rl.surrogates import approximate_kl, ppo_clip_loss, saturation, weighted_mean
 from metarl.rl.value import linear_values
 from metarl.seeding import Purpose, integer_seed
-from metarl.types import FloatArray, Percept, Prediction, Rollout, Sensitivity
+from metarl.types import FloatArray, PolicyJacobian, Prediction, Rollout, TimeStep
 
 LAST_LR = 0.1
 """What the learning rate falls to, a fraction of what it was at first."""
@@ -45,11 +54,11 @@ _UNIT_ENTROPY = 0.5 * math.log(2.0 * math.pi * math.e)
 """Of a Gaussian in one dimension with standard deviation 1."""
 
 
-class Recall(NamedTuple):
+class Rl2State(NamedTuple):
     """What the agent knows of B trials in progress: its adaptation state."""
 
     memory: State
-    before: Before
+    previous: PreviousStep
     time: Tensor  # [B], integers, the step of the episode; −1 before the first
     reward: Tensor  # [B], of the last step, where it is known and has not been told yet; else NaN; 0 before the first
 
@@ -99,14 +108,14 @@ class Rl2:
         trunk = Trunk(*trunk_settings)
         std = (config.init_std, config.min_std, config.max_std)
         if heads and not config.skip_inputs:
-            raise UserError("stage_cue head: the head is chosen by the inputs; agent.skip_inputs must be true")
+            raise UserError("stage_id head: the head is chosen by the inputs; agent.skip_inputs must be true")
         told_inputs = len(entries) - cues, len(entries)
         begin = trunk.output_size - self.inputs.size  # of the inputs among the features
         cue = slice(*(begin + place for place in told_inputs)) if heads else None
         head = GaussianHead(trunk.output_size, action_size, std, config.state_dependent_std, generator, cue)
         self.policy = Policy(trunk, head).to(device)
         self.critic: Critic | None = None
-        if isinstance(config.critic, CriticConfig):
+        if isinstance(config.critic, LearnedCriticConfig):
             own = None
             if config.critic.name == "separate":
                 own = Trunk(*trunk_settings)
@@ -136,111 +145,117 @@ class Rl2:
     # --- acting and adapting -------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def initial_state(self, num_tasks: int) -> Recall:
+    def initial_state(self, num_tasks: int) -> Rl2State:
         """A memory that holds nothing, for `num_tasks` trials."""
         nothing = torch.zeros(num_tasks, device=self.device)
         observations, actions = (nothing[:, None].expand(-1, size) for size in (len(self._entries), self.action_size))
         time = torch.full((num_tasks,), -1, device=self.device)
-        return Recall(self.policy.trunk.initial(num_tasks), Before(observations, actions, nothing), time, nothing)
+        return Rl2State(
+            self.policy.trunk.initial(num_tasks), PreviousStep(observations, actions, nothing), time, nothing
+        )
 
     @torch.inference_mode()
-    def act(self, percept: Percept, noise: Tensor, state: Recall) -> tuple[Tensor, Tensor, Recall]:
+    def act(self, time_step: TimeStep, noise: Tensor, state: Rl2State) -> tuple[Tensor, Tensor, Rl2State]:
         """Draw actions; see `Agent.act`. A state of M trials stands for all P of a task."""
-        tasks, parallel = percept.rewards.shape
-        mean, log_std, perceived = self._perceive(percept, state)
+        tasks, parallel = time_step.rewards.shape
+        mean, log_std, perceived = self._perceive(time_step, state)
         drawn = mean + log_std.exp() * noise.flatten(0, 1).to(self.device)
         log_probs = gaussian_log_prob(mean, log_std, drawn)
         actions = drawn.view(tasks, parallel, -1).cpu()
-        return actions, log_probs.view(tasks, parallel).cpu(), self._carried_out(percept, drawn, perceived)
+        return actions, log_probs.view(tasks, parallel).cpu(), self._carried_out(time_step, drawn, perceived)
 
-    def _perceive(self, percept: Percept, state: Recall) -> tuple[Tensor, Tensor, Recall]:
-        """Read a percept into B = M · P memories; returns mean and log deviation `[B, A]`, and what is known."""
-        batch = percept.rewards.numel()
+    def _perceive(self, time_step: TimeStep, state: Rl2State) -> tuple[Tensor, Tensor, Rl2State]:
+        """Read a time step into B = M · P memories; returns mean and log deviation `[B, A]`, and what is known."""
+        batch = time_step.rewards.numel()
         if len(state.time) != batch:
-            if len(state.time) != len(percept.rewards):
-                raise ValueError(f"the state is of {len(state.time)} trials, the percept of {percept.rewards.shape}")
+            if len(state.time) != len(time_step.rewards):
+                raise ValueError(
+                    f"the state is of {len(state.time)} trials, the time_step of {time_step.rewards.shape}"
+                )
             each = torch.arange(len(state.time), device=self.device).repeat_interleave(batch // len(state.time))
-            memory, before, *rest = state
-            state = Recall(rows(memory, each), Before(*(part[each] for part in before)), *(part[each] for part in rest))
-        now = percept.observations.flatten(0, 1).to(self.device)[:, self._entries]
-        rewards, start = (part.reshape(-1).to(self.device) for part in (percept.rewards, percept.episode_start))
+            memory, previous, *rest = state
+            state = Rl2State(
+                rows(memory, each), PreviousStep(*(part[each] for part in previous)), *(part[each] for part in rest)
+            )
+        now = time_step.observations.flatten(0, 1).to(self.device)[:, self._entries]
+        rewards, start = (part.reshape(-1).to(self.device) for part in (time_step.rewards, time_step.episode_start))
         rewards = torch.where(rewards.isnan(), state.reward, rewards)
-        active = None if bool(percept.active.all()) else percept.active.reshape(-1).to(self.device)
+        active = None if bool(time_step.active.all()) else time_step.active.reshape(-1).to(self.device)
         time = (state.time + 1).masked_fill(start, 0)
-        inputs = self.normalize(self.inputs(now, state.before, rewards, start, time))
+        inputs = self.normalize(self.inputs(now, state.previous, rewards, start, time))
         features, memory = self.policy.trunk.step(inputs, state.memory, active)
-        before = Before(now, state.before.actions, rewards)
+        previous = PreviousStep(now, state.previous.actions, rewards)
         if active is not None:
-            before = Before(
-                torch.where(active[:, None], now, state.before.observations),
-                state.before.actions,
-                torch.where(active, rewards, state.before.rewards),
+            previous = PreviousStep(
+                torch.where(active[:, None], now, state.previous.observations),
+                state.previous.actions,
+                torch.where(active, rewards, state.previous.rewards),
             )
             time = torch.where(active, time, state.time)
         mean, log_std = self.policy.head(features)
-        return mean, log_std, Recall(memory, before, time, torch.full_like(rewards, math.nan))
+        return mean, log_std, Rl2State(memory, previous, time, torch.full_like(rewards, math.nan))
 
-    def _carried_out(self, percept: Percept, actions: Tensor, state: Recall) -> Recall:
+    def _carried_out(self, time_step: TimeStep, actions: Tensor, state: Rl2State) -> Rl2State:
         """What is known after actions `[B, A]`."""
         actions = actions.clamp(-1.0, 1.0)
-        if not bool(percept.active.all()):
-            active = percept.active.reshape(-1, 1).to(self.device)
-            actions = torch.where(active, actions, state.before.actions)
-        return state._replace(before=state.before._replace(actions=actions))
+        if not bool(time_step.active.all()):
+            active = time_step.active.reshape(-1, 1).to(self.device)
+            actions = torch.where(active, actions, state.previous.actions)
+        return state._replace(previous=state.previous._replace(actions=actions))
 
-    def log_prob(self, state: Recall, rollout: Rollout) -> Tensor:
+    def log_prob(self, state: Rl2State, rollout: Rollout) -> Tensor:
         """Log-density of a trial's actions; see `Agent.log_prob`."""
-        return self._follow(state, rollout)[0]
+        return self._replay(state, rollout)[0]
 
-    def adapt(self, state: Recall, rollout: Rollout, inner_lr: float | None = None) -> Recall:
+    def adapt(self, state: Rl2State, rollout: Rollout, inner_lr: float | None = None) -> Rl2State:
         """Remember a task's N rollouts, one after another, as one trial; see `Agent.adapt`."""
         if inner_lr is not None:
             raise ValueError(f"inner_lr is {inner_lr}; an agent that adapts in its memory makes no steps")
-        return self._follow(state, rollout.map(lambda part: part.flatten(1, 2)[:, None]))[1]
+        return self._replay(state, rollout.map(lambda part: part.flatten(1, 2)[:, None]))[1]
 
     @torch.inference_mode()
-    def _follow(self, state: Recall, rollout: Rollout) -> tuple[Tensor, Recall]:
+    def _replay(self, state: Rl2State, rollout: Rollout) -> tuple[Tensor, Rl2State]:
         """Live through recorded steps; returns log-densities `[M, N, T]` and what is known then."""
         rewards, log_probs = torch.full_like(rollout.rewards[..., 0], math.nan), torch.zeros_like(rollout.rewards)
         for t in range(rollout.valid.shape[-1]):
             active = rollout.valid[..., t]
-            percept = Percept(rollout.observations[..., t, :], rewards, rollout.episode_start[..., t], active)
-            mean, log_std, state = self._perceive(percept, state)
+            time_step = TimeStep(rollout.observations[..., t, :], rewards, rollout.episode_start[..., t], active)
+            mean, log_std, state = self._perceive(time_step, state)
             actions = rollout.actions[..., t, :].flatten(0, 1).to(self.device)
             log_probs[..., t] = gaussian_log_prob(mean, log_std, actions).view(active.shape)
-            state = self._carried_out(percept, actions, state)
+            state = self._carried_out(time_step, actions, state)
             rewards = torch.where(active, rollout.rewards[..., t], rewards)
         return log_probs, state._replace(reward=rewards.flatten().to(self.device))
 
     # --- on a robot ----------------------------------------------------------------------------------------------
 
-    def controller(self, state: Recall, low: FloatArray, high: FloatArray) -> MemoryController:
+    def controller(self, state: Rl2State, low: FloatArray, high: FloatArray) -> MemoryController:
         """One control step of a trial that begins with what `state` remembers; see `Agent.controller`."""
         initial = self.pack(state)["recall"]
         parts = self.inputs, self._entries, self._shift, self._scale, initial, self.observation_size
         return MemoryController(self.policy, *parts, low, high)
 
-    def pack(self, state: Recall) -> dict[str, Tensor]:
+    def pack(self, state: Rl2State) -> dict[str, Tensor]:
         """All that is known as one tensor; see `Agent.pack`."""
-        memory, before, time, reward = state
-        return {"recall": joined(memory, before, time + 1, reward)}
+        memory, previous, time, reward = state
+        return {"recall": joined(memory, previous, time + 1, reward)}
 
-    def unpack(self, packed: Mapping[str, Tensor]) -> Recall:
+    def unpack(self, packed: Mapping[str, Tensor]) -> Rl2State:
         """See `Agent.unpack`."""
         empty = self.initial_state(1)
         check_entries(packed, self.pack(empty))
-        memory, before, steps, reward = split(packed["recall"].to(self.device), self.inputs)
-        return Recall(unpack(memory, empty.memory), before, steps - 1, reward)
+        memory, previous, steps, reward = split(packed["recall"].to(self.device), self.inputs)
+        return Rl2State(unpack(memory, empty.memory), previous, steps - 1, reward)
 
     # --- learning ------------------------------------------------------------------------------------------------
 
-    def update(self, rollouts: Sequence[Rollout], guard: Guard | None = None) -> dict[str, float]:
+    def update(self, rollouts: Sequence[Rollout], auxiliary_loss: AuxiliaryLoss | None = None) -> dict[str, float]:
         """Several epochs of PPO on one rollout of trials; see `Agent.update`."""
         (rollout,) = rollouts
         config = self.config
         trials = self._read(rollout)
         batch, metrics = self._prepare(trials, len(rollout.valid))
-        metrics |= self._learn(batch, guard)
+        metrics |= self._learn(batch, auxiliary_loss)
         if config.normalizer_iterations is None or self.iteration < config.normalizer_iterations:
             self._use_normalizer(self.normalizer.update(trials.inputs[:, :-1], trials.valid))
         self.iteration += 1
@@ -285,10 +300,10 @@ class Rl2:
         observations = inputs[:, :-1, : len(self._entries)]
         parts = (observations, trials.rewards, trials.last, trials.valid)
         observations, rewards, last, valid = (part.reshape(tasks, -1, *part.shape[1:]) for part in parts)
-        before, after = linear_values(observations, rewards, last, valid, self.config.gamma)
-        return before.flatten(0, 1), after.flatten(0, 1)
+        previous, after = linear_values(observations, rewards, last, valid, self.config.gamma)
+        return previous.flatten(0, 1), after.flatten(0, 1)
 
-    def _learn(self, batch: TrialBatch, guard: Guard | None) -> dict[str, float]:
+    def _learn(self, batch: TrialBatch, auxiliary_loss: AuxiliaryLoss | None) -> dict[str, float]:
         """Take the steps of Adam of one iteration; returns the mean of what was measured before each."""
         config, trained = self.config, self.parameters()
         lr = config.lr * max(LAST_LR, 1.0 - (1.0 - LAST_LR) * self.iteration / (config.lr_decay_iterations or math.inf))
@@ -303,7 +318,7 @@ class Rl2:
             measured.append(dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)))
             if measured[-1]["kl"] > config.max_kl:
                 break
-            kept = guard(1.0 / self._num_minibatches(batch)) if guard is not None else None
+            kept = auxiliary_loss(1.0 / self._num_minibatches(batch)) if auxiliary_loss is not None else None
             if kept is not None:
                 loss = loss + kept
             self._optimizer.zero_grad()
@@ -357,8 +372,8 @@ class Rl2:
 
     # --- what guards earlier stages asks ---------------------------------------------------------------------------
 
-    def retrace(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
-        """Read recorded trials from their beginning; see `Agent.retrace`."""
+    def replay_policy(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
+        """Read recorded trials from their beginning; see `Agent.replay_policy`."""
         (rollout,) = rollouts
         shape, trials = rollout.valid.shape, self._read(rollout)
         steps = shape[-1]
@@ -384,10 +399,10 @@ class Rl2:
         mean, log_std = mean.view(*shape, -1), log_std.view(*shape, -1)
         return Prediction(mean, log_std, expected, None if estimated is None else estimated.view(shape), scale)
 
-    def sensitivities(
+    def policy_jacobians(
         self, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
-    ) -> Iterator[Sensitivity]:
-        """Differentiate through all earlier steps of a trial; see `Agent.sensitivities`."""
+    ) -> Iterator[PolicyJacobian]:
+        """Differentiate through all earlier steps of a trial; see `Agent.policy_jacobians`."""
         (rollout,) = rollouts
         trials = self._read(rollout)
         inputs = self.normalize(trials.inputs[:, :-1])
@@ -399,8 +414,8 @@ class Rl2:
             with plain_kernels():
                 features, _ = self.policy.trunk.scan(read, self.policy.trunk.initial(1))
                 mean, log_std = self.policy.head(features[0, chosen])
-                sensitivity = jacobian(mean, params), jacobian(log_std, params)
-            yield Sensitivity(mean.detach(), log_std.detach(), *sensitivity)
+                slopes = jacobian(mean, params), jacobian(log_std, params)
+            yield PolicyJacobian(mean.detach(), log_std.detach(), *slopes)
 
     @torch.no_grad()
     def hidden_units(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, model_validator
 
-from metarl.agents.rl2.networks import BaselineConfig, CriticConfig, GruConfig, MemoryConfig, Sizes
+from metarl.agents.rl2.networks import CriticConfig, GruConfig, LearnedCriticConfig, MemoryConfig, Sizes
 from metarl.errors import STRICT, as_tuple
 from metarl.nn.mlp import check_deviations
 
@@ -35,7 +35,7 @@ class Rl2Config(BaseModel):
     )
     input_time: bool = Field(False, description="whether the agent is told the step of the episode")
     normalizer_floor: float = Field(1e-3, gt=0, description="smallest scale of an input, in its units")
-    critic: BaselineConfig = Field(default_factory=CriticConfig)
+    critic: CriticConfig = Field(default_factory=LearnedCriticConfig)
     gamma: float = Field(0.99, ge=0, le=1, description="discount a step")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="GAE's trade-off: 0 one-step, 1 Monte Carlo")
     success_bonus: float = Field(

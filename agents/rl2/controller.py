@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metarl.agents.rl2.networks import Policy
-from metarl.agents.rl2.trials import Before, Inputs, normalized
+from metarl.agents.rl2.trials import Inputs, PreviousStep, normalized
 from metarl.nn.action_bounds import ActionBounds
 from metarl.nn.memory import State, pack, unpack
 from metarl.types import FloatArray
@@ -95,37 +95,37 @@ class MemoryController(nn.Module):
             noise: `[B, A]` or `[1, A]`, standard normal; None or zeros: the mean.
         """
         begun = state[:, -1:] > 0
-        packed, before, steps, told = split(torch.where(begun, state[:, :-1], self._initial), self._inputs)
+        packed, previous, steps, told = split(torch.where(begun, state[:, :-1], self._initial), self._inputs)
         start = episode_start | ~begun[:, 0]
         time = torch.where(start, 0, steps)
         rewards = torch.where(begun[:, 0] & ~rewards.isnan(), rewards, told)
         now = observations[:, self._entries]
-        inputs = normalized(self._inputs(now, before, rewards, start, time), self._shift, self._scale)
+        inputs = normalized(self._inputs(now, previous, rewards, start, time), self._shift, self._scale)
         features, memory = self._policy.trunk.step(inputs, unpack(packed, self._like, fixed=True))
         mean, log_std = self._policy.head(features)
         drawn = mean if noise is None else mean + log_std.exp() * noise
         after = joined(
-            memory, Before(now, drawn.clamp(-1.0, 1.0), rewards), time + 1, torch.full_like(rewards, math.nan)
+            memory, PreviousStep(now, drawn.clamp(-1.0, 1.0), rewards), time + 1, torch.full_like(rewards, math.nan)
         )
         return self._bounds(drawn), torch.cat([after, torch.ones_like(after[:, :1])], -1)
 
 
-def joined(memory: State, before: Before, steps: Tensor, told: Tensor) -> Tensor:
+def joined(memory: State, previous: PreviousStep, steps: Tensor, told: Tensor) -> Tensor:
     """Put what is known of B trials into one tensor `[B, S − 1]`.
 
     Args:
         memory: of B sequences.
-        before: what there was one step ago.
+        previous: what there was one step ago.
         steps: `[B]`, of the episode so far.
         told: `[B]`, the last reward where it is known and has not been told yet, else NaN.
     """
-    rest = before.observations, before.actions, *(part[:, None] for part in (before.rewards, steps, told))
+    rest = previous.observations, previous.actions, *(part[:, None] for part in (previous.rewards, steps, told))
     return torch.cat([pack(memory), *rest], -1)
 
 
-def split(joint: Tensor, inputs: Inputs) -> tuple[Tensor, Before, Tensor, Tensor]:
+def split(joint: Tensor, inputs: Inputs) -> tuple[Tensor, PreviousStep, Tensor, Tensor]:
     """Undo `joined`; the memory stays packed."""
     sizes = len(inputs.entries), inputs.action_size, 1, 1, 1
     parts = torch.split(joint, [joint.shape[1] - sum(sizes), *sizes], -1)
     packed, observations, actions, rewards, steps, told = parts
-    return packed, Before(observations, actions, rewards[:, 0]), steps[:, 0].long(), told[:, 0]
+    return packed, PreviousStep(observations, actions, rewards[:, 0]), steps[:, 0].long(), told[:, 0]

@@ -92,7 +92,7 @@ MemoryConfig = Annotated[
 VALUES = "shared, separate or linear; another one's settings are shown by --agent.critic.name NAME --help"
 
 
-class CriticConfig(BaseModel):
+class LearnedCriticConfig(BaseModel):
     """A learned value function on a memory: that of the policy, or one of its own."""
 
     model_config = STRICT
@@ -102,7 +102,7 @@ class CriticConfig(BaseModel):
     loss_coef: float = Field(0.5, gt=0, description="weight of the value loss; returns are normalised for it")
 
 
-class LinearConfig(BaseModel):
+class LinearCriticConfig(BaseModel):
     """Linear features of observation and time, fitted to each task's trials of an iteration."""
 
     model_config = STRICT
@@ -110,12 +110,12 @@ class LinearConfig(BaseModel):
     name: Literal["linear"] = Field("linear", description=VALUES)
 
 
-BaselineConfig = Annotated[
-    CriticConfig | LinearConfig,
+CriticConfig = Annotated[
+    LearnedCriticConfig | LinearCriticConfig,
     Field(discriminator="name"),
     BeforeValidator(functools.partial(named_by_default, "shared")),
 ]
-"""One member a baseline, told apart by `name`; a shared critic if there is none."""
+"""One member a critic, told apart by `name`; a shared one if there is none."""
 
 
 def build_memory(

@@ -37,26 +37,26 @@ class Inputs(NamedTuple):
         """I, of which the first O' are the observation."""
         return len(self.entries) * (1 + self.differences) + self.action_size + 2 + self.differences + self.time
 
-    def __call__(self, now: Tensor, before: Before, rewards: Tensor, start: Tensor, time: Tensor) -> Tensor:
+    def __call__(self, now: Tensor, previous: PreviousStep, rewards: Tensor, start: Tensor, time: Tensor) -> Tensor:
         """Put the inputs `[..., I]` together.
 
         Args:
             now: `[..., O']`, observations.
-            before: what was there one step ago.
+            previous: what was there one step ago.
             rewards: `[...]`, of the last step.
             start: `[...]`, bool: an episode begins.
             time: `[...]`, integers: the step of the episode, from 0.
         """
-        parts = [now, before.actions, rewards[..., None], start[..., None].to(now.dtype)]
+        parts = [now, previous.actions, rewards[..., None], start[..., None].to(now.dtype)]
         if self.differences:  # there is none at an episode's first step, and none of rewards at its second
-            parts.append(torch.where((time >= 1)[..., None], now - before.observations, 0.0))
-            parts.append(torch.where(time >= 2, rewards - before.rewards, 0.0)[..., None])
+            parts.append(torch.where((time >= 1)[..., None], now - previous.observations, 0.0))
+            parts.append(torch.where(time >= 2, rewards - previous.rewards, 0.0)[..., None])
         if self.time:
             parts.append(time[..., None].to(now.dtype) / 100.0)
         return torch.cat(parts, -1)
 
 
-class Before(NamedTuple):
+class PreviousStep(NamedTuple):
     """What an agent had before a step: one step ago, or zeros where a trial begins."""
 
     observations: Tensor  # [..., O']
@@ -106,9 +106,9 @@ def read_trials(inputs: Inputs, rollout: Rollout, success_bonus: float, free_epi
     now[ends] = rollout.next_observations[..., entries][last]
     rewards, start = F.pad(rollout.rewards, (1, 0)), F.pad(rollout.episode_start, (0, 1))
     actions = _one_longer(rollout.actions.clamp(-1.0, 1.0)).roll(1, 1)
-    before = Before(_one_longer(now[:, :-1]).roll(1, 1), actions, F.pad(rewards[:, :-1], (1, 0)))
+    previous = PreviousStep(_one_longer(now[:, :-1]).roll(1, 1), actions, F.pad(rewards[:, :-1], (1, 0)))
     return Trials(
-        inputs(now, before, rewards, start, time_in_episode(start)),
+        inputs(now, previous, rewards, start, time_in_episode(start)),
         rollout.actions,
         rollout.log_probs,
         objective * valid,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.envs.vector.slots import LANES, POOL, Buffers, Slots, env_spaces
+from metarl.envs.vector.pool import LANES, POOL, Buffers, EnvPool, env_spaces
 from metarl.envs.vector.workers import WORKER_TIMEOUT, WorkerEnvs
 from metarl.protocols import BatchEnv, TaskDistribution
 from metarl.types import BoolArray, FloatArray, Step, Task
@@ -57,18 +57,18 @@ class SerialEnvs:
         self.observation_space, self.action_space = env_spaces(distribution)
         shapes = Buffers.shapes(max_envs, self.observation_space.shape[0], self.action_space.shape[0])
         self._buffers = Buffers(**{name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()})
-        self._slots = Slots(distribution, self._buffers, max(max_envs, POOL))
+        self._pool = EnvPool(distribution, self._buffers, max(max_envs, POOL))
 
     def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
         """See `BatchEnv.reset`."""
-        self._slots.assign(tasks)
-        self._slots.reset(seeds)
+        self._pool.assign(tasks)
+        self._pool.reset(seeds)
         return self._buffers.observations[: len(tasks)]
 
     def step_async(self, rows: slice, actions: FloatArray, active: BoolArray) -> None:
         """See `BatchEnv.step_async`."""
         self._buffers.actions[rows], self._buffers.active[rows] = actions, active
-        self._slots.step(rows.start, rows.stop)
+        self._pool.step(rows.start, rows.stop)
 
     def step_wait(self, rows: slice) -> Step:
         """See `BatchEnv.step_wait`."""
@@ -76,4 +76,4 @@ class SerialEnvs:
 
     def close(self) -> None:
         """See `BatchEnv.close`."""
-        self._slots.close()
+        self._pool.close()

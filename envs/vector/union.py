@@ -28,7 +28,7 @@ def check_apart(distributions: Sequence[TaskDistribution]) -> None:
                 raise UserError(f"two stages have distributions called {task.family!r}; give each a name of its own")
 
 
-class Together:
+class UnionOfTasks:
     """Several distributions as one, so that their environments share worker processes and a pool.
 
     Args:
@@ -83,7 +83,7 @@ def make_stage_envs(
     shared = [i for i, each in enumerate(distributions) if getattr(each, "make_batch", None) is None]
     different = list({id(distributions[i]): distributions[i] for i in shared}.values())
     if different:
-        whole = different[0] if len(different) == 1 else Together(different)
+        whole = different[0] if len(different) == 1 else UnionOfTasks(different)
         envs = make_envs(whole, max(max_envs[i] for i in shared), num_workers, worker_timeout_s)
         made |= dict.fromkeys(shared, envs)
     for i in set(range(len(distributions))) - made.keys():

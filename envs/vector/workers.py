@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from metarl.envs.vector.slots import LANES, POOL, Buffers, Slots, env_spaces
+from metarl.envs.vector.pool import LANES, POOL, Buffers, EnvPool, env_spaces
 from metarl.protocols import EpisodesLostError, TaskDistribution
 from metarl.types import BoolArray, FloatArray, Step, Task
 
@@ -346,7 +346,7 @@ def _work(
     for signal_number in _MAIN_PROCESS_DECIDES:
         signal.signal(signal_number, signal.SIG_IGN)
     _end_with(parent)
-    slots = Slots(distribution, Buffers.view(memory, shapes), pool_size, number, stride)
+    slots = EnvPool(distribution, Buffers.view(memory, shapes), pool_size, number, stride)
     while True:
         try:
             request = connection.recv_bytes()

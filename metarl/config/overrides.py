@@ -7,11 +7,12 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from metarl.agents import agent_configs
 from metarl.config.yaml_io import parse_yaml
 from metarl.errors import UserError
-from metarl.stability import by_name
+from metarl.stability import expand_names
 
 
 def parse_flags(arguments: Sequence[str]) -> dict[tuple[str, ...], Any]:
@@ -70,12 +71,19 @@ def change_members(tree: dict[str, Any], flags: Mapping[tuple[str, ...], Any]) -
     if not {str(name), str(old_name)} <= agents.keys():
         return  # validation tells
     if name != old_name:
-        tree["agent"] = agent = {key: value for key, value in agent.items() if key in agents[name].model_fields}
+        old, new = agents[old_name].model_fields, agents[name].model_fields
+        both = {key for key in old.keys() & new.keys() if _is_section(old[key]) == _is_section(new[key])}
+        tree["agent"] = agent = {key: value for key, value in agent.items() if key in both}
     for part in ("outer", "memory", "critic"):
         in_both = part in agents[old_name].model_fields and part in agents[name].model_fields
         flag = flags.get(("agent", part, "name"))
         if in_both and isinstance(agent.get(part), dict) and (flag or name != old_name):
             _change_member_of(agent, part, agents[old_name], agents[name], flag)
+
+
+def _is_section(field: FieldInfo) -> bool:
+    """Whether a setting holds settings of its own."""
+    return isinstance(field.get_default(call_default_factory=True), BaseModel)
 
 
 def _change_member_of(agent: dict[str, Any], part: str, old: type[BaseModel], new: type[BaseModel], flag: Any) -> None:
@@ -101,7 +109,7 @@ def lay_over(tree: Any, keys: tuple[str, ...], value: Any) -> None:
             tree = tree[int(key)]
         else:
             if key == "stability":
-                tree[key] = by_name(tree.get(key, [{}]))
+                tree[key] = expand_names(tree.get(key, [{}]))
             tree = tree.setdefault(key, [{}] if key == "stages" else {})
         if not isinstance(tree, dict | list):
             raise UserError(f"{flag_of(keys)}: {'.'.join(keys[: i + 1])} is a single value and has no settings")

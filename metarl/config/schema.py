@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     Field,
@@ -25,18 +26,18 @@ from pydantic import (
 from metarl.agents import AgentConfig
 from metarl.agents.maml.maml import MamlPpoConfig
 from metarl.agents.maml.outer import OuterConfig
-from metarl.agents.rl2.networks import BaselineConfig, MemoryConfig
+from metarl.agents.rl2.networks import CriticConfig, MemoryConfig
 from metarl.config.error_messages import Wording, shown
 from metarl.config.overrides import change_members, lay_over, parse_flags
-from metarl.config.sequences import DEFAULT_NAME, as_written, named, written_out
+from metarl.config.sequences import DEFAULT_NAME, expand_for_each, located_as_written, name_stages
 from metarl.config.yaml_io import read_yaml, write_yaml
 from metarl.envs.metaworld.env import MetaWorldConfig
 from metarl.envs.mujoco.env import MujocoConfig
 from metarl.envs.navigation import NavigationConfig
 from metarl.errors import STRICT, UserError
-from metarl.stability import StabilityConfig, by_name
+from metarl.stability import StabilityConfig, expand_names
 
-StageCue = Literal["none", "input", "head"]
+StageId = Literal["none", "input", "head"]
 """How a policy is told the stage: not at all, by a one-hot at the end of its observations, or that and a head each."""
 
 
@@ -186,7 +187,7 @@ class RunConfig(BaseModel):
     )
     agent: AgentConfig = Field(default_factory=MamlPpoConfig)
     stages: tuple[StageConfig, ...] = Field((StageConfig(),), min_length=1)
-    stability: Annotated[tuple[StabilityConfig, ...], BeforeValidator(by_name)] = Field(
+    stability: Annotated[tuple[StabilityConfig, ...], BeforeValidator(expand_names)] = Field(
         (), description="methods that guard earlier stages, by name or with settings; none: fine-tuning"
     )
     control: Literal["none", "joint", "scratch"] = Field(
@@ -194,8 +195,9 @@ class RunConfig(BaseModel):
         description="joint: all stages train on the tasks of all (upper bound); scratch: each stage starts from a new "
         "agent (reference for transfer)",
     )
-    stage_cue: StageCue = Field(
+    stage_id: StageId = Field(
         "none",
+        validation_alias=AliasChoices("stage_id", "stage_cue"),
         description="what tells the policy its stage: none; input: observations end in a one-hot of it; head: that, "
         "and each stage has an output layer of its own",
     )
@@ -208,11 +210,11 @@ class RunConfig(BaseModel):
         given = data.get("stages") if isinstance(data, Mapping) else None
         if not isinstance(given, list | tuple):
             return validate(data)
-        stages = [stage for position, stage in enumerate(given) for stage in written_out(position, stage)]
+        stages = [stage for position, stage in enumerate(given) for stage in expand_for_each(position, stage)]
         try:
-            return validate({**data, "stages": named([stage.settings for stage in stages])})
+            return validate({**data, "stages": name_stages([stage.settings for stage in stages])})
         except ValidationError as error:
-            raise as_written(error, stages) from None
+            raise located_as_written(error, stages) from None
 
     @model_validator(mode="after")
     def _methods_differ(self) -> RunConfig:
@@ -323,7 +325,7 @@ _WORDING = Wording(
         "agent": _tags(AgentConfig, "name"),
         "outer": _tags(OuterConfig, "name"),
         "memory": _tags(MemoryConfig, "name"),
-        "critic": _tags(BaselineConfig, "name"),
+        "critic": _tags(CriticConfig, "name"),
         "stability": _tags(StabilityConfig, "name"),
     },
 )

@@ -37,7 +37,7 @@ class Stage(NamedTuple):
     chosen: tuple[str, int] | None = None  # the field, and which of its values
 
 
-def written_out(position: int, stage: Any) -> list[Stage]:
+def expand_for_each(position: int, stage: Any) -> list[Stage]:
     """The stages that one of a config stands for: one for each value of `for_each`, if it has that."""
     if not isinstance(stage, Mapping) or stage.get("for_each") is None:
         return [Stage(stage, position)]
@@ -80,8 +80,10 @@ def _field_and_values(for_each: Any, tasks: Mapping[str, Any]) -> tuple[str, Seq
             "{name: [reach-v3, push-v3]}"
         )
     if len(for_each) != 1:
-        named = f" ({', '.join(map(str, for_each))})" if for_each else ""
-        raise ValueError(f"names {len(for_each)} fields of tasks{named}; expected exactly one, with a list of values")
+        name_stages = f" ({', '.join(map(str, for_each))})" if for_each else ""
+        raise ValueError(
+            f"names {len(for_each)} fields of tasks{name_stages}; expected exactly one, with a list of values"
+        )
     [(field, value)] = for_each.items()
     fields = FAMILIES[family].config.model_fields if family in FAMILIES else {field: None}
     if field not in fields:
@@ -107,22 +109,22 @@ def _label(field: str, value: Any) -> str:
     return f"{field} {'-'.join(f'{item:g}' if isinstance(item, float) else str(item) for item in value)}"
 
 
-def named(stages: Sequence[Any]) -> list[Any]:
+def name_stages(stages: Sequence[Any]) -> list[Any]:
     """Give each stage of a sequence a name of its own: `stage 1`, `reach-v3`, `reach-v3 (2)`."""
     given = [_name(stage) for stage in stages]
     names = [f"stage {i + 1}" if name == DEFAULT_NAME and len(given) > 1 else name for i, name in enumerate(given)]
     for i, name in enumerate(names):
         if name is not None and name in names[:i]:
             names[i] = next(new for k in itertools.count(2) if (new := f"{name} ({k})") not in names)
-    named = []
+    name_stages = []
     for stage, before, name in zip(stages, given, names, strict=True):
         if name == before:
-            named.append(stage)
+            name_stages.append(stage)
         elif isinstance(stage, BaseModel):
-            named.append(stage.model_copy(update={"name": name}))
+            name_stages.append(stage.model_copy(update={"name": name}))
         else:
-            named.append({**stage, "name": name})
-    return named
+            name_stages.append({**stage, "name": name})
+    return name_stages
 
 
 def _name(stage: Any) -> str | None:
@@ -131,7 +133,7 @@ def _name(stage: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def as_written(error: ValidationError, stages: Sequence[Stage]) -> ValidationError:
+def located_as_written(error: ValidationError, stages: Sequence[Stage]) -> ValidationError:
     """The same mistakes, each once, at the places in the user's settings from which the stages were made."""
     if all(stage.chosen is None for stage in stages):
         return error

@@ -24,7 +24,7 @@ DORMANT = 0.025
 Report = dict[str, Any]
 
 
-class Account:
+class ScoreTable:
     """What became of each stage, so far.
 
     Args:

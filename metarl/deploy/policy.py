@@ -30,7 +30,7 @@ from metarl.runs.atomic_files import replace_file
 from metarl.runs.checkpoint import Checkpoint, CorruptCheckpointError, load_best, load_iteration, load_latest
 from metarl.runs.checkpoint import save as save_checkpoint
 from metarl.runtime import check_actions, checked_memory, checked_observations
-from metarl.types import FloatArray, Percept, Position, Rollout, Spaces, Task, Trajectory
+from metarl.types import FloatArray, Position, Rollout, Spaces, Task, TimeStep, Trajectory
 
 _LOG = logging.getLogger(__name__)
 _ADAPTED = "adapted"  # the part of a checkpoint that holds an adaptation state
@@ -164,7 +164,9 @@ class Policy:
             sensed = torch.from_numpy(checked_observations(observation, self.observation_size)).view(1, 1, -1)
             told, start = torch.full((1, 1), reward), torch.full((1, 1), not steps)
             noise = torch.randn(1, 1, self.spaces.action_size)
-            drawn, log_probs, state = self.agent.act(Percept(sensed, told, start, torch.ones_like(start)), noise, state)
+            drawn, log_probs, state = self.agent.act(
+                TimeStep(sensed, told, start, torch.ones_like(start)), noise, state
+            )
             actions = drawn[0, 0].double().numpy()
             action = scale_actions(np.clip(actions, -1.0, 1.0), *bounds).astype(env.action_space.dtype)
             following, gained, terminated, truncated, _ = env.step(action)

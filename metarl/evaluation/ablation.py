@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metarl.protocols import Actor
 from metarl.rl.returns import time_in_episode
-from metarl.types import Percept, Rollout
+from metarl.types import Rollout, TimeStep
 
 Ablation: TypeAlias = Literal["memory", "reward"]
 """`memory`: it begins anew at each episode; `reward`: the agent is told those of the average task."""
@@ -46,12 +46,12 @@ class WithoutMemory:
         """See `Actor.initial_state`."""
         return self._agent.initial_state(num_tasks)
 
-    def act(self, percept: Percept, noise: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+    def act(self, time_step: TimeStep, noise: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """See `Actor.act`; all rollouts begin their episodes together."""
-        if bool(percept.episode_start.all()):
-            state = self._agent.initial_state(len(percept.rewards))
-            percept = percept._replace(rewards=torch.full_like(percept.rewards, math.nan))
-        return self._agent.act(percept, noise, state)
+        if bool(time_step.episode_start.all()):
+            state = self._agent.initial_state(len(time_step.rewards))
+            time_step = time_step._replace(rewards=torch.full_like(time_step.rewards, math.nan))
+        return self._agent.act(time_step, noise, state)
 
     def adapt(self, state: Any, rollout: Rollout) -> Any:
         """See `Actor.adapt`."""
@@ -85,14 +85,14 @@ class WithoutReward:
         """See `Actor.initial_state`."""
         return _Counted(self._agent.initial_state(num_tasks))
 
-    def act(self, percept: Percept, noise: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+    def act(self, time_step: TimeStep, noise: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """See `Actor.act`; all rollouts begin their episodes together."""
-        begins = bool(percept.episode_start.all())
+        begins = bool(time_step.episode_start.all())
         episode, time = (state.episode + 1, 0) if begins else (state.episode, state.time)
         last = min(time, self._rewards.shape[1]) - 1  # an ablated agent may live longer than it did as it is
         told = self._rewards[episode, last] if time else self._rewards[episode - 1, -1] if episode else math.nan
-        percept = percept._replace(rewards=torch.full_like(percept.rewards, float(told)))
-        actions, log_probs, after = self._agent.act(percept, noise, state.state)
+        time_step = time_step._replace(rewards=torch.full_like(time_step.rewards, float(told)))
+        actions, log_probs, after = self._agent.act(time_step, noise, state.state)
         return actions, log_probs, _Counted(after, episode, time + 1)
 
     def adapt(self, state: Any, rollout: Rollout) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from metarl import statistics
 from metarl.build import build_agent
-from metarl.collect import adapt_and_collect, by_phase, collect
+from metarl.collect import adapt_and_collect, collect, per_phase
 from metarl.deploy.policy import Policy
 from metarl.envs import FAMILIES
 from metarl.envs import make as make_env
@@ -152,7 +152,7 @@ def evaluate_agent(
     rows: list[dict[str, Any]] = [{"name": task.name, "index": task.index} for task in tasks]
     for prefix, outcome in outcomes.items():
         for field, measure in (("returns", Rollout.episode_returns), ("success", Rollout.episode_success)):
-            values = torch.cat([by_phase(part, measure) for part in outcome]).tolist()
+            values = torch.cat([per_phase(part, measure) for part in outcome]).tolist()
             for row, phases in zip(rows, values, strict=True):
                 row[prefix + field] = [None if math.isnan(value) else value for value in phases]
     shared = any(task.family in FAMILIES and task.benchmark in FAMILIES[task.family].shared_splits for task in tasks)
@@ -168,7 +168,7 @@ def evaluate_agent(
         **({"ablate": ablate} if ablate else {}),
         "tasks": rows,
         "aggregate": _aggregate(rows, seed),
-        "phases": _by_phase(rows, seed),
+        "phases": _per_phase(rows, seed),
         "per_class": _per_class(rows),
     }
 
@@ -228,7 +228,7 @@ def _aggregate(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     return {name: statistics.aggregate(values, classes, rng) for name, (classes, values) in _measures(rows).items()}
 
 
-def _by_phase(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+def _per_phase(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(seeds(seed, Purpose.BOOTSTRAP, 1))
     phases: list[dict[str, Any]] = [{} for _ in rows[0]["returns"]]
     for name, (classes, values) in _defined(rows).items():

@@ -18,7 +18,7 @@ from metarl.collect import rollout_arrays, scale_actions
 from metarl.deploy.policy import Policy
 from metarl.errors import UserError
 from metarl.seeding import Purpose, integer_seed
-from metarl.types import BoolArray, FloatArray, Percept, Rollout
+from metarl.types import BoolArray, FloatArray, Rollout, TimeStep
 
 GOALS_PER_CLASS = {"train": 50, "test": 40}
 """Goals of each class that published figures are over (`MetaworldMetaLearningConfig` of metaworld-algorithms)."""
@@ -129,7 +129,7 @@ class MetaWorldAgent:
         """Return draws `[E, A]`, in which ±1 are the bounds, not clipped, and log-probabilities `[E]`; moves states."""
         shape = (self._num_envs, 1)
         noise = torch.randn(*shape, self._spaces.action_size, generator=self._noise) * (not deterministic)
-        percept = Percept(
+        time_step = TimeStep(
             observations=torch.from_numpy(observations)[:, None],
             rewards=torch.from_numpy(self._rewards)[:, None],
             episode_start=torch.from_numpy(self._episode_start)[:, None],
@@ -137,7 +137,7 @@ class MetaWorldAgent:
         )
         count = self._num_envs // len(self._states)
         acted = [
-            self._agent.act(Percept(*(part[i : i + count] for part in percept)), noise[i : i + count], state)
+            self._agent.act(TimeStep(*(part[i : i + count] for part in time_step)), noise[i : i + count], state)
             for i, state in zip(range(0, self._num_envs, count), self._states, strict=True)
         ]
         draws, log_probs, self._states = (list(part) for part in zip(*acted, strict=True))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metarl.nn.mlp import GaussianMlp, Params
-from metarl.types import Sensitivity
+from metarl.types import PolicyJacobian
 
 ROWS = 64
 """Rows of a Jacobian that are computed at once; each holds as many numbers as there are parameters."""
@@ -26,7 +26,7 @@ def choose_steps(valid: Tensor, count: int, generator: torch.Generator) -> Tenso
     return places[chosen].sort().values.to(valid.device)
 
 
-def of_mlp(policy: GaussianMlp, params: Params, observations: Tensor, prefix: str = "policy.") -> Sensitivity:
+def mlp_jacobian(policy: GaussianMlp, params: Params, observations: Tensor, prefix: str = "policy.") -> PolicyJacobian:
     """Differentiate a Gaussian MLP at each of S observations by itself.
 
     Args:
@@ -45,7 +45,7 @@ def of_mlp(policy: GaussianMlp, params: Params, observations: Tensor, prefix: st
     mean, log_std = policy.distribution(params, observations)
     bound = torch.func.jacrev(lambda log_std: policy.distribution({**params, "log_std": log_std}, observations[:1])[1])
     of_log_std = bound(params["log_std"])[0].expand(len(observations), -1, -1)
-    return Sensitivity(
+    return PolicyJacobian(
         mean,
         log_std.expand_as(mean),
         {prefix + name: value for name, value in of_mean.items()},

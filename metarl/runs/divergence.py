@@ -40,16 +40,16 @@ def write_statistics(
     told = {
         "error": str(error),
         "position": asdict(position),
-        "rollouts": [of_rollout(rollout) for rollout in rollouts],
-        "parameters": {name: of_tensor(value) for name, value in agent.parameters().items()},
-        "gradients": {name: of_tensor(value) for name, value in gradients.items()},
+        "rollouts": [rollout_stats(rollout) for rollout in rollouts],
+        "parameters": {name: tensor_stats(value) for name, value in agent.parameters().items()},
+        "gradients": {name: tensor_stats(value) for name, value in gradients.items()},
     }
     path = run_dir / DIVERGED
     replace_file(path, (json.dumps(told, indent=2, allow_nan=False) + "\n").encode())
     return path
 
 
-def of_rollout(rollout: Rollout) -> dict[str, Any]:
+def rollout_stats(rollout: Rollout) -> dict[str, Any]:
     """Return figures of each field over the valid steps, and of each task its returns; null: not a finite number."""
     values = {field.name: getattr(rollout, field.name)[rollout.valid] for field in fields(rollout)}
     returns = rollout.episode_returns()
@@ -57,13 +57,13 @@ def of_rollout(rollout: Rollout) -> dict[str, Any]:
         {"dropped_rollouts": int((~valid.any(-1)).sum()), "mean_return": _number(returns[task].nanmean())}
         for task, valid in enumerate(rollout.valid)
     ]
-    told: dict[str, Any] = {name: of_tensor(value) for name, value in values.items() if value.is_floating_point()}
+    told: dict[str, Any] = {name: tensor_stats(value) for name, value in values.items() if value.is_floating_point()}
     counts = {name: int(values[name].sum()) for name in ("terminated", "truncated", "episode_start")}
     return {"env_steps": rollout.env_steps, **counts, **told, "tasks": tasks}
 
 
 @torch.no_grad()
-def of_tensor(tensor: Tensor) -> dict[str, float | int | None]:
+def tensor_stats(tensor: Tensor) -> dict[str, float | int | None]:
     """Return how many numbers a tensor holds, how many are not finite, and what the others are like."""
     finite = tensor[tensor.isfinite()].double()
     figures = {"min": finite.min(), "max": finite.max(), "mean": finite.mean()} if len(finite) else {}

@@ -27,7 +27,7 @@ StabilityConfig = Annotated[EwcConfig | ReplayConfig | L2Config | MasConfig | Me
 """One member a method, told apart by `name`."""
 
 
-def by_name(value: object) -> object:
+def expand_names(value: object) -> object:
     """Let the name of a stability method stand for it with its defaults."""
     value = as_tuple(value)
     if not isinstance(value, list | tuple):
@@ -60,7 +60,7 @@ def build(config: Any, folder: Path | None = None) -> StabilityMethod:
     return METHODS[config.name](config, folder)
 
 
-class Guarding:
+class StabilityLoss:
     """The guard of one update: the sum of the losses of all methods, and what they were.
 
     Args:
@@ -77,7 +77,7 @@ class Guarding:
         self._counts: dict[str, int] = {}
 
     def __call__(self, fraction: float, again: bool = False) -> Tensor | None:
-        """See `metarl.protocols.Guard`."""
+        """See `metarl.protocols.AuxiliaryLoss`."""
         total: Tensor | None = None
         if again:
             for own, state in zip(self._rngs, self._drawn, strict=True):

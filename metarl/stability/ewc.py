@@ -85,7 +85,7 @@ def fisher_sums(
     through_mean: Weights = {}
     through_std: Weights = {}
     count = 0
-    for part in agent.sensitivities(rollouts, states, generator):
+    for part in agent.policy_jacobians(rollouts, states, generator):
         precision = (-2.0 * part.log_std).exp()
         count += len(precision)
         for name, slope in part.of_mean.items():

@@ -48,7 +48,7 @@ def importance(agent: Agent, rollouts: Sequence[Rollout], states: int, generator
         generator: draws them.
     """
     totals: Weights = {}
-    for part in agent.sensitivities(rollouts, states, generator):
+    for part in agent.policy_jacobians(rollouts, states, generator):
         slopes: Weights = {}
         for outputs, of_outputs in ((part.mean, part.of_mean), (part.log_std, part.of_log_std)):
             for name, slope in of_outputs.items():

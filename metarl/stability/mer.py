@@ -59,10 +59,10 @@ class Mer:
         self._replay.observe(agent, rollouts, before, rng)
         if not self._start:
             self._start = {name: value.clone() for name, value in before.items()}
-        go(agent, before, self.config.within)
+        interpolate_(agent, before, self.config.within)
         self._iterations += 1
         if self._iterations % self.config.batches == 0:
-            go(agent, self._start, self.config.across)
+            interpolate_(agent, self._start, self.config.across)
             self._start = {name: value.detach().clone() for name, value in agent.parameters().items()}
 
     def end_stage(self, agent: Agent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
@@ -86,7 +86,7 @@ class Mer:
 
 
 @torch.no_grad()
-def go(agent: Agent, start: Mapping[str, Tensor], fraction: float) -> None:
+def interpolate_(agent: Agent, start: Mapping[str, Tensor], fraction: float) -> None:
     """Put an agent's parameters on the way from `start` to where they are (Nichol et al. 2018, "Reptile")."""
     for name, value in agent.parameters().items():
         value.copy_(torch.lerp(start[name].to(value.device), value, fraction))

@@ -85,7 +85,7 @@ class Replay:
         count = max(1, round(config.share / (1.0 - config.share) * self.new_trials * fraction))
         items = self.draw(count, rng)
         rollouts = rollouts_of(items, agent.device)
-        now, last = agent.retrace(rollouts, advantages=config.policy_coef > 0), rollouts[-1]
+        now, last = agent.replay_policy(rollouts, advantages=config.policy_coef > 0), rollouts[-1]
         length, weights = last.valid.shape[-1], last.valid.flatten().to(now.mean.dtype)
         mean, log_std, values = (items[name][:, :, :length].to(agent.device) for name in ("mean", "log_std", "values"))
         change = weighted_mean(gaussian_kl(mean, log_std, now.mean, now.log_std).flatten(), weights)
@@ -156,7 +156,7 @@ class Replay:
             labels[f"{k}.log_probs"] = log_probs
             rollouts[k] = replace(support, log_probs=log_probs)
             state = agent.adapt(state, rollouts[k])
-        then = agent.retrace(rollouts)
+        then = agent.replay_policy(rollouts)
         values = then.values if then.values is not None else torch.zeros_like(then.mean[..., 0])
         labels |= dict(zip(_LABELS, (then.mean, then.log_std, values), strict=True))
         for name, value in labels.items():

@@ -5,7 +5,7 @@ for stage in stages:                                   # meta-RL is one stage
     for iteration in range(stage.iterations):
         tasks    = manager.sample(M, iteration)                  # with a curriculum from the easiest to all
         rollouts = adapt_and_collect(envs, agent, tasks, N)      # K + 1 rollouts, adapting between them
-        metrics  = agent.update(rollouts, guard)                 # the outer step, and what guards earlier stages
+        metrics  = agent.update(rollouts, auxiliary_loss)        # the outer step, and what guards earlier stages
         methods.observe(agent, rollouts)
         tracker.write(metrics); checkpoint.save(...)
     methods.end_stage(agent, fresh rollouts)               # if others follow
@@ -28,12 +28,12 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does
 
 from metarl import stability
 from metarl.build import common_spaces, max_envs, num_workers, resolve_device, stage_distributions, stage_managers
-from metarl.collect import BrokenRolloutsError, adapt_and_collect, by_phase
+from metarl.collect import BrokenRolloutsError, adapt_and_collect, per_phase
 from metarl.config.schema import RunConfig, as_config, hash_of
-from metarl.continual.score_table import Account, plasticity
+from metarl.continual.score_table import ScoreTable, plasticity
 from metarl.deploy.policy import Policy
 from metarl.envs.manager import Manager
-from metarl.envs.vector.union import Together, make_stage_envs
+from metarl.envs.vector.union import UnionOfTasks, make_stage_envs
 from metarl.errors import RunError
 from metarl.evaluation.held_out import Report, evaluate_agent, held_out_metrics, select_tasks
 from metarl.plots.run import score_matrix_image
@@ -176,9 +176,11 @@ class _Trainer:
         with self._writing():
             tracker = Tracker(self.run_dir, shown, flatten(config.model_dump()), self.position, start.logs)
         with tracker as self.tracker:
-            self.account = Account(stages, read_metrics(self.run_dir, len(stages))) if len(stages) > 1 else None
+            self.score_table = ScoreTable(stages, read_metrics(self.run_dir, len(stages))) if len(stages) > 1 else None
             most = [max_envs(config, stage) for stage in range(len(stages))]
-            sources = [Together(self.distributions)] * len(most) if config.control == "joint" else self.distributions
+            sources = (
+                [UnionOfTasks(self.distributions)] * len(most) if config.control == "joint" else self.distributions
+            )
             self.envs = make_stage_envs(sources, most, num_workers(config), config.worker_timeout_s)
             try:
                 if start.random_state is not None:
@@ -187,7 +189,7 @@ class _Trainer:
                     self._save()
                     with self._writing():
                         write_config(self.run_dir, start.config_text, self.position)  # last: it makes a run of it
-                new = self.account is not None and self.account.empty and not self.position.iteration
+                new = self.score_table is not None and self.score_table.empty and not self.position.iteration
                 if new and not self.limits.reached(self.position):
                     self._evaluate(0)
                 for stage in range(self.position.stage, len(stages)):
@@ -220,7 +222,7 @@ class _Trainer:
             if (due or (evaluated and config.keep_best_checkpoints)) and not self.position.skipped:
                 self._save()
         self._save()
-        in_use = self._consolidate(stage) if self.account is not None else {}
+        in_use = self._consolidate(stage) if self.score_table is not None else {}
         self._evaluate(stage, in_use, finished=True)
         self.position = replace(self.position, stage=stage + 1, stage_iteration=0)
         self._save()
@@ -299,8 +301,10 @@ class _Trainer:
         asked, observing = (
             np.random.default_rng(seeds(self.config.seed, Purpose.STABILITY, stage, number, use)) for use in (0, 1)
         )
-        guard = stability.Guarding(self.methods, self.agent, asked) if self.methods else None
-        metrics = self.agent.update(rollouts, guard) | (guard.metrics() if guard is not None else {})
+        auxiliary_loss = stability.StabilityLoss(self.methods, self.agent, asked) if self.methods else None
+        metrics = self.agent.update(rollouts, auxiliary_loss) | (
+            auxiliary_loss.metrics() if auxiliary_loss is not None else {}
+        )
         broken = not_finite(self.agent.state_dict())
         if broken:
             raise FloatingPointError(
@@ -345,25 +349,25 @@ class _Trainer:
         """
         began = time.perf_counter()
         try:
-            reports = self._reports() if self.account is not None else [self._report(stage)]
+            reports = self._reports() if self.score_table is not None else [self._report(stage)]
         except NOT_FINITE as error:
             _LOG.warning("metarl: no evaluation after iteration %d: %s", self.position.iteration, error)
             if metrics:
                 with self._writing():
                     self.tracker.write(self.position, metrics)
             return
-        self.report = reports[stage if self.account is not None else 0]
+        self.report = reports[stage if self.score_table is not None else 0]
         self.score = _score(reports)
         found = {**(metrics or {}), **held_out_metrics(self.report)}
-        if self.account is not None:
+        if self.score_table is not None:
             place = {"iteration": self.position.iteration, "stage": stage, "env_steps": self.position.env_steps}
-            found |= self.account.add(place, reports, stage + finished)
+            found |= self.score_table.add(place, reports, stage + finished)
             if finished:
                 with self._writing():
-                    continual = self.account.write(self.run_dir / "evaluation" / "continual.json", stage + 1)
+                    continual = self.score_table.write(self.run_dir / "evaluation" / "continual.json", stage + 1)
                 self.report = {**self.report, "continual": continual}
                 for phase, name in (("post", "continual/score_matrix"), ("pre", "continual/score_matrix_pre")):
-                    image = score_matrix_image(self.account.matrix(stage + 1, phase), self.account.names)
+                    image = score_matrix_image(self.score_table.matrix(stage + 1, phase), self.score_table.names)
                     with self._writing():
                         self.tracker.write_image(self.position, name, image)
         self._track(found | {"time/evaluation_seconds": time.perf_counter() - began})
@@ -462,7 +466,7 @@ def _score(reports: Sequence[Report]) -> float | None:
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Return the scalars of an iteration's K + 1 rollouts: means over all tasks, dropped rollouts left out."""
     measures = Rollout.episode_returns, Rollout.episode_success
-    returns, success = (by_phase(rollouts, measure).nanmean(0).tolist() for measure in measures)
+    returns, success = (per_phase(rollouts, measure).nanmean(0).tolist() for measure in measures)
     metrics = {"meta_train/return_pre": returns[0], "meta_train/return_post": returns[-1]}
     metrics |= {"meta_train/success_pre": success[0], "meta_train/success_post": success[-1]}
     metrics |= {f"adaptation/return_after_{k}": value for k, value in enumerate(returns)}

@@ -26,7 +26,7 @@ from metarl import agents
 from metarl.agents.maml.maml import MamlPpoConfig
 from metarl.collect import collect
 from metarl.envs import distribution
-from metarl.envs.vector.slots import POOL
+from metarl.envs.vector.pool import POOL
 from metarl.envs.vector.workers import WorkerEnvs
 from metarl.protocols import Agent
 from metarl.seeding import children

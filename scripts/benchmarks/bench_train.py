@@ -32,7 +32,7 @@ from metarl.build import max_envs, num_workers, task_distribution
 from metarl.config.schema import RunConfig, load_config
 from metarl.envs.metaworld.env import goal_vector
 from metarl.envs.vector.serial import make_envs
-from metarl.types import Percept, Position
+from metarl.types import Position, TimeStep
 
 REFERENCE_RL2 = [
     *("--num-tasks=10", "--rollouts-per-task=1", "--stages.0.tasks.horizon=500", "--agent.trial-episodes=10"),
@@ -90,7 +90,7 @@ def acting_seconds(config: RunConfig, agent: Any, steps: int) -> float:
     observation = torch.tensor(env.reset()[0], dtype=torch.float32).expand(*shape, -1)
     noise = torch.zeros(*shape, env.action_space.shape[0])
     nothing = torch.zeros(shape)
-    going_on = Percept(observation, nothing, nothing.bool(), ~nothing.bool())
+    going_on = TimeStep(observation, nothing, nothing.bool(), ~nothing.bool())
     begins = going_on._replace(episode_start=~nothing.bool())
     state, threads = agent.initial_state(shape[0]), torch.get_num_threads()
     torch.set_num_threads(1)

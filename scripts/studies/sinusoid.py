@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from metarl.agents.maml.fomaml import Fomaml, FomamlConfig
-from metarl.agents.maml.inner import MetaParams, Method, follow
+from metarl.agents.maml.inner import MetaParams, Method, inner_loop
 from metarl.agents.maml.maml import Maml, MamlPpoConfig
 from metarl.agents.maml.meta_sgd import MetaSgd, MetaSgdConfig
 from metarl.agents.maml.multi_task import MultiTask, MultiTaskConfig
@@ -129,7 +129,7 @@ def meta_train(learner: Learner, iterations: int, shots: int, seed: int) -> Meta
         generator = seeded(seed, Purpose.TASKS, iteration)
         tasks = Sinusoids.draw(META_BATCH, generator)
         *supports, query = (tasks.sample(shots, generator) for _ in range(learner.inner_steps + 1))
-        path = follow(learner.method, mse, stacked(meta, META_BATCH), supports)
+        path = inner_loop(learner.method, mse, stacked(meta, META_BATCH), supports)
         phases = list(zip(path, [*supports, query], strict=True))
         outer = phases if learner.method.outer_phases == "all" else phases[-1:]
         loss = torch.stack([mse(params, batch).mean() for params, batch in outer]).sum()
@@ -143,7 +143,7 @@ def meta_train(learner: Learner, iterations: int, shots: int, seed: int) -> Meta
 def adapt(method: Method, meta: MetaParams, support: Points) -> list[Params]:
     """Return the parameters after 0, 1, …, 10 steps, `[M, ...]`, all on the same points."""
     supports = [support] * TEST_STEPS
-    return follow(method, mse, stacked(meta, len(support.inputs)), supports, create_graph=False)
+    return inner_loop(method, mse, stacked(meta, len(support.inputs)), supports, create_graph=False)
 
 
 def test_errors(method: Method, meta: MetaParams, tasks: Sinusoids, support: Points) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metarl.agents.maml.inner import Batch, MetaParams, PolicyLoss, follow
+from metarl.agents.maml.inner import Batch, MetaParams, PolicyLoss, inner_loop
 from metarl.agents.maml.maml import Maml, MamlPpoConfig
 from metarl.agents.maml.meta_objective import MetaObjective
 from metarl.rl.surrogates import ESTIMATORS, ppo_clip_loss
@@ -115,7 +115,7 @@ def make_objective(mdps: list[Mdp], theta: Tensor, method, estimator: str = "lvc
         supports, adapted = [], params
         for _ in range(steps):
             supports.append(enumerate_batch(mdp, adapted["logits"]))
-            adapted = follow(method, loss, meta, supports)[-1]
+            adapted = inner_loop(method, loss, meta, supports)[-1]
         phases.append([*supports, enumerate_batch(mdp, adapted["logits"])])
     batches = [stack(list(phase)) for phase in zip(*phases, strict=True)]
     return MetaObjective(method, loss, log_prob, meta, batches, width=8), params["logits"]

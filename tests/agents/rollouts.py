@@ -6,7 +6,7 @@ import torch
 
 from metarl.agents import agent_configs, build
 from metarl.agents.maml import outer
-from metarl.types import Percept, Rollout
+from metarl.types import Rollout, TimeStep
 
 OBSERVATIONS, ACTIONS = 3, 2
 
@@ -29,10 +29,10 @@ def collect(agent, state, tasks=3, rollouts=4, steps=6, seed=0):
     observations = torch.randn(*shape, OBSERVATIONS, generator=generator)
     noise = torch.randn(tasks, rollouts * steps, ACTIONS, generator=generator)
     flat = (tasks, rollouts * steps)
-    percept = Percept(
+    time_step = TimeStep(
         observations.flatten(1, 2), torch.zeros(flat), torch.zeros(flat, dtype=bool), torch.ones(flat, dtype=bool)
     )
-    actions, log_probs, _ = agent.act(percept, noise, state)
+    actions, log_probs, _ = agent.act(time_step, noise, state)
     actions, log_probs = actions.view(*shape, ACTIONS), log_probs.view(shape)
     final = torch.randn(tasks, rollouts, 1, OBSERVATIONS, generator=generator)
     targets = torch.arange(tasks)[:, None] * torch.tensor([0.3, -0.3])

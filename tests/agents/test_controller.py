@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metarl.nn.memory import History, pack, unpack
-from metarl.types import Percept, Spaces
+from metarl.types import Spaces, TimeStep
 from tests.agents.deployed import AGENTS, SPACES, make_episodes, make_policy, make_trials, walk, zero
 
 every_agent = pytest.mark.parametrize("name", AGENTS)
@@ -20,8 +20,8 @@ def acted(policy, trials):
     state, actions = policy.state, []
     for observation, reward, start in zip(*map(torch.from_numpy, trials), strict=True):
         shape = (1, len(observation))
-        percept = Percept(observation[None], reward[None], start[None], torch.ones(shape, dtype=torch.bool))
-        drawn, _, state = policy.agent.act(percept, torch.zeros(*shape, SPACES.action_size), state)
+        time_step = TimeStep(observation[None], reward[None], start[None], torch.ones(shape, dtype=torch.bool))
+        drawn, _, state = policy.agent.act(time_step, torch.zeros(*shape, SPACES.action_size), state)
         actions.append((high + low) / 2 + (high - low) / 2 * np.clip(drawn[0].numpy(), -1.0, 1.0))
     return np.stack(actions)
 

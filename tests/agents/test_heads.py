@@ -14,7 +14,7 @@ from metarl.nn.mlp import GaussianMlp
 from metarl.nn.normalizer import Normalizer
 from metarl.rl.surrogates import saturation
 from metarl.training.loop import train
-from metarl.types import Percept
+from metarl.types import TimeStep
 from tests.agents.rollouts import iteration, make_agent
 from tests.stability import agents as with_memory
 
@@ -30,16 +30,16 @@ def agent_with_heads(kind):
     return build(KINDS[kind], SIZE, ACTIONS, torch.device("cpu"), 0, STAGES, True)
 
 
-def percept(stage, observations):
+def time_step(stage, observations):
     cue = torch.eye(STAGES)[stage].expand(len(observations), STAGES)
     whole = torch.cat([observations, cue], -1)[:, None]
     shape = whole.shape[:2]
-    return Percept(whole, torch.full(shape, torch.nan), torch.ones(shape, dtype=bool), torch.ones(shape, dtype=bool))
+    return TimeStep(whole, torch.full(shape, torch.nan), torch.ones(shape, dtype=bool), torch.ones(shape, dtype=bool))
 
 
 def means(agent, stage, observations):
     noise = torch.zeros(len(observations), 1, ACTIONS)
-    return agent.act(percept(stage, observations), noise, agent.initial_state(len(observations)))[0]
+    return agent.act(time_step(stage, observations), noise, agent.initial_state(len(observations)))[0]
 
 
 def head(agent):
@@ -63,7 +63,7 @@ def test_a_head_says_what_a_policy_with_that_layer_alone_says():
     several, one = GaussianMlp(SIZE, ACTIONS, (8,), heads=STAGES), GaussianMlp(SIZE, ACTIONS, (8,))
     params = several.init(torch.Generator().manual_seed(0))
     params["bias_1"] = torch.arange(6.0)
-    observations = percept(2, torch.randn(4, PLAIN)).observations[:, 0]
+    observations = time_step(2, torch.randn(4, PLAIN)).observations[:, 0]
     chosen = {**params, "weight_1": params["weight_1"][4:], "bias_1": params["bias_1"][4:]}
     torch.testing.assert_close(several.distribution(params, observations)[0], one.distribution(chosen, observations)[0])
 
@@ -81,7 +81,7 @@ def test_entries_that_stay_raw_are_not_normalised():
 @pytest.mark.parametrize("cue", ["input", "head"])
 def test_a_run_that_is_told_its_stage_is_loaded_and_evaluated_as_such(tmp_path, name, cue):
     """The normaliser learns, and the cue reaches the policy as 0 and 1."""
-    flags = ["--stage-cue", cue, "--num-tasks=2", "--rollouts-per-task=2", "--evaluation.num-tasks=2"]
+    flags = ["--stage-id", cue, "--num-tasks=2", "--rollouts-per-task=2", "--evaluation.num-tasks=2"]
     tasks = "{family: navigation, name: rotated_wedges, horizon: 4}"
     flags += ["--stages", f"[{{for_each: {{wedges: [0, 1]}}, tasks: {tasks}, iterations: 1}}]"]
     flags += ["--agent.normalizer-iterations=null"]
@@ -116,7 +116,9 @@ def test_a_policy_may_see_the_memory_alone():
     with torch.no_grad():
         agent.policy.trunk.encoder[0][0].weight.zero_()
     state, noise = agent.initial_state(2), torch.zeros(2, 1, ACTIONS)
-    plain = [Percept(torch.full((2, 1, PLAIN), value), *percept(0, torch.zeros(2, PLAIN))[1:]) for value in (0.0, 9.0)]
+    plain = [
+        TimeStep(torch.full((2, 1, PLAIN), value), *time_step(0, torch.zeros(2, PLAIN))[1:]) for value in (0.0, 9.0)
+    ]
     assert torch.equal(*(agent.act(each, noise, state)[0] for each in plain))
 
 

@@ -54,7 +54,7 @@ def test_the_task_of_a_stage_has_its_cue():
     wedges = [
         {"tasks": {"family": "navigation", "name": "cued_wedges", "wedges": [k]}, "iterations": 1} for k in (0, 1)
     ]
-    config = RunConfig.model_validate({"stages": wedges, "stage_cue": "input"})
+    config = RunConfig.model_validate({"stages": wedges, "stage_id": "input"})
     first, last = (task_of(config, stage=stage.name) for stage in config.stages)
     assert (first.name, first.option("stage")) == ("wedge-0", 0)
     assert (last.name, last.option("stage")) == ("wedge-1", 1) and task_of(config, "wedge-1:3").index == 3

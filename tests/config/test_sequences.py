@@ -172,10 +172,10 @@ def test_flags_are_laid_over_the_template():
 
 
 def test_the_cue_is_a_setting_that_is_off():
-    assert RunConfig().stage_cue == "none"
-    assert load_config("cw10_rl2", ["--stage-cue", "input"]).stage_cue == "input"
-    with pytest.raises(UserError, match="--stage-cue: got 'yes', expected 'none', 'input' or 'head'"):
-        load_config("cw10_rl2", ["--stage-cue", "'yes'"])
+    assert RunConfig().stage_id == "none"
+    assert load_config("cw10_rl2", ["--stage-id", "input"]).stage_id == "input"
+    with pytest.raises(UserError, match="--stage-id: got 'yes', expected 'none', 'input' or 'head'"):
+        load_config("cw10_rl2", ["--stage-id", "'yes'"])
 
 
 def test_embedded_sequences_are_what_they_say():

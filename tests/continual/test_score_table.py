@@ -5,7 +5,7 @@ import math
 import pytest
 
 from metarl.config.schema import StageConfig
-from metarl.continual.score_table import Account, score
+from metarl.continual.score_table import ScoreTable, score
 
 
 def stage(**settings):
@@ -32,7 +32,7 @@ def test_a_score_is_success_or_the_return_on_the_scale_of_the_stage(settings, fo
 
 
 def test_scores_before_and_after_adaptation_are_not_mixed_up():
-    account = Account([stage(name="a"), stage(name="b")], [])
+    account = ScoreTable([stage(name="a"), stage(name="b")], [])
     for number, (pre, post) in enumerate([(0.125, 0.25), (0.25, 0.875), (0.375, 0.625)]):
         reports = [report(success_pre=pre + part, success_post=post + part) for part in (0.0, 0.0625)]
         place = {"iteration": number, "stage": max(0, number - 1), "env_steps": 7 * number}

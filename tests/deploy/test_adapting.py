@@ -17,7 +17,7 @@ from metarl.envs.vector.serial import make_envs
 from metarl.errors import UserError
 from metarl.evaluation.held_out import adapt_to
 from metarl.seeding import Purpose, children, seeds
-from metarl.types import Percept, Spaces
+from metarl.types import Spaces, TimeStep
 from tests.agents.deployed import AGENTS, SPACES, make_episodes, make_policy, make_trials, walk
 
 
@@ -94,8 +94,8 @@ def test_a_packed_state_goes_on_in_the_middle_of_an_episode(name):
     def live(state, steps):
         actions = []
         for t in steps:
-            percept = Percept(observations[t][None], rewards[t][None], starts[t][None], active)
-            action, _, state = agent.act(percept, noise, state)
+            time_step = TimeStep(observations[t][None], rewards[t][None], starts[t][None], active)
+            action, _, state = agent.act(time_step, noise, state)
             actions.append(action)
         return torch.cat(actions), state
 

@@ -10,7 +10,7 @@ from metarl.config.schema import RunConfig
 from metarl.deploy.policy import Policy
 from metarl.errors import UserError
 from metarl.evaluation.held_out import evaluate
-from metarl.types import Percept, Spaces
+from metarl.types import Spaces, TimeStep
 
 AGENT = {"name": "rl2", "trial_episodes": 3, "encoder_sizes": [8], "memory": {"name": "gru", "size": 8}}
 
@@ -95,8 +95,8 @@ def test_adapting_to_a_recorded_trial_leads_to_the_state_that_recording_it_did(p
     twice = policy.adapt(trajectories[:1]).adapt(trajectories[1:])
     observation = np.array([0.1, -0.2])
     told, start = torch.full((1, 1), reward), torch.ones(1, 1, dtype=torch.bool)
-    percept = Percept(torch.from_numpy(observation).float()[None, None], told, start, start)
-    lived = policy.agent.act(percept, torch.zeros(1, 1, 2), state)[0][0, 0].clamp(-1.0, 1.0)
+    time_step = TimeStep(torch.from_numpy(observation).float()[None, None], told, start, start)
+    lived = policy.agent.act(time_step, torch.zeros(1, 1, 2), state)[0][0, 0].clamp(-1.0, 1.0)
     for _ in range(2):
         for reader in (adapted, twice):
             read, _ = reader.predict(observation, deterministic=True)  # the last reward is that of the recording

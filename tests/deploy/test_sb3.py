@@ -198,15 +198,15 @@ def test_it_draws_no_more_than_stable_baselines3_does():
     assert streams[0] == streams[1]
 
 
-def cued_wedges(stage_cue):
+def cued_wedges(stage_id):
     """A policy that is told its stage of two, and the environment of the last one."""
     stages = [
         {"name": f"stage-{number}", "tasks": {"family": "navigation", "name": "rotated_wedges", "wedges": [number]}}
         for number in range(2)
     ]
-    tasks = distribution_of(RunConfig.model_validate({"stages": stages, "stage_cue": stage_cue}))
+    tasks = distribution_of(RunConfig.model_validate({"stages": stages, "stage_id": stage_id}))
     env = tasks.make(tasks.test_tasks[0])
-    return make_policy(env, small(), stages=stages, stage_cue=stage_cue), env
+    return make_policy(env, small(), stages=stages, stage_id=stage_id), env
 
 
 def test_a_cue_is_an_observation_like_any_other():

@@ -10,11 +10,11 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import metarl.envs
-from metarl.envs import CuedTasks, custom, distribution
+from metarl.envs import StageIdTasks, custom, distribution
 from metarl.envs.manager import Curriculum, EnvManager
-from metarl.envs.stage_id import CuedBatch, has_cue, one_hot, without_cue
+from metarl.envs.stage_id import StageIdBatch, has_stage_id, one_hot, without_stage_id
+from metarl.envs.vector.pool import env_spaces
 from metarl.envs.vector.serial import SerialEnvs, make_envs
-from metarl.envs.vector.slots import env_spaces
 from metarl.types import Task
 
 FAMILIES = [
@@ -84,18 +84,18 @@ def hardness(task):
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
 def test_tasks_are_the_same_with_the_stage_among_their_options(family, settings):
     plain = distribution(family, **settings)
-    cued = CuedTasks(plain, 1, 3)
+    cued = StageIdTasks(plain, 1, 3)
     for ours, theirs in ((cued.train_tasks, plain.train_tasks), (cued.test_tasks, plain.test_tasks)):
-        assert [without_cue(task) for task in ours] == theirs
+        assert [without_stage_id(task) for task in ours] == theirs
         assert {(task.option("stage"), task.option("stages")) for task in ours} == {(1, 3)}
-        assert all(has_cue(task) for task in ours) and not any(has_cue(task) for task in theirs)
+        assert all(has_stage_id(task) for task in ours) and not any(has_stage_id(task) for task in theirs)
     assert cued.train_tasks is cued.train_tasks
     np.testing.assert_array_equal(one_hot(cued.train_tasks[0]), STAGE_1_OF_3)
 
 
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
 def test_an_environment_is_rebuilt_from_its_task_and_adds_nothing_but_the_cue(family, settings):
-    cued, plain = CuedTasks(distribution(family, **settings), 1, 3), distribution(family, **settings)
+    cued, plain = StageIdTasks(distribution(family, **settings), 1, 3), distribution(family, **settings)
     task = cued.train_tasks[1]
     reference = plain.make(plain.train_tasks[1])
     for env in (cued.make(task), metarl.envs.make(Task.from_json(task.to_json()))):
@@ -122,13 +122,13 @@ def test_an_environment_is_rebuilt_from_its_task_and_adds_nothing_but_the_cue(fa
 def test_passes_the_environment_checker(family, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # unbounded observations, no spec: as without the cue
-        cued = CuedTasks(distribution(family, **settings), 0, 2)
+        cued = StageIdTasks(distribution(family, **settings), 0, 2)
         check_env(cued.make(cued.train_tasks[0]), skip_render_check=True)
 
 
 def test_set_task_aims_the_environment_below_and_takes_over_the_cue():
     plain = distribution("mujoco", name="HalfCheetahVel", num_train=2)
-    first, second = (CuedTasks(plain, stage, 2).train_tasks[stage] for stage in (0, 1))
+    first, second = (StageIdTasks(plain, stage, 2).train_tasks[stage] for stage in (0, 1))
     env = metarl.envs.make(first)
     env.unwrapped.set_task(second)  # as environments are used again
     assert env.unwrapped is env and env.task == second
@@ -138,12 +138,12 @@ def test_set_task_aims_the_environment_below_and_takes_over_the_cue():
     assert env.reset(seed=1)[0][-2:].tolist() == [0.0, 1.0]
     assert env.step(np.ones(6))[1] == fresh.step(np.ones(6))[1]
     with pytest.raises(ValueError, match="a task of 3 stages, the environment is of 2"):
-        env.set_task(CuedTasks(plain, 1, 3).train_tasks[0])
+        env.set_task(StageIdTasks(plain, 1, 3).train_tasks[0])
     assert env.env.task == plain.train_tasks[1]  # nothing has changed
 
 
 def test_a_custom_environment_keeps_its_type_its_horizon_and_its_rendering():
-    cued = CuedTasks(custom("still", Still, num_train=2, num_test=1, horizon=2), 0, 2)
+    cued = StageIdTasks(custom("still", Still, num_train=2, num_test=1, horizon=2), 0, 2)
     env = cued.make(cued.train_tasks[1])
     observation, info = env.reset(seed=3, options={"a": 1})
     assert observation.dtype == np.float32 and env.observation_space.dtype == np.float32
@@ -159,7 +159,7 @@ def test_a_custom_environment_keeps_its_type_its_horizon_and_its_rendering():
 
 def test_environments_are_used_again(monkeypatch):
     monkeypatch.setattr(Retargetable, "built", 0)
-    cued = CuedTasks(custom("still", Retargetable, num_train=4, num_test=1, horizon=2), 1, 2)
+    cued = StageIdTasks(custom("still", Retargetable, num_train=4, num_test=1, horizon=2), 1, 2)
     envs = SerialEnvs(cued, 2)
     for tasks in (cued.train_tasks[:2], cued.train_tasks[2:], cued.train_tasks[1::-1]):
         expected = [[task.index, 0.0, 1.0] for task in tasks]
@@ -173,12 +173,12 @@ def test_environments_are_used_again(monkeypatch):
 
 def test_a_batch_exists_only_where_the_tasks_have_one():
     navigation = distribution("navigation", name="goals", num_train=3)
-    batch = make_envs(CuedTasks(navigation, 0, 2), 5, num_workers=0)
-    assert isinstance(batch, CuedBatch)
+    batch = make_envs(StageIdTasks(navigation, 0, 2), 5, num_workers=0)
+    assert isinstance(batch, StageIdBatch)
     assert (batch.max_envs, batch.lanes) == (5, navigation.make_batch(5).lanes)
-    assert (batch.observation_space, batch.action_space) == env_spaces(CuedTasks(navigation, 0, 2))
+    assert (batch.observation_space, batch.action_space) == env_spaces(StageIdTasks(navigation, 0, 2))
     batch.close()
-    mujoco = CuedTasks(distribution("mujoco", num_train=3), 0, 2)
+    mujoco = StageIdTasks(distribution("mujoco", num_train=3), 0, 2)
     assert getattr(mujoco, "make_batch", None) is None
     assert isinstance(make_envs(mujoco, 2, num_workers=0), SerialEnvs)
 
@@ -186,8 +186,8 @@ def test_a_batch_exists_only_where_the_tasks_have_one():
 def test_a_batch_equals_single_environments_row_by_row():
     """Tasks of two stages in one batch; rows step apart, some stay still; then others, fewer, in another order."""
     plain = distribution("navigation", name="rotated_wedges", num_train=2)
-    tasks = [task for stage in (0, 2) for task in CuedTasks(plain, stage, 3).train_tasks[stage::3]]
-    batch = CuedTasks(plain, 0, 3).make_batch(len(tasks))
+    tasks = [task for stage in (0, 2) for task in StageIdTasks(plain, stage, 3).train_tasks[stage::3]]
+    batch = StageIdTasks(plain, 0, 3).make_batch(len(tasks))
     rng = np.random.default_rng(1)
     for chosen in (tasks, tasks[::-1][:4], tasks[1:]):
         envs = [metarl.envs.make(task) for task in chosen]
@@ -209,20 +209,20 @@ def test_a_batch_equals_single_environments_row_by_row():
                         assert reward == expected_reward
                     np.testing.assert_array_equal(observation, expected[row])
     with pytest.raises(ValueError, match=r"tasks are of \[2, 3\] stages; expected 3"):
-        batch.reset([tasks[0], CuedTasks(plain, 0, 2).train_tasks[0]], seeds(2))
+        batch.reset([tasks[0], StageIdTasks(plain, 0, 2).train_tasks[0]], seeds(2))
 
 
 def test_the_batch_below_is_given_the_tasks_that_it_knows():
     plain = distribution("navigation", num_train=3)
     batch, given = plain.make_batch(3), []
     below, batch.reset = batch.reset, lambda tasks, seeds: given.extend(tasks) or below(tasks, seeds)
-    CuedBatch(batch, 2).reset(CuedTasks(plain, 1, 2).train_tasks, seeds(3))
+    StageIdBatch(batch, 2).reset(StageIdTasks(plain, 1, 2).train_tasks, seeds(3))
     assert given == plain.train_tasks
 
 
 @pytest.mark.parametrize(("family", "settings"), FAMILIES[:2])
 def test_workers_equal_one_process_to_the_bit(family, settings):
-    cued = CuedTasks(distribution(family, **settings), 2, 4)
+    cued = StageIdTasks(distribution(family, **settings), 2, 4)
     assert len(cued.train_tasks) > 2  # and they travel with it
     one, two = (make_envs(cued, 3, num_workers=number) for number in (0, 2))
     rng = np.random.default_rng(2)
@@ -251,7 +251,7 @@ def test_workers_equal_one_process_to_the_bit(family, settings):
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
 def test_a_curriculum_sees_the_difficulty_of_the_task_without_its_cue(family, settings):
     plain = distribution(family, **settings)
-    cued = pickle.loads(pickle.dumps(CuedTasks(plain, 0, 2)))
+    cued = pickle.loads(pickle.dumps(StageIdTasks(plain, 0, 2)))
     expected = [plain.difficulty(task) for task in plain.train_tasks]
     assert [cued.difficulty(task) for task in cued.train_tasks] == expected
     easiest = EnvManager(cued.train_tasks, Curriculum(cued.difficulty, 0.01, 9)).allowed(0)
@@ -260,15 +260,15 @@ def test_a_curriculum_sees_the_difficulty_of_the_task_without_its_cue(family, se
 
 def test_difficulty_exists_only_where_the_tasks_have_one():
     arguments = {"num_train": 3, "num_test": 1, "horizon": 2}
-    assert getattr(CuedTasks(custom("still", Still, **arguments), 0, 2), "difficulty", None) is None
-    cued = CuedTasks(custom("still", Still, **arguments, difficulty=hardness), 0, 2)
+    assert getattr(StageIdTasks(custom("still", Still, **arguments), 0, 2), "difficulty", None) is None
+    cued = StageIdTasks(custom("still", Still, **arguments, difficulty=hardness), 0, 2)
     assert [cued.difficulty(task) for task in cued.train_tasks] == [0.0, -1.0, -2.0]
 
 
 @pytest.mark.parametrize(("stage", "num_stages"), [(2, 2), (-1, 2), (0, 0)])
 def test_a_stage_that_is_none_is_refused(stage, num_stages):
     with pytest.raises(ValueError, match=f"stage is {stage} of {num_stages}"):
-        CuedTasks(distribution("navigation"), stage, num_stages)
+        StageIdTasks(distribution("navigation"), stage, num_stages)
 
 
 @pytest.mark.parametrize(
@@ -280,9 +280,9 @@ def test_a_cue_that_is_none_is_refused(options):
 
 
 def test_a_cue_is_not_cued_again_and_pictures_have_none():
-    cued = CuedTasks(distribution("navigation", num_train=1), 0, 2)
+    cued = StageIdTasks(distribution("navigation", num_train=1), 0, 2)
     with pytest.raises(ValueError, match="has an option stage or stages"):
-        _ = CuedTasks(cued, 0, 2).train_tasks
-    pictures = CuedTasks(Pictures(), 0, 2)
+        _ = StageIdTasks(cued, 0, 2).train_tasks
+    pictures = StageIdTasks(Pictures(), 0, 2)
     with pytest.raises(ValueError, match="one dimension: flatten it"):
         pictures.make(pictures.train_tasks[0])

@@ -3,7 +3,7 @@
 import torch
 
 from metarl.evaluation.ablation import WithoutMemory, WithoutReward, average_rewards
-from metarl.types import Percept, Rollout
+from metarl.types import Rollout, TimeStep
 
 NAN = float("nan")
 
@@ -16,9 +16,9 @@ class Scripted:
     def initial_state(self, num_tasks):
         return ()
 
-    def act(self, percept, noise, state):
-        state = (*state, percept.rewards.flatten().tolist())
-        return noise, percept.rewards, state
+    def act(self, time_step, noise, state):
+        state = (*state, time_step.rewards.flatten().tolist())
+        return noise, time_step.rewards, state
 
 
 def live(agent, rewards, starts):
@@ -26,8 +26,8 @@ def live(agent, rewards, starts):
     state, memories = agent.initial_state(1), []
     for told, start in zip(rewards, starts, strict=True):
         flags = torch.full((1, 2), start)
-        percept = Percept(torch.zeros(1, 2, 3), torch.tensor([told]), flags, torch.ones_like(flags))
-        state = agent.act(percept, torch.zeros(1, 2, 1), state)[2]
+        time_step = TimeStep(torch.zeros(1, 2, 3), torch.tensor([told]), flags, torch.ones_like(flags))
+        state = agent.act(time_step, torch.zeros(1, 2, 1), state)[2]
         memories.append(getattr(state, "state", state))
     return memories
 

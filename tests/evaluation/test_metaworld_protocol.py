@@ -113,14 +113,14 @@ class Counting:
     device, trial_episodes, adaptation_steps, training_adaptation_steps = torch.device("cpu"), 1, 2, 2
 
     def __init__(self):
-        self.percepts, self.draws, self.rollouts = [], [], []
+        self.time_steps, self.draws, self.rollouts = [], [], []
 
     def initial_state(self, num_tasks):
         return torch.zeros(num_tasks)
 
-    def act(self, percept, noise, state):
-        assert percept.observations.shape == (*noise.shape[:2], 2) and noise.shape[:2] == (len(state), 1)
-        self.percepts.append(percept)
+    def act(self, time_step, noise, state):
+        assert time_step.observations.shape == (*noise.shape[:2], 2) and noise.shape[:2] == (len(state), 1)
+        self.time_steps.append(time_step)
         self.draws.append(state[:, None, None] + noise)
         return self.draws[-1], -self.draws[-1].sum(-1), state
 
@@ -141,10 +141,10 @@ class Remembering:
     def initial_state(self, num_tasks):
         return ((),) * num_tasks
 
-    def act(self, percept, noise, state):
+    def act(self, time_step, noise, state):
         memories = []
-        assert percept.observations.shape == (len(state), 1, self.observation_size)
-        for memory, (observation,), reward, start in zip(state, *percept[:3], strict=True):
+        assert time_step.observations.shape == (len(state), 1, self.observation_size)
+        for memory, (observation,), reward, start in zip(state, *time_step[:3], strict=True):
             env, time = observation[:2].int().tolist()
             memories.append((*memory, (time, reward.item(), start.item())))
             self.memories.setdefault(env, []).append(memories[-1])

@@ -59,7 +59,7 @@ def refused(command, tmp_path, monkeypatch):
         raise AssertionError("an environment was made")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("metarl.envs.vector.slots.env_spaces", made)
+    monkeypatch.setattr("metarl.envs.vector.pool.env_spaces", made)
 
     def run(*arguments, expected=()):
         before = listing(tmp_path)

@@ -39,12 +39,12 @@ class Noisy:
     def initial_state(self, num_tasks):
         return self.agent.initial_state(num_tasks) if self.agent else torch.zeros(num_tasks, 1)
 
-    def act(self, percept, noise, state):
+    def act(self, time_step, noise, state):
         self.acts += 1
         self.before(self.acts)
         if self.agent:
-            return self.agent.act(percept, noise, state)
-        return noise.clone(), noise.sum(-1) + state, state + percept.active
+            return self.agent.act(time_step, noise, state)
+        return noise.clone(), noise.sum(-1) + state, state + time_step.active
 
 
 def rollout_of(envs, tasks, rollouts=4, agent=None):
@@ -215,8 +215,8 @@ class Failing(Noisy):
         super().__init__(trial_episodes)
         self.value, self.failing_tasks = value, failing_tasks
 
-    def act(self, percept, noise, state):
-        actions, log_probs, state = super().act(percept, noise, state)
+    def act(self, time_step, noise, state):
+        actions, log_probs, state = super().act(time_step, noise, state)
         if self.acts == 3:  # the second one of the first of two lanes
             actions[self.failing_tasks, 0, 1] = self.value
         return actions, log_probs, state
@@ -246,7 +246,7 @@ def test_an_action_that_is_not_finite_is_never_taken(value, failing_tasks, trial
 
 def test_an_agent_without_a_finite_action_is_told(workers):
     class Lost(Noisy):
-        def act(self, percept, noise, state):
+        def act(self, time_step, noise, state):
             return noise * float("nan"), noise.sum(-1), state
 
     tasks = walks("walk", "walk")

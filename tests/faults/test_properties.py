@@ -44,7 +44,7 @@ SOURCES = {
         "navigation_maml_ppo": "--stages.0.curriculum.iterations 3",
         "half_cheetah_dir_maml_trpo": "--stages.0.init-from runs/a --num-workers 2",
         "continual_cued_wedges_rl2": "--stability [ewc,replay,mas] --agent.memory.name transformer",
-        "ml10_rl2": "--agent.critic.name separate --stage-cue input",
+        "ml10_rl2": "--agent.critic.name separate --stage-id input",
     }.items()
 }
 """Configs that between them have every kind of section."""

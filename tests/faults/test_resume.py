@@ -58,7 +58,7 @@ for each in (
     "multi_task",
 ):
     AGENTS[each]["outer"] = {"epochs": 2}
-AGENTS["learned values"] = {"name": "maml_ppo", "hidden_sizes": [8], "baseline": "learned"}
+AGENTS["learned values"] = {"name": "maml_ppo", "hidden_sizes": [8], "critic": "learned"}
 AGENTS["a step size that falls"] = {"name": "maml_ppo", "hidden_sizes": [8], "outer": {"lr": 0.1, "max_kl": 1e-6}}
 AGENTS["rl2 with lstm"] |= {"lr_decay_iterations": 5, "normalizer_iterations": 2}
 AGENTS["another step size"] = {**AGENTS["maml_ppo"], "inner_lr": 0.2}

@@ -39,7 +39,7 @@ def test_case_19_other_settings_are_listed_and_need_to_be_allowed(cli, mistake, 
 
 def test_case_24_numbers_that_run_away_end_a_run_which_then_goes_on(cli, tmp_path):
     """A rate by which the value network is beyond all numbers after its first step."""
-    run = (*NAVIGATION, "--run-dir", tmp_path / "run", "--stages.0.iterations", 9, "--agent.baseline", "learned")
+    run = (*NAVIGATION, "--run-dir", tmp_path / "run", "--stages.0.iterations", 9, "--agent.critic", "learned")
     done = cli(*run, "--agent.value-lr", "1e35")
     (line,) = [line for line in done.err.splitlines() if "stopped at" in line]
     assert done.status == 1 and "Traceback" not in done.err

@@ -5,9 +5,9 @@ import itertools
 import torch
 
 from metarl.agents.rl2.agent import Rl2, Rl2Config
-from metarl.agents.rl2.networks import CriticConfig, EpisodicConfig, GruConfig, LstmConfig, TransformerConfig
+from metarl.agents.rl2.networks import EpisodicConfig, GruConfig, LearnedCriticConfig, LstmConfig, TransformerConfig
 from metarl.nn.memory import rows
-from metarl.types import Percept, Rollout
+from metarl.types import Rollout, TimeStep
 from tests.agents import rollouts as gradient_agents
 
 MEMORIES = {
@@ -26,7 +26,7 @@ def make(kind, seed=0, **settings):
         agent = gradient_agents.make_agent(seed, **{"hidden_sizes": (4,), **settings})
         head = agent.meta.theta[f"weight_{len(agent.config.hidden_sizes)}"]
     else:
-        small = {"encoder_sizes": (4,), "critic": CriticConfig(sizes=(4,)), "epochs": 2, "minibatches": 2}
+        small = {"encoder_sizes": (4,), "critic": LearnedCriticConfig(sizes=(4,)), "epochs": 2, "minibatches": 2}
         config = Rl2Config(memory=MEMORIES[kind], **{**small, **settings})
         agent = Rl2(config, OBSERVATIONS, ACTIONS, torch.device("cpu"), seed)
         head = agent.policy.head.mean[0].weight
@@ -66,8 +66,8 @@ def trials(agent, tasks=3, rollouts=2, seed=0):
     rewards, log_probs, actions = torch.zeros(size), torch.zeros(size), torch.zeros(*size, ACTIONS)
     told, state = torch.full(shape, torch.nan), agent.initial_state(tasks)
     for t in range(5):
-        percept = Percept(observations[:, :, t], told, start[..., t], valid[..., t])
-        actions[:, :, t], log_probs[..., t], state = agent.act(percept, noise[:, :, t], state)
+        time_step = TimeStep(observations[:, :, t], told, start[..., t], valid[..., t])
+        actions[:, :, t], log_probs[..., t], state = agent.act(time_step, noise[:, :, t], state)
         rewards[..., t] = told = -(actions[:, :, t] - observations[:, :, t, :ACTIONS]).square().sum(-1)
     last = valid & (steps == lengths[:, None] - 1)
     rollout = Rollout(

@@ -221,7 +221,7 @@ def test_a_deviation_at_its_bound_does_not_move():
 def test_sensitivities_are_those_of_a_loop_of_steps(kind, state_dependent_std):
     agent = learned(kind, state_dependent_std=state_dependent_std)
     rollouts = iteration(agent, tasks=2)
-    parts, params = list(agent.sensitivities(rollouts, ALL, generator())), policy_of(agent)
+    parts, params = list(agent.policy_jacobians(rollouts, ALL, generator())), policy_of(agent)
     trials = explicit_outputs(agent, rollouts[0])
     assert [len(part.mean) for part in parts] == [len(trial) for trial in trials] == [5, 4, 5, 4]
     for part, trial in zip(parts, trials, strict=True):
@@ -246,7 +246,7 @@ def test_the_number_of_states_and_the_generator_count(kind):
     rollouts = iteration(agent)
 
     def seen(states, seed):
-        return torch.cat([part.mean for part in agent.sensitivities(rollouts, states, generator(seed))])
+        return torch.cat([part.mean for part in agent.policy_jacobians(rollouts, states, generator(seed))])
 
     few, all_of_them = seen(12, 0), seen(ALL, 0)
     valid = sum(int(rollout.valid.sum()) for rollout in rollouts)
@@ -261,7 +261,7 @@ def test_the_number_of_states_and_the_generator_count(kind):
 def test_a_memory_is_differentiated_without_changing_anything():
     agent = learned("lstm")
     rollouts, before = iteration(agent), copy_of(agent.state_dict())
-    for _ in agent.sensitivities(rollouts, 8, generator()):
+    for _ in agent.policy_jacobians(rollouts, 8, generator()):
         pass
     assert all(torch.equal(value, before[name]) for name, value in agent.state_dict().items())
     assert all(value.grad is None or value.grad.isfinite().all() for value in agent.parameters().values())

@@ -18,11 +18,11 @@ def test_the_guard_counts_in_every_step_of_the_optimiser(kind):
     for speaks in (None, 0, 1, 2, 3):
         agent, asked = make(kind, **STEPS[kind]), []
 
-        def guard(fraction, again=False, agent=agent, asked=asked, speaks=speaks):
+        def auxiliary_loss(fraction, again=False, agent=agent, asked=asked, speaks=speaks):
             asked.append(fraction)
             return sum(v.square().sum() for v in policy_of(agent).values()) if len(asked) - 1 == speaks else None
 
-        agent.update(rollouts, guard)
+        agent.update(rollouts, auxiliary_loss)
         assert asked == [1.0 if kind == "maml" else 0.5] * 4
         learned.append(torch.cat([value.flatten() for value in copy_of(policy_of(agent)).values()]))
     for one, other in itertools.combinations(learned, 2):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from metarl.stability import Guarding
+from metarl.stability import StabilityLoss
 from metarl.stability.mer import Mer, MerConfig
 from metarl.stability.replay import Replay, ReplayConfig
 from tests.stability.agents import copy_of, iteration, make
@@ -86,12 +86,12 @@ def test_going_the_whole_way_is_replay(kind):
     for agent, method in zip(agents, methods, strict=True):
         for number in range(4):
             rollouts, before = iteration(agent, seed=number), copy_of(agent.parameters())
-            guard = Guarding([method], agent, np.random.default_rng([number, 0]))
-            agent.update(rollouts, guard)
+            auxiliary_loss = StabilityLoss([method], agent, np.random.default_rng([number, 0]))
+            agent.update(rollouts, auxiliary_loss)
             method.observe(agent, rollouts, before, np.random.default_rng([number, 1]))
             if number == 1:
                 method.end_stage(agent, iteration(agent, seed=50), np.random.default_rng(2))
-        assert set(guard.metrics()) == {f"stability/{method.name}/loss", f"stability/{method.name}/kl"}
+        assert set(auxiliary_loss.metrics()) == {f"stability/{method.name}/loss", f"stability/{method.name}/kl"}
     replay, whole, part = (copy_of(agent.state_dict()) for agent in agents)
     assert all(torch.equal(value, whole[name]) for name, value in replay.items())
     assert not all(torch.equal(value, part[name]) for name, value in replay.items())

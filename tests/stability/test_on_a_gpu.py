@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from metarl.agents.rl2.agent import Rl2
-from metarl.stability import Guarding, build, stability_configs
+from metarl.stability import StabilityLoss, build, stability_configs
 from tests.stability.agents import ACTIONS, KINDS, OBSERVATIONS, copy_of, iteration, make
 
 SETTINGS = {
@@ -29,13 +29,13 @@ def two_stages(agent, config, collected):
     rollouts = [[rollout.to(agent.device) for rollout in one] for one in collected]
     rng, method = np.random.default_rng, build(config)
     before = copy_of(agent.parameters())
-    agent.update(rollouts[0], Guarding([method], agent, rng(0)))
+    agent.update(rollouts[0], StabilityLoss([method], agent, rng(0)))
     method.observe(agent, rollouts[0], before, rng(1))
     method.end_stage(agent, rollouts[1], rng(2))
     resumed, before = build(config), copy_of(agent.parameters())
     resumed.load_state_dict({name: value.cpu() for name, value in method.state_dict().items()})
-    guard = Guarding([resumed], agent, rng(3))
-    metrics = agent.update(rollouts[2], guard) | guard.metrics()
+    auxiliary_loss = StabilityLoss([resumed], agent, rng(3))
+    metrics = agent.update(rollouts[2], auxiliary_loss) | auxiliary_loss.metrics()
     resumed.observe(agent, rollouts[2], before, rng(4))
     resumed.end_stage(agent, rollouts[0], rng(5))
     units = agent.hidden_units(rollouts[2])

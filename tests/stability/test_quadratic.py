@@ -96,17 +96,17 @@ def test_the_penalty_is_0_at_the_anchor_and_its_gradient_that_of_the_quadratic(k
 
 @every_kind
 def test_several_anchors_are_the_sum_of_their_quadratics(kind):
-    agent, anchors, written_out = make(kind), Anchors(), []
+    agent, anchors, expand_for_each = make(kind), Anchors(), []
     for seed in range(4):
         disturb(agent, 0.3, seed)
         weights = weights_of(agent, seed)
         anchors.add(agent, weights)
-        written_out.append((weights, copy_of(agent.parameters())))
+        expand_for_each.append((weights, copy_of(agent.parameters())))
         assert len(anchors.state_dict()) == 2 * len(weights) + 1  # it does not grow
-        found, expected = anchors.penalty(agent), explicit(agent, written_out)
+        found, expected = anchors.penalty(agent), explicit(agent, expand_for_each)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     disturb(agent, 0.3, 9)
-    found, expected = anchors.penalty(agent), explicit(agent, written_out)
+    found, expected = anchors.penalty(agent), explicit(agent, expand_for_each)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     found, expected = gradient(found, agent), gradient(expected, agent)
     for name, part in expected.items():

@@ -1,4 +1,4 @@
-"""Replay: what is stored and drawn, what is cloned, the policy gradient and its gate; and how agents retrace trials."""
+"""Replay: what is stored and drawn, what is cloned, the policy gradient and its gate; and how agents replay trials."""
 
 import math
 from dataclasses import replace
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from metarl.agents.maml.outer import likelihood_ratio
-from metarl.agents.rl2.networks import CriticConfig, LinearConfig
+from metarl.agents.rl2.networks import LearnedCriticConfig, LinearCriticConfig
 from metarl.nn.distributions import gaussian_kl, gaussian_log_prob
 from metarl.rl.returns import discounted_returns
-from metarl.stability import Guarding
+from metarl.stability import StabilityLoss
 from metarl.stability.replay import Replay, ReplayConfig, effective_sample_size
 from metarl.types import Prediction, Rollout
 from tests.stability.agents import (
@@ -174,7 +174,7 @@ def test_labels_that_are_not_finite_leave_the_stage_as_it_was_until_it_is_asked_
     agent = learned("maml")
     method = lived_through(agent, stages=1, current=2, capacity=8)  # 4 trials
     monkeypatch.setattr("metarl.stability.replay._LABEL_BATCH", 2)
-    retrace, log_prob, calls = agent.retrace, agent.log_prob, []
+    replay_policy, log_prob, calls = agent.replay_policy, agent.log_prob, []
 
     def spoil(value):
         value = value.detach().clone()
@@ -182,7 +182,7 @@ def test_labels_that_are_not_finite_leave_the_stage_as_it_was_until_it_is_asked_
         return value
 
     def broken_retrace(rollouts, advantages=False):
-        found = retrace(rollouts, advantages)
+        found = replay_policy(rollouts, advantages)
         found = found._replace(values=torch.zeros_like(found.mean[..., 0]))
         calls.append(len(rollouts[-1].valid))
         if broken in found._fields and len(calls) == 2:
@@ -195,7 +195,7 @@ def test_labels_that_are_not_finite_leave_the_stage_as_it_was_until_it_is_asked_
 
     before = copy_of(method.state_dict())
     with monkeypatch.context() as patched:
-        patched.setattr(agent, "retrace", broken_retrace)
+        patched.setattr(agent, "replay_policy", broken_retrace)
         patched.setattr(agent, "log_prob", broken_log_prob)
         patched.setattr(agent, "adapt", lambda state, rollout: state)
         with pytest.raises(FloatingPointError, match=rf"stored trials is not finite \({broken}\)"):
@@ -227,7 +227,7 @@ def test_the_loss_written_out(kind):
         Rollout(**{name: items[f"{k}.{name}"] for name in vars(marked(agent, 0)[0])})
         for k in range(agent.training_adaptation_steps + 1)
     ]
-    now, labels, valid = agent.retrace(rollouts), then.retrace(rollouts), rollouts[-1].valid
+    now, labels, valid = agent.replay_policy(rollouts), then.replay_policy(rollouts), rollouts[-1].valid
     kl = gaussian_kl(labels.mean, labels.log_std, now.mean, now.log_std)[valid].mean()
     expected = 0.7 * kl
     if kind != "maml":
@@ -254,7 +254,7 @@ def test_the_kl_is_that_of_then_from_now():
         def initial_state(self, num_tasks):
             return None
 
-        def retrace(self, rollouts, advantages=False):
+        def replay_policy(self, rollouts, advantages=False):
             shape = rollouts[-1].valid.shape
             mean, log_std = (part.expand(*shape, ACTIONS).clone().requires_grad_() for part in self.output)
             return Prediction(mean, log_std, None, torch.zeros(shape), torch.ones(()))
@@ -298,7 +298,7 @@ class OneAction:
     def initial_state(self, num_tasks):
         return None
 
-    def retrace(self, rollouts, advantages=False):
+    def replay_policy(self, rollouts, advantages=False):
         shape = rollouts[-1].valid.shape
         mean = self.mean.expand(*shape, 1)
         return Prediction(mean, torch.zeros(*shape, 1), None, self.advantages.expand(shape), self.scale)
@@ -365,7 +365,7 @@ def test_the_policy_gradient_of_an_agent_is_vtrace_s(kind):
         Rollout(**{name: items[f"{k}.{name}"] for name in vars(marked(agent, 0)[0])})
         for k in range(agent.training_adaptation_steps + 1)
     ]
-    now, last = agent.retrace(rollouts, advantages=True), rollouts[-1]
+    now, last = agent.replay_policy(rollouts, advantages=True), rollouts[-1]
     assert not now.advantages.requires_grad and not now.scale.requires_grad
     log_probs = gaussian_log_prob(now.mean, now.log_std, last.actions)
     expected = -((now.advantages / now.scale * log_probs)[last.valid]).mean()
@@ -380,8 +380,8 @@ def test_a_line_search_compares_losses_on_the_same_trials():
     method = lived_through(agent)
     disturb(agent, 0.3)
     rollouts = iteration(agent)
-    guard = Guarding([method], agent, rng(0))
-    objective = agent.objective([agent._prepare(rollout) for rollout in rollouts], guard)
+    auxiliary_loss = StabilityLoss([method], agent, rng(0))
+    objective = agent.objective([agent._prepare(rollout) for rollout in rollouts], auxiliary_loss)
     before, after = objective.backward(likelihood_ratio), objective.measure(likelihood_ratio)
     assert before["loss"] == pytest.approx(after["loss"], rel=1e-4)
 
@@ -434,14 +434,14 @@ def test_a_stage_that_is_missing_is_noticed():
         )
 
 
-# How agents retrace: what they would do and expect now, in recorded trials
+# How agents replay: what they would do and expect now, in recorded trials
 
 
 def critics():
     return {
-        "shared": CriticConfig(sizes=(4,)),
-        "separate": CriticConfig(name="separate", sizes=(4,)),
-        "linear": LinearConfig(),
+        "shared": LearnedCriticConfig(sizes=(4,)),
+        "separate": LearnedCriticConfig(name="separate", sizes=(4,)),
+        "linear": LinearCriticConfig(),
     }
 
 
@@ -451,7 +451,7 @@ def test_a_memory_retraced_does_what_it_did_step_by_step(kind, critic):
     """The log-densities that acting gave, and mean and log σ of a loop of steps."""
     agent = learned(kind, critic=critics()[critic], state_dependent_std=True)
     (rollout,) = rollouts = iteration(agent)
-    found, valid = agent.retrace(rollouts, advantages=True), rollout.valid
+    found, valid = agent.replay_policy(rollouts, advantages=True), rollout.valid
     log_probs = gaussian_log_prob(found.mean, found.log_std, rollout.actions)
     torch.testing.assert_close(log_probs[valid], rollout.log_probs[valid], rtol=1e-4, atol=1e-4)
     steps = [step for trial in explicit_outputs(agent, rollout) for step in trial]
@@ -466,8 +466,8 @@ def test_values_and_advantages_of_a_memory_are_those_of_its_critic(critic):
     """On policy and at γ: A_t = r_t + γ (G_{t+1}) − V_t, with the last value behind the trial bootstrapped."""
     agent = learned("gru", critic=critics()[critic])
     (rollout,) = rollouts = iteration(agent)
-    assert agent.retrace(rollouts).advantages is None  # not asked for
-    found = agent.retrace(rollouts, advantages=True)
+    assert agent.replay_policy(rollouts).advantages is None  # not asked for
+    found = agent.replay_policy(rollouts, advantages=True)
     trials = agent._read(rollout)
     inputs = agent.normalize(trials.inputs)
     trunk = agent.policy.trunk if critic == "shared" else agent.critic.trunk
@@ -486,7 +486,7 @@ def test_values_and_advantages_of_a_memory_are_those_of_its_critic(critic):
 def test_the_value_of_an_agent_retraced_is_attached_to_its_critic():
     for critic in ("shared", "separate"):
         agent = learned("gru", critic=critics()[critic])
-        found = agent.retrace(iteration(agent))
+        found = agent.replay_policy(iteration(agent))
         parts = gradient(found.values.sum(), agent)
         assert all(part.abs().max() > 0 for name, part in parts.items() if name.startswith("value."))
         encoder = next(name for name in parts if name.startswith("policy.trunk.encoder"))
@@ -502,7 +502,7 @@ def test_maml_retraced_is_what_it_adapted_to(adaptation_steps, estimator):
     state = agent.initial_state(3)
     for rollout in rollouts[:-1]:
         state = agent.adapt(state, rollout)
-    query, found = rollouts[-1], agent.retrace(rollouts, advantages=True)
+    query, found = rollouts[-1], agent.replay_policy(rollouts, advantages=True)
     inputs = agent.normalizer(query.observations).flatten(1, 2)
     mean, log_std = agent.policy.distribution(state, inputs)
     torch.testing.assert_close(found.mean.flatten(1, 2), mean, rtol=1e-4, atol=1e-5)
@@ -542,7 +542,7 @@ def test_the_query_counts_by_its_likelihood_ratio():
     agent = learned("maml", inner_lr=0.5)
     support, query = iteration(agent)
     far = replace(query, log_probs=query.log_probs + 5.0)
-    first, second = (agent.retrace([support, each], advantages=True).advantages for each in (far, query))
+    first, second = (agent.replay_policy([support, each], advantages=True).advantages for each in (far, query))
     last = (query.terminated | query.truncated) & query.valid
     ratio = (first / second)[last]
     torch.testing.assert_close(ratio, torch.full_like(ratio, math.exp(-5.0)), rtol=1e-3, atol=1e-6)
@@ -564,7 +564,7 @@ def test_the_gradient_goes_through_the_inner_step():
         state = agent.adapt(agent.initial_state(3), support)
         return loss_of(agent.policy.distribution(state, inputs)[0].view_as(target)).item()
 
-    losses = [loss_of(each.retrace([support, query]).mean) for each in (agent, first_order)]
+    losses = [loss_of(each.replay_policy([support, query]).mean) for each in (agent, first_order)]
     torch.testing.assert_close(*losses)
     assert losses[0].item() == pytest.approx(adapted(), rel=1e-5)
     found, other = (gradient(loss, each) for loss, each in zip(losses, (agent, first_order), strict=True))
@@ -590,10 +590,10 @@ def test_every_meta_learner_can_be_asked(name):
     """What it would do now moves with what it trains; its parameters, gradients and counters stay as they are."""
     agent = make("maml", name=name)
     rollouts, before = iteration(agent), copy_of(agent.state_dict())
-    found = agent.retrace(rollouts)
+    found = agent.replay_policy(rollouts)
     moved = gradient(found.mean[rollouts[-1].valid].square().sum(), agent)
     assert all(part.abs().max() > 0 for key, part in moved.items() if key in ("policy.weight_0", "policy.weight_1"))
-    parts = list(agent.sensitivities(rollouts, 10, torch.Generator().manual_seed(0)))
+    parts = list(agent.policy_jacobians(rollouts, 10, torch.Generator().manual_seed(0)))
     assert {key for part in parts for key in part.of_mean} == {
         f"policy.{key}" for key in agent.meta.theta if key != "log_std"
     }

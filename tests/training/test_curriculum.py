@@ -27,7 +27,7 @@ def config(*stages, agent=None, **settings):
         "checkpoint_every_iterations": 1,
     }
     evaluation = {"num_tasks": 2, "every_iterations": 0}
-    agent = {"hidden_sizes": [8], "baseline": "learned", **(agent or {})}
+    agent = {"hidden_sizes": [8], "critic": "learned", **(agent or {})}
     return {**small, "evaluation": evaluation, "agent": agent, "stages": list(stages), **settings}
 
 
@@ -121,7 +121,7 @@ def test_what_an_agent_learned_beside_the_policy_is_taken_if_the_other_learns_it
 
 
 def test_an_agent_without_a_value_function_does_without(tmp_path, pretrained):
-    found = begun(config(stage(init_from=str(pretrained)), agent={"baseline": "linear"}), tmp_path)
+    found = begun(config(stage(init_from=str(pretrained)), agent={"critic": "linear"}), tmp_path)
     assert torch.equal(found["policy.weight_1"], state(pretrained)["policy.weight_1"])
     assert not any(name.startswith("value.") for name in found)
 

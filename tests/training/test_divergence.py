@@ -13,7 +13,7 @@ import metarl
 import metarl.training.loop
 from metarl.errors import RunError
 from metarl.runs.checkpoint import load_latest
-from metarl.runs.divergence import of_tensor
+from metarl.runs.divergence import tensor_stats
 from metarl.runs.tracking import read_metrics
 from metarl.training.loop import train
 
@@ -165,7 +165,7 @@ def test_a_run_that_is_stopped_among_bad_iterations_goes_on_counting(tmp_path):
 
 def test_what_the_update_leaves_is_looked_at_too(tmp_path):
     """A value network that runs away does so without a word of the policy's loss."""
-    agent = {**MAML, "baseline": "learned", "value_lr": 1e35}
+    agent = {**MAML, "critic": "learned", "value_lr": 1e35}
     with pytest.raises(RunError, match=r"the update made .*value\..*NaN or infinite"):
         train(config(agent, iterations=9), run_dir=tmp_path)
     assert all(bool(value.isfinite().all()) for value in load_latest(tmp_path / "checkpoints").state.values())
@@ -262,7 +262,7 @@ def test_what_is_known_at_a_stages_end_is_tracked_though_its_evaluation_breaks(t
 
 
 def test_figures_of_a_tensor_leave_out_what_is_not_finite():
-    assert of_tensor(torch.tensor([1.0, float("nan"), 3.0, float("inf")])) == {
+    assert tensor_stats(torch.tensor([1.0, float("nan"), 3.0, float("inf")])) == {
         "count": 4,
         "not_finite": 2,
         "min": 1.0,
@@ -270,5 +270,5 @@ def test_figures_of_a_tensor_leave_out_what_is_not_finite():
         "mean": 2.0,
         "std": 1.0,
     }
-    assert of_tensor(torch.tensor([float("nan")])) == {"count": 1, "not_finite": 1}
-    assert of_tensor(torch.zeros(0)) == {"count": 0, "not_finite": 0}
+    assert tensor_stats(torch.tensor([float("nan")])) == {"count": 1, "not_finite": 1}
+    assert tensor_stats(torch.zeros(0)) == {"count": 0, "not_finite": 0}

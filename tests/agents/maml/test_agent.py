@@ -63,9 +63,9 @@ def test_adapting_changes_neither_agent_nor_state_nor_rollout():
     assert all(value.grad is None for value in agent.meta.theta.values())
 
 
-@pytest.mark.parametrize("baseline", ["linear", "learned"])
-def test_padding_has_no_influence(baseline):
-    clean, dirty = make_agent(baseline=baseline, epochs=2), make_agent(baseline=baseline, epochs=2)
+@pytest.mark.parametrize("critic", ["linear", "learned"])
+def test_padding_has_no_influence(critic):
+    clean, dirty = make_agent(critic=critic, epochs=2), make_agent(critic=critic, epochs=2)
     rollouts = iteration(clean)
     generator = torch.Generator().manual_seed(5)
 
@@ -137,8 +137,10 @@ def test_chunks_add_up_to_the_whole_gradient(monkeypatch, chunk, steps):
     samples, widest = 4 * 6, 8
     monkeypatch.setattr(meta_objective, "CPU_CHUNK_BYTES", chunk * 4 * samples * widest)
     dimensions = []
-    follow = meta_objective.follow
-    monkeypatch.setattr(meta_objective, "follow", lambda *a: dimensions.append(a[3][0].weights.ndim) or follow(*a))
+    inner_loop = meta_objective.inner_loop
+    monkeypatch.setattr(
+        meta_objective, "inner_loop", lambda *a: dimensions.append(a[3][0].weights.ndim) or inner_loop(*a)
+    )
     assert_same(gradient(rollouts, **settings), whole, rtol=1e-5, atol=1e-6)
     assert dimensions == ([1, 1, 1] if chunk == 1 else [2, 1])  # a task by itself has no task dimension
     assert whole["weight_0"].norm() > 1e-3 and whole["inner_lr.weight_2"].norm() > 1e-3
@@ -306,7 +308,7 @@ def test_values_after_a_termination_are_0_and_after_a_truncation_those_of_the_la
 
 def test_a_truncated_episode_counts_on_the_value_of_its_normalised_last_observation():
     """A = r + γ V(last observation) − V at a truncation, A = r − V at a termination; γ = 0.99."""
-    agent = make_agent(baseline="learned")
+    agent = make_agent(critic="learned")
     agent.update(iteration(agent, seed=1))  # so that observations are scaled
     rollout = collect(agent, agent.initial_state(3))
     observations, values, advantages = agent._advantages(rollout)
@@ -348,7 +350,7 @@ def test_fitting_reduces_the_loss():
 
 
 def test_the_agent_fits_its_value_function_on_all_phases(monkeypatch):
-    agent = make_agent(baseline="learned", value_lr=1e-2)
+    agent = make_agent(critic="learned", value_lr=1e-2)
     rollouts, sizes = iteration(agent), []
     before = snapshot(agent)
     fit = LearnedValue.fit
@@ -363,7 +365,7 @@ def test_every_fit_of_every_run_goes_through_the_data_in_an_order_of_its_own(mon
     orders, fit = [], LearnedValue.fit
     monkeypatch.setattr(LearnedValue, "fit", lambda *a: orders.append(a[4]) or fit(*a))
     for seed in (0, 1, 0):
-        agent = make_agent(seed=seed, baseline="learned")
+        agent = make_agent(seed=seed, critic="learned")
         for _ in range(2):
             agent.update(iteration(agent))
     assert orders[:2] == orders[4:] and len(set(orders)) == 4
@@ -372,7 +374,7 @@ def test_every_fit_of_every_run_goes_through_the_data_in_an_order_of_its_own(mon
 # Saving
 
 
-@pytest.mark.parametrize("settings", [{}, {"baseline": "learned", "name": "meta_sgd", "adaptation_steps": 2}])
+@pytest.mark.parametrize("settings", [{}, {"critic": "learned", "name": "meta_sgd", "adaptation_steps": 2}])
 def test_training_goes_on_bit_for_bit_from_a_saved_state(settings):
     agent = make_agent(epochs=2, **settings)
     for number in range(2):
@@ -386,10 +388,10 @@ def test_training_goes_on_bit_for_bit_from_a_saved_state(settings):
     assert_same(snapshot(restored), snapshot(agent), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("baseline", ["linear", "learned"])
-def test_a_fresh_state_forgets_the_optimiser(baseline):
+@pytest.mark.parametrize("critic", ["linear", "learned"])
+def test_a_fresh_state_forgets_the_optimiser(critic):
     """Loading a state from before the first update leaves no moments of Adam behind."""
-    settings = {"baseline": baseline, "epochs": 2}
+    settings = {"critic": critic, "epochs": 2}
     used, fresh = make_agent(**settings), make_agent(**settings)
     start = snapshot(used)
     used.update(iteration(used))
@@ -403,9 +405,9 @@ def names(agent):
     return [name for name in agent.state_dict() if "optimizer." not in name]
 
 
-@pytest.mark.parametrize("name", names(make_agent(baseline="learned")))
+@pytest.mark.parametrize("name", names(make_agent(critic="learned")))
 def test_a_state_that_does_not_fit_is_refused_by_name(name):
-    agent = make_agent(baseline="learned")
+    agent = make_agent(critic="learned")
     state = snapshot(agent)
     missing = {key: value for key, value in state.items() if key != name}
     with pytest.raises(ValueError, match=rf"{name}.*nothing"):
@@ -417,21 +419,21 @@ def test_a_state_that_does_not_fit_is_refused_by_name(name):
 
 @pytest.mark.parametrize("name", ["optimizer.exp_avg.policy.weight_0", "value.optimizer.exp_avg_sq.weight_0"])
 def test_an_optimiser_state_that_does_not_fit_is_refused_by_name(name):
-    agent = make_agent(baseline="learned")
+    agent = make_agent(critic="learned")
     agent.update(iteration(agent))
     state = snapshot(agent)
     assert name in state
     missing = {key: value for key, value in state.items() if key != name}
     for broken in (missing, state | {name: torch.zeros(7, 7)}):
         with pytest.raises(ValueError, match=name.removeprefix("value.")):
-            make_agent(baseline="learned").load_state_dict(broken)
+            make_agent(critic="learned").load_state_dict(broken)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("baseline", ["linear", "learned"])
-def test_the_gpu_computes_what_the_cpu_does(baseline):
-    agents = [make_agent(device=name, epochs=3, baseline=baseline) for name in ("cpu", "cuda")]
+@pytest.mark.parametrize("critic", ["linear", "learned"])
+def test_the_gpu_computes_what_the_cpu_does(critic):
+    agents = [make_agent(device=name, epochs=3, critic=critic) for name in ("cpu", "cuda")]
     rollouts = iteration(agents[0])
     for agent in agents:
         agent.update([rollout.to(agent.device) for rollout in rollouts])

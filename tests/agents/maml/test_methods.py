@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
-from metarl.agents import METHODS, agent_configs
+from metarl.agents import INNER_METHODS, agent_configs
 from metarl.agents.maml import meta_objective
 from metarl.agents.maml.inner import Batch, MetaParams, PolicyLoss
 from metarl.agents.maml.meta_curvature import precondition
@@ -29,14 +29,14 @@ def clear(agent):
 
 
 def test_every_agent_has_a_method_and_a_name():
-    assert set(METHODS) == set(agent_configs()) - {"rl2"}
+    assert set(INNER_METHODS) == set(agent_configs()) - {"rl2"}
 
 
 # All of them
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", INNER_METHODS)
 def test_training_goes_on_bit_for_bit_from_a_saved_state(name, steps):
     """Fails when an optimiser's moments, a learned tensor or the iteration that seeds noise is not saved."""
     settings = {"name": name, "adaptation_steps": steps}
@@ -52,7 +52,7 @@ def test_training_goes_on_bit_for_bit_from_a_saved_state(name, steps):
     assert_same(snapshot(restored), snapshot(agent), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", INNER_METHODS)
 def test_every_update_moves_all_that_is_trained(name):
     """θ and what is learned beside it. Fails when a learned tensor is cut off from the outer loss."""
     agent = make_agent(name=name, adaptation_steps=2)
@@ -64,7 +64,7 @@ def test_every_update_moves_all_that_is_trained(name):
         assert after[key].isfinite().all()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", INNER_METHODS)
 def test_recomputing_the_adaptation_leads_to_what_collected(name):
     """The KL of the first epoch is 0: update and adapt take the same steps, with the same noise if there is any."""
     agent = make_agent(name=name, adaptation_steps=2)
@@ -75,7 +75,7 @@ def test_recomputing_the_adaptation_leads_to_what_collected(name):
         agent.update(rollouts)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", INNER_METHODS)
 def test_chunks_add_up_to_the_whole(name, monkeypatch):
     """Gradient, loss and Fisher product. Fails when a chunk's part is not weighed by its number of tasks."""
     agent = make_agent(name=name, adaptation_steps=2)
@@ -98,7 +98,7 @@ def test_chunks_add_up_to_the_whole(name, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "estimator"),
-    [(n, e) for n in METHODS for e in get_args(agent_configs()[n].model_fields["estimator"].annotation)],
+    [(n, e) for n in INNER_METHODS for e in get_args(agent_configs()[n].model_fields["estimator"].annotation)],
 )
 def test_only_the_adapted_modules_adapt(name, estimator):
     """While θ is learned as a whole. Fails when a step descends on all parameters."""
@@ -316,7 +316,7 @@ def test_the_inner_kl_is_that_of_the_support_data():
     assert not torch.equal(snapshot(held)["policy.bias_2"], snapshot(free)["policy.bias_2"])
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("maml_ppo", "maml_trpo", "maml_vpg")])
+@pytest.mark.parametrize("name", [name for name in INNER_METHODS if name not in ("maml_ppo", "maml_trpo", "maml_vpg")])
 @pytest.mark.parametrize("outer", ["trpo", "gradient"])
 def test_every_method_works_with_every_outer_step(name, outer):
     """Two inner steps; TRPO keeps its bound and gains."""
@@ -347,7 +347,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("outer", ["ppo", "trpo", "gradient"])
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("maml_ppo", "maml_trpo", "maml_vpg")])
+@pytest.mark.parametrize("name", [name for name in INNER_METHODS if name not in ("maml_ppo", "maml_trpo", "maml_vpg")])
 def test_the_gpu_computes_what_the_cpu_does(name, outer):
     agents = [make_agent(name=name, outer={"name": outer}, adaptation_steps=2, device=d) for d in ("cpu", "cuda")]
     rollouts = phases(agents[0])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metarl.agents.maml.fomaml import Fomaml, FomamlConfig
 from metarl.agents.maml.imaml import Imaml, ImamlConfig
-from metarl.agents.maml.inner import follow
+from metarl.agents.maml.inner import inner_loop
 from metarl.agents.maml.meta_objective import MetaObjective
 from metarl.agents.maml.outer import Trpo, TrpoConfig, likelihood_ratio
 from metarl.agents.maml.reptile import Reptile, ReptileConfig
@@ -84,7 +84,7 @@ def test_fisher_products_are_those_of_the_kl_after_adaptation(theta, name, steps
         expected = torch.zeros(6, 6, dtype=torch.float64)
         for i in range(3):
             batches = [batch.tasks(i) for batch in objective._batches]
-            path = follow(methods[name], objective._loss, objective._meta, batches[:-1])
+            path = inner_loop(methods[name], objective._loss, objective._meta, batches[:-1])
             jacobian = torch.eye(6, dtype=torch.float64)
             if name == "imaml":
                 point = path[-1]["logits"].detach()

@@ -12,11 +12,11 @@ from torch import nn
 
 from metarl.agents.rl2.agent import Rl2, Rl2Config
 from metarl.agents.rl2.networks import (
-    CriticConfig,
     EpisodicConfig,
     GaussianHead,
     GruConfig,
-    LinearConfig,
+    LearnedCriticConfig,
+    LinearCriticConfig,
     LstmConfig,
     TransformerConfig,
 )
@@ -26,7 +26,7 @@ from metarl.envs import custom
 from metarl.errors import UserError
 from metarl.nn.memory import History, rows
 from metarl.seeding import children
-from metarl.types import Percept, Step
+from metarl.types import Step, TimeStep
 from tests.agents.rollouts import assert_same, snapshot
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ every_memory = pytest.mark.parametrize("memory", MEMORIES)
 
 
 def make_agent(memory="gru", observations=2, actions=2, seed=0, **changes):
-    settings = {"encoder_sizes": (16,), "critic": CriticConfig(sizes=(16,)), "epochs": 2, "minibatches": 2}
+    settings = {"encoder_sizes": (16,), "critic": LearnedCriticConfig(sizes=(16,)), "epochs": 2, "minibatches": 2}
     return Rl2(Rl2Config(memory=MEMORIES[memory], **settings | changes), observations, actions, CPU, seed)
 
 
@@ -94,7 +94,7 @@ def strengthen(agent):
 
 def known(state):
     """What a state holds, row by row."""
-    held = {"time": state.time, **{f"before.{name}": part for name, part in state.before._asdict().items()}}
+    held = {"time": state.time, **{f"previous.{name}": part for name, part in state.previous._asdict().items()}}
     for number, part in enumerate(state.memory):
         if isinstance(part, History):
             for row, length in enumerate(part.lengths.tolist()):
@@ -114,11 +114,11 @@ class Altered:
     def __init__(self, agent, forget=False):
         self.agent, self.forget = agent, forget
 
-    def act(self, percept, noise, state):
-        if self.forget and percept.episode_start.all():
-            state = self.agent.initial_state(percept.rewards.numel())
-            percept = percept._replace(rewards=0.0 * percept.rewards)
-        actions, log_probs, self.last = self.agent.act(percept, 0.0 * noise, state)
+    def act(self, time_step, noise, state):
+        if self.forget and time_step.episode_start.all():
+            state = self.agent.initial_state(time_step.rewards.numel())
+            time_step = time_step._replace(rewards=0.0 * time_step.rewards)
+        actions, log_probs, self.last = self.agent.act(time_step, 0.0 * noise, state)
         return actions, log_probs, self.last
 
 
@@ -219,10 +219,10 @@ def test_acting_leaves_the_state_as_it_was(memory):
     agent = learned(memory)
     rollout = rollout_of(agent)
     state = agent.adapt(agent.initial_state(4), rollout)
-    before = known(state)
+    previous = known(state)
     first, second = (rollout_of(agent, 5, state=state) for _ in range(2))
     assert_same(vars(first), vars(second), rtol=0, atol=0)
-    assert_same(known(state), before, rtol=0, atol=0)
+    assert_same(known(state), previous, rtol=0, atol=0)
     assert not torch.allclose(first.actions, rollout_of(agent, 5).actions, atol=1e-3)
 
 
@@ -247,7 +247,7 @@ def test_several_rollouts_of_a_task_are_read_one_after_another():
         alone = agent.adapt(agent.initial_state(1), steps)
         of_task = after._replace(
             memory=rows(after.memory, torch.tensor([task])),
-            before=type(after.before)(*(part[[task]] for part in after.before)),
+            previous=type(after.previous)(*(part[[task]] for part in after.previous)),
             time=after.time[[task]],
         )
         assert_same(known(of_task), known(alone), rtol=1e-5, atol=1e-5)
@@ -257,7 +257,7 @@ def percept_of(tasks, parallel, seed=0, active=None):
     generator = torch.Generator().manual_seed(seed)
     shape = (tasks, parallel)
     active = torch.ones(shape, dtype=torch.bool) if active is None else active
-    return Percept(
+    return TimeStep(
         torch.randn(*shape, 2, generator=generator),
         torch.randn(shape, generator=generator),
         torch.rand(shape, generator=generator) < 0.3,
@@ -270,11 +270,11 @@ def test_a_state_of_tasks_stands_for_all_rollouts_of_each(memory):
     """One state a task and 3 rollouts of each: as if every rollout began with the state of its task."""
     agent = learned(memory)
     state = agent.adapt(agent.initial_state(4), rollout_of(agent))
-    percept, noise = percept_of(4, 3), torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(1))
-    actions, log_probs, after = agent.act(percept, noise, state)
-    following, _, _ = agent.act(percept, noise, after)
+    time_step, noise = percept_of(4, 3), torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(1))
+    actions, log_probs, after = agent.act(time_step, noise, state)
+    following, _, _ = agent.act(time_step, noise, after)
     for p in range(3):
-        column = Percept(*(part[:, p : p + 1] for part in percept))
+        column = TimeStep(*(part[:, p : p + 1] for part in time_step))
         own, own_log_probs, own_after = agent.act(column, noise[:, p : p + 1], state)
         torch.testing.assert_close(actions[:, p : p + 1], own, rtol=0, atol=1e-5)
         torch.testing.assert_close(log_probs[:, p : p + 1], own_log_probs, rtol=0, atol=1e-5)
@@ -287,10 +287,10 @@ def test_where_an_episode_has_ended_nothing_is_remembered(memory):
     agent = learned(memory)
     _, _, state = agent.act(percept_of(4, 2), torch.zeros(4, 2, 2), agent.initial_state(4))
     active = torch.tensor([[1, 0], [0, 1], [0, 0], [1, 1]], dtype=torch.bool)
-    percept = percept_of(4, 2, seed=1, active=active)._replace(episode_start=~active)
-    _, _, after = agent.act(percept, torch.ones(4, 2, 2), state)
+    time_step = percept_of(4, 2, seed=1, active=active)._replace(episode_start=~active)
+    _, _, after = agent.act(time_step, torch.ones(4, 2, 2), state)
     was, now = known(state), known(after)
-    whole = ("time", "before", "hidden")
+    whole = ("time", "previous", "hidden")
     for row, moves in enumerate(active.flatten().tolist()):
         for name, part in was.items():
             if name.startswith(whole):
@@ -302,11 +302,11 @@ def test_where_an_episode_has_ended_nothing_is_remembered(memory):
 
 def test_entries_of_the_observation_that_are_not_chosen_have_no_effect():
     agent = make_agent(observation_entries=(1,))
-    percept, noise = percept_of(3, 1), torch.zeros(3, 1, 2)
-    blind = percept._replace(observations=percept.observations * torch.tensor([-7.0, 1.0]))
-    other = percept._replace(observations=percept.observations * torch.tensor([1.0, -7.0]))
+    time_step, noise = percept_of(3, 1), torch.zeros(3, 1, 2)
+    blind = time_step._replace(observations=time_step.observations * torch.tensor([-7.0, 1.0]))
+    other = time_step._replace(observations=time_step.observations * torch.tensor([1.0, -7.0]))
     state = agent.initial_state(3)
-    expected, _, _ = agent.act(percept, noise, state)
+    expected, _, _ = agent.act(time_step, noise, state)
     assert torch.equal(agent.act(blind, noise, state)[0], expected)
     assert not torch.allclose(agent.act(other, noise, state)[0], expected, atol=1e-5)
 
@@ -366,7 +366,11 @@ def gradients_of(agent, loss):
 @pytest.mark.parametrize("chunk", [1, 5, None])
 def test_the_gradient_is_that_of_a_loop_of_steps(memory, critic, chunk):
     """Cut at chunk starts, of the loss written out; the policy has changed since it acted, so that ratios differ."""
-    changes = {"critic": CriticConfig(name=critic, sizes=(16,), loss_coef=0.7), "entropy_coef": 0.3, "clip_eps": 0.1}
+    changes = {
+        "critic": LearnedCriticConfig(name=critic, sizes=(16,), loss_coef=0.7),
+        "entropy_coef": 0.3,
+        "clip_eps": 0.1,
+    }
     agent = learned(memory, bptt_steps=chunk, **changes)
     rollout = rollout_of(agent, 3)
     length = rollout.valid.shape[-1]
@@ -403,7 +407,7 @@ def test_one_chunk_that_covers_the_trial_is_no_chunk_at_all(memory):
 
 def test_an_update_is_a_function_of_the_seed_and_the_rollout():
     rollout = rollout_of(make_agent(), 3)
-    before = rollout.map(torch.clone)
+    previous = rollout.map(torch.clone)
     agents = [make_agent() for _ in range(3)]
     agents[2].seed = 1  # of the order of minibatches alone
     torch.manual_seed(1)
@@ -413,7 +417,7 @@ def test_an_update_is_a_function_of_the_seed_and_the_rollout():
     assert agents[1].update([rollout]) == first
     assert torch.equal(torch.get_rng_state(), generator_state)
     assert_same(snapshot(agents[0]), snapshot(agents[1]), rtol=0, atol=0)
-    assert_same(vars(rollout), vars(before), rtol=0, atol=0)
+    assert_same(vars(rollout), vars(previous), rtol=0, atol=0)
     agents[2].update([rollout])
     name = "policy.head.mean.0.weight"
     assert not torch.equal(agents[2].parameters()[name], agents[0].parameters()[name])
@@ -435,8 +439,8 @@ def test_the_order_of_minibatches_is_drawn_anew_in_each_epoch_and_iteration():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"critic": CriticConfig(name="separate", sizes=(16,))},
-        {"critic": LinearConfig()},
+        {"critic": LearnedCriticConfig(name="separate", sizes=(16,))},
+        {"critic": LinearCriticConfig()},
         {"state_dependent_std": True, "bptt_steps": 4},
         {"memory": "lstm"},
         {"memory": "transformer"},
@@ -448,23 +452,23 @@ def test_the_order_of_minibatches_is_drawn_anew_in_each_epoch_and_iteration():
 )
 def test_each_kind_of_agent_learns(changes):
     agent = make_agent(**changes, epochs=1)
-    before = {name: value.detach().clone() for name, value in agent.parameters().items()}
+    previous = {name: value.detach().clone() for name, value in agent.parameters().items()}
     metrics = agent.update([rollout_of(agent)])
     assert all(np.isfinite(value) for value in metrics.values()), metrics
     assert metrics["train/optimizer_steps"] == 2
-    still = [name for name, value in agent.parameters().items() if torch.equal(value, before[name])]
+    still = [name for name, value in agent.parameters().items() if torch.equal(value, previous[name])]
     assert still == []
-    critic, names = changes.get("critic"), before.keys()
-    assert any(name.startswith("value.head") for name in names) != isinstance(critic, LinearConfig)
+    critic, names = changes.get("critic"), previous.keys()
+    assert any(name.startswith("value.head") for name in names) != isinstance(critic, LinearCriticConfig)
     assert any(name.startswith("value.trunk") for name in names) == (critic is not None and critic.name == "separate")
-    assert ("train/value_loss" in metrics) != isinstance(critic, LinearConfig)
+    assert ("train/value_loss" in metrics) != isinstance(critic, LinearCriticConfig)
     assert not any(name.startswith("value.trunk") and name.replace("value", "policy", 1) not in names for name in names)
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_a_shared_critic_trains_the_memory_of_the_policy(critic):
     """With advantages of 0 and no entropy only the value loss is left."""
-    agent = make_agent(critic=CriticConfig(name=critic, sizes=(16,)))
+    agent = make_agent(critic=LearnedCriticConfig(name=critic, sizes=(16,)))
     batch = prepared(agent, rollout_of(agent))
     loss, metrics = agent._loss(batch._replace(advantages=0.0 * batch.advantages).of(torch.arange(12)))
     torch.testing.assert_close(loss.detach(), 0.5 * metrics["value_loss"])
@@ -547,7 +551,8 @@ def test_inputs_are_cut_at_ten_deviations_and_the_unknown_is_their_mean():
 
 
 @pytest.mark.parametrize(
-    "critic", [CriticConfig(sizes=(16,)), CriticConfig(name="separate", sizes=(16,)), LinearConfig()]
+    "critic",
+    [LearnedCriticConfig(sizes=(16,)), LearnedCriticConfig(name="separate", sizes=(16,)), LinearCriticConfig()],
 )
 @pytest.mark.parametrize("bptt_steps", [None, 4])
 def test_padding_and_dropped_trials_have_no_influence(critic, bptt_steps):
@@ -593,10 +598,10 @@ def test_a_reward_that_is_not_finite_stops_the_run_before_a_step(value):
     agent = make_agent()
     rollout = rollout_of(agent)
     rollout.rewards[1, 2, 0] = value
-    before = {name: part.detach().clone() for name, part in agent.parameters().items()}
+    previous = {name: part.detach().clone() for name, part in agent.parameters().items()}
     with pytest.raises(FloatingPointError, match="gradient is not finite"):
         agent.update([rollout])
-    assert_same({name: part.detach() for name, part in agent.parameters().items()}, before, rtol=0, atol=0)
+    assert_same({name: part.detach() for name, part in agent.parameters().items()}, previous, rtol=0, atol=0)
 
 
 def test_gradients_are_scaled_down_to_their_greatest_norm():
@@ -643,7 +648,7 @@ def test_a_step_does_not_carry_the_deviation_past_its_bound():
 
 @pytest.mark.parametrize("critic", ["shared", "separate", "linear"])
 def test_a_loaded_agent_goes_on_exactly(critic):
-    chosen = LinearConfig() if critic == "linear" else CriticConfig(name=critic, sizes=(16,))
+    chosen = LinearCriticConfig() if critic == "linear" else LearnedCriticConfig(name=critic, sizes=(16,))
     changes = {"critic": chosen, "lr_decay_iterations": 5}
     agent, other = make_agent(**changes), make_agent(**changes, seed=3)
     agent.update([rollout_of(agent, 0)])
@@ -680,11 +685,11 @@ def test_a_state_before_the_first_update_can_be_loaded():
 def test_an_entry_that_does_not_fit_is_named_and_nothing_is_loaded(name):
     agent, other = make_agent(), make_agent(seed=1)
     agent.update([rollout_of(agent)])
-    state, before = snapshot(agent), snapshot(other)
+    state, previous = snapshot(agent), snapshot(other)
     for wrong in ({k: v for k, v in state.items() if k != name}, {**state, name: torch.zeros(7, 7)}):
         with pytest.raises(ValueError, match=rf"cannot load '{name}': expected shape .*, found "):
             other.load_state_dict(wrong)
-        assert_same(snapshot(other), before, rtol=0, atol=0)
+        assert_same(snapshot(other), previous, rtol=0, atol=0)
 
 
 # Settings
@@ -718,7 +723,7 @@ def test_an_entry_that_the_observation_does_not_have():
 
 def test_a_memory_is_chosen_by_its_name():
     assert isinstance(Rl2Config(memory={"name": "lstm"}).memory, LstmConfig)
-    assert isinstance(Rl2Config(critic={"name": "linear"}).critic, LinearConfig)
+    assert isinstance(Rl2Config(critic={"name": "linear"}).critic, LinearCriticConfig)
     assert Rl2Config(memory={"size": 7}).memory == GruConfig(size=7)
 
 

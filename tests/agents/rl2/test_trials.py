@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from metarl.agents.rl2 import agent as rl2
 from metarl.agents.rl2.agent import Rl2, Rl2Config
 from metarl.agents.rl2.networks import (
-    CriticConfig,
     EpisodicConfig,
     GruConfig,
-    LinearConfig,
+    LearnedCriticConfig,
+    LinearCriticConfig,
     LstmConfig,
     TransformerConfig,
 )
@@ -148,10 +148,10 @@ def test_bonus_and_free_episodes_are_in_the_objective_and_not_in_what_is_told(bo
 
 def test_reading_trials_leaves_the_rollout_as_it_was():
     rollout = lay_out(TRIALS, tasks=2)
-    before = rollout.map(torch.clone)
+    previous = rollout.map(torch.clone)
     read_trials(ALL, rollout, 1.0, 1)
     for name, part in vars(rollout).items():
-        torch.testing.assert_close(part, getattr(before, name), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(part, getattr(previous, name), rtol=0, atol=0, equal_nan=True)
 
 
 # Chunks
@@ -218,7 +218,7 @@ def test_there_are_as_many_minibatches_as_asked_for_of_nearly_equal_size(trials,
 
 
 def make_agent(observations=2, actions=1, seed=0, memory="gru", **changes):
-    defaults = {"encoder_sizes": (8,), "critic": CriticConfig(sizes=(8,))}
+    defaults = {"encoder_sizes": (8,), "critic": LearnedCriticConfig(sizes=(8,))}
     return Rl2(Rl2Config(memory=MEMORIES[memory], **defaults | changes), observations, actions, CPU, seed)
 
 
@@ -253,7 +253,7 @@ def test_advantages_of_a_trial_by_hand(bptt_steps):
         [plain([5], [2], 9, terminated=True), plain([1], [3], 7)],
         [],
     ]
-    agent = make_agent(1, critic=CriticConfig(sizes=()), gamma=0.5, gae_lambda=0.5, bptt_steps=bptt_steps)
+    agent = make_agent(1, critic=LearnedCriticConfig(sizes=()), gamma=0.5, gae_lambda=0.5, bptt_steps=bptt_steps)
     value_is_the_observation(agent)
     agent.critic.scale = torch.tensor([0.0, 1.0, 0.0])
     read = read_trials(agent.inputs, lay_out(trials, tasks=2), 0.0, 0)
@@ -296,7 +296,7 @@ def test_the_linear_baseline_knows_the_time_left_in_the_trial():
 
     Behind the last step it is 0, though the trial was cut off.
     """
-    agent = make_agent(2, critic=LinearConfig(), gamma=1.0, gae_lambda=0.5)
+    agent = make_agent(2, critic=LinearCriticConfig(), gamma=1.0, gae_lambda=0.5)
     generator = torch.Generator().manual_seed(0)
 
     def episode(steps, terminated):
@@ -311,7 +311,7 @@ def test_the_linear_baseline_knows_the_time_left_in_the_trial():
 
 def test_the_linear_baseline_is_fitted_to_each_task():
     """Task 0 pays 1 a step and task 1 pays −1: both are predicted, which one fit for both would not do."""
-    agent = make_agent(2, critic=LinearConfig(), gamma=1.0, gae_lambda=1.0)
+    agent = make_agent(2, critic=LinearCriticConfig(), gamma=1.0, gae_lambda=1.0)
     zeros = torch.zeros(5, 2)
     trials = [[Episode(zeros, zeros[:4, :1], [pays] * 4)] * 2 for pays in (1, 1, -1, -1)]
     _, metrics = agent._prepare(read_trials(agent.inputs, lay_out(trials, tasks=2), 0.0, 0), 2)
@@ -320,7 +320,7 @@ def test_the_linear_baseline_is_fitted_to_each_task():
 
 def test_the_linear_baseline_is_fitted_to_all_trials_of_a_task_together():
     """Of two trials alike, one pays 1 a step, the other −1: expected is 0. A fit for each would explain all of it."""
-    agent = make_agent(2, critic=LinearConfig(), gamma=1.0, gae_lambda=1.0)
+    agent = make_agent(2, critic=LinearCriticConfig(), gamma=1.0, gae_lambda=1.0)
     zeros = torch.zeros(5, 2)
     trials = [[Episode(zeros, zeros[:4, :1], [pays] * 4)] * 2 for pays in (1, -1)]
     _, metrics = agent._prepare(read_trials(agent.inputs, lay_out(trials, tasks=1), 0.0, 0), 1)

@@ -8,7 +8,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-from metarl.envs import CuedTasks, distribution, make
+from metarl.envs import StageIdTasks, distribution, make
 from metarl.envs.drawing.camera import HEIGHT, SHADOW_PIXELS, WIDTH
 from metarl.envs.drawing.rendering import choose_gl
 from metarl.envs.metaworld.env import goal_vector
@@ -62,7 +62,7 @@ def differing(a, b):
 )
 def test_every_entry_has_a_name_of_its_own(family, name):
     task = tasks_of(family, name)[0]
-    cued = CuedTasks(distribution(family, name=name), stage=1, num_stages=3)
+    cued = StageIdTasks(distribution(family, name=name), stage=1, num_stages=3)
     for env, cues in ((make(task), 0), (make(cued.train_tasks[0]), 3)):
         assert len(env.observation_names) == len(set(env.observation_names)) == env.observation_space.shape[0]
         assert len(env.action_names) == len(set(env.action_names)) == env.action_space.shape[0]
@@ -288,7 +288,7 @@ def test_there_is_no_picture_before_an_episode(family, name):
 
 def test_a_cue_is_not_drawn():
     tasks = distribution("navigation", name="goals")
-    plain, cued = drawn("navigation", "goals"), make(CuedTasks(tasks, 0, 2).train_tasks[0], render_mode="rgb_array")
+    plain, cued = drawn("navigation", "goals"), make(StageIdTasks(tasks, 0, 2).train_tasks[0], render_mode="rgb_array")
     plain.reset()
     cued.reset()
     assert cued.render_mode == "rgb_array"

@@ -10,8 +10,8 @@ import pytest
 from metarl.envs import distribution
 from metarl.envs.navigation import NavigationBatch
 from metarl.envs.vector import serial as vector
+from metarl.envs.vector.pool import env_spaces
 from metarl.envs.vector.serial import SerialEnvs, make_envs
-from metarl.envs.vector.slots import env_spaces
 from metarl.envs.vector.workers import WorkerEnvs
 from tests.envs.toys import GOAL, INSTANCE, RetargetableToy, Toy, Toys, seeds, step_all, toys
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from metarl.envs import custom, distribution
-from metarl.envs.stage_id import CuedTasks
-from metarl.envs.vector.union import Together, make_stage_envs
+from metarl.envs.stage_id import StageIdTasks
+from metarl.envs.vector.union import UnionOfTasks, make_stage_envs
 from metarl.errors import UserError
 
 
@@ -49,7 +49,7 @@ def rewards_of(envs, tasks):
 
 def test_it_has_the_tasks_of_all_and_builds_each_as_its_distribution_does():
     first, second = distributions()
-    both = Together([first, second])
+    both = UnionOfTasks([first, second])
     assert both.train_tasks == first.train_tasks + second.train_tasks
     assert both.test_tasks == first.test_tasks + second.test_tasks
     for tasks, pay in ((first, 10.0), (second, 20.0)):
@@ -121,8 +121,8 @@ def test_together_they_step_as_one_computation_if_all_can(cued):
     """Each task by the rules of its own wedge, whose actions are turned, and with the cue of its own stage."""
     stages = [wedge(0), wedge(1)]
     if cued:
-        stages = [CuedTasks(stage, number, 2) for number, stage in enumerate(stages)]
-    both = Together(stages)
+        stages = [StageIdTasks(stage, number, 2) for number, stage in enumerate(stages)]
+    both = UnionOfTasks(stages)
     assert both.make_batch is not None
     tasks = [stages[1].train_tasks[0], stages[0].train_tasks[0]]
     actions = np.array([[1.0, 0.0], [1.0, 0.0]])
@@ -137,9 +137,9 @@ def test_together_they_step_as_one_computation_if_all_can(cued):
 
 
 def test_together_they_do_not_if_one_cannot():
-    assert Together([wedge(0), distributions()[0]]).make_batch is None
-    assert Together(distributions()).make_batch is None
+    assert UnionOfTasks([wedge(0), distributions()[0]]).make_batch is None
+    assert UnionOfTasks(distributions()).make_batch is None
     goals = distribution("navigation", name="goals", horizon=5)
-    assert Together([wedge(0), goals]).make_batch is None  # other rules
-    env = Together([wedge(0), goals]).make(goals.train_tasks[0])
+    assert UnionOfTasks([wedge(0), goals]).make_batch is None  # other rules
+    env = UnionOfTasks([wedge(0), goals]).make(goals.train_tasks[0])
     assert env.observation_space.shape == (2,)

@@ -81,7 +81,7 @@ class Buffers:
         )
 
 
-class Slots:
+class EnvPool:
     """The environments of one process: those in use, in order, and a pool of idle ones to retarget.
 
     The process has every `stride`-th of all environments in use, from `first` on, which is its number, too.
