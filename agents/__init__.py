@@ -23,8 +23,8 @@ from metarl.agents.maml.multi_task import MultiTask, MultiTaskConfig
 from metarl.agents.maml.reptile import Reptile, ReptileConfig
 from metarl.agents.rl2.agent import Rl2
 from metarl.agents.rl2.config import Rl2Config
-from metarl.errors import named_by_default
 from metarl.protocols import Agent
+from metarl.settings import named_by_default
 
 AgentConfig = Annotated[
     MamlPpoConfig

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from metarl.envs.drawing.rendering import check_render_mode, render_metadata
-from metarl.errors import STRICT, as_tuple, unknown_name
+from metarl.errors import unknown_name
+from metarl.settings import Settings, as_tuple
 from metarl.types import BoolArray, FloatArray, Step, Task
 
 Name = Literal["goals", "semicircle", "cued_wedges", "rotated_wedges", "rotated_cued_wedges"]
@@ -29,7 +30,7 @@ NUM_WEDGES = 4
 """Families of the wedge distributions, the stages of a continual sequence."""
 
 
-class NavigationConfig(BaseModel):
+class NavigationConfig(Settings):
     """2D navigation tasks.
 
     The point starts at the origin and moves by 0.1 · clip(action, ±1) a step. Its goal is not observed.
@@ -44,8 +45,6 @@ class NavigationConfig(BaseModel):
       actions are turned by −90° · k, so that what one family taught is wrong in the next. Cued: the observation ends
       in a one-hot k, which makes the sequence task-incremental.
     """
-
-    model_config = STRICT
 
     family: Literal["navigation"] = "navigation"
     name: Name = "goals"

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-
-from pydantic import ConfigDict
-
-STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-"""What every config class uses: nothing changes after validation, no unknown key, no NaN."""
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -17,16 +12,6 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that cannot go on, and what to do; the command line prints its one line and exits with status 1."""
-
-
-def as_tuple(value: object) -> object:
-    """Let a single value stand for a list of one, as a flag gives it; None stays None."""
-    return value if value is None or isinstance(value, list | tuple) else (value,)
-
-
-def named_by_default(default: str, value: object) -> object:
-    """Let settings without a `name` be those of the default member of a union."""
-    return {"name": default, **value} if isinstance(value, Mapping) and "name" not in value else value
 
 
 def unknown_name(what: str, name: str, choices: Iterable[str], where_to_look: str) -> ValueError:

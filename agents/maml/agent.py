@@ -13,14 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor
 
 from metarl.agents.maml.controller import MlpController
 from metarl.agents.maml.inner import Batch, InnerMethod, MetaParams, PolicyLoss, inner_loop
 from metarl.agents.maml.meta_objective import MetaObjective
 from metarl.agents.maml.outer import OuterConfig, PpoConfig, build_outer
-from metarl.errors import STRICT, as_tuple
 from metarl.nn.distributions import gaussian_log_prob
 from metarl.nn.jacobians import choose_steps, mlp_jacobian
 from metarl.nn.mlp import ACTIVATIONS, GaussianMlp, Params, check_deviations
@@ -31,13 +30,12 @@ from metarl.rl.returns import gae, normalize_advantages, return_scale, vtrace
 from metarl.rl.surrogates import ESTIMATORS, saturation
 from metarl.rl.value import LearnedValue, linear_values
 from metarl.seeding import Purpose, integer_seed
+from metarl.settings import Settings, as_tuple
 from metarl.types import FloatArray, PolicyJacobian, Prediction, Rollout, TimeStep
 
 
-class GradientAgentConfig(BaseModel):
+class GradientAgentConfig(Settings):
     """Settings that all methods of the family share."""
-
-    model_config = STRICT
 
     name: str
     hidden_sizes: Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)] = Field(

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from metarl.agents.maml.agent import GradientAgentConfig
 from metarl.agents.maml.maml import Maml
-from metarl.errors import as_tuple
+from metarl.settings import as_tuple
 
 
 class AnilConfig(GradientAgentConfig):

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from metarl.agents.maml.inner import Batch
 from metarl.agents.maml.meta_objective import MetaObjective
-from metarl.errors import STRICT, named_by_default
 from metarl.nn.conjugate_gradient import conjugate_gradient, dot
 from metarl.nn.mlp import Params
 from metarl.nn.optimizer_state import clip_gradients, load_optimizer_state, optimizer_state
 from metarl.rl.surrogates import likelihood_ratio_loss, ppo_clip_loss
+from metarl.settings import Settings, named_by_default
 
 LR_STEP = 1.1
 """By how much PPO's learning rate changes an iteration. As the policy's deviation shrinks, the same step in θ moves
@@ -32,10 +32,8 @@ NAMES = (
 )
 
 
-class PpoConfig(BaseModel):
+class PpoConfig(Settings):
     """Several steps of Adam on PPO's clipped objective, each with the adaptation recomputed (ProMP)."""
-
-    model_config = STRICT
 
     name: Literal["ppo"] = Field("ppo", description=NAMES)
     lr: float = Field(1e-3, gt=0, description="Adam's learning rate for the meta-update, at most; see max_kl")
@@ -52,10 +50,8 @@ class PpoConfig(BaseModel):
     max_grad_norm: float = Field(0.5, gt=0, description="the meta-gradient is scaled down to this norm")
 
 
-class TrpoConfig(BaseModel):
+class TrpoConfig(Settings):
     """One natural-gradient step within a trust region (Schulman et al. 2015); published MAML figures use it."""
-
-    model_config = STRICT
 
     name: Literal["trpo"] = Field("trpo", description=NAMES)
     max_kl: float = Field(0.01, gt=0, description="largest KL(old‖new) of the adapted policies, mean over tasks")
@@ -65,10 +61,8 @@ class TrpoConfig(BaseModel):
     max_backtracks: int = Field(15, ge=0, description="after so many shortened steps the iteration makes none")
 
 
-class GradientConfig(BaseModel):
+class GradientConfig(Settings):
     """One plain step along the meta-gradient."""
-
-    model_config = STRICT
 
     name: Literal["gradient"] = Field("gradient", description=NAMES)
     optimizer: Literal["adam", "rmsprop", "sgd"] = Field("adam", description="what makes the step")

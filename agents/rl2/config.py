@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
 
 from metarl.agents.rl2.networks import CriticConfig, GruConfig, LearnedCriticConfig, MemoryConfig, Sizes
-from metarl.errors import STRICT, as_tuple
 from metarl.nn.mlp import check_deviations
+from metarl.settings import Settings, as_tuple
 
 
-class Rl2Config(BaseModel):
+class Rl2Config(Settings):
     """RL²: a memory that lives through the episodes of a trial, trained by PPO over whole trials."""
-
-    model_config = STRICT
 
     name: Literal["rl2"] = "rl2"
     trial_episodes: int = Field(2, ge=1, description="episodes of a trial, through which the memory lives")

@@ -11,33 +11,29 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from metarl.errors import STRICT, as_tuple, named_by_default
 from metarl.nn.attention import Episodic, Transformer
 from metarl.nn.memory import Memory, State
 from metarl.nn.mlp import choose_head
 from metarl.nn.recurrent import Gru, Lstm
+from metarl.settings import Settings, as_tuple, named_by_default
 
 Sizes = Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)]
 
 MEMORIES = "gru, lstm, transformer or episodic; another one's settings are shown by --agent.memory.name NAME --help"
 
 
-class GruConfig(BaseModel):
+class GruConfig(Settings):
     """Gated recurrent units."""
-
-    model_config = STRICT
 
     name: Literal["gru"] = Field("gru", description=MEMORIES)
     size: int = Field(128, ge=1, description="hidden units")
 
 
-class LstmConfig(BaseModel):
+class LstmConfig(Settings):
     """Long short-term memory."""
-
-    model_config = STRICT
 
     name: Literal["lstm"] = Field("lstm", description=MEMORIES)
     size: int = Field(128, ge=1, description="hidden units")
@@ -48,10 +44,8 @@ def _check_heads(size: int, heads: int) -> None:
         raise ValueError(f"size is {size}, heads is {heads}; expected a multiple")
 
 
-class TransformerConfig(BaseModel):
+class TransformerConfig(Settings):
     """A causal transformer with a cache."""
-
-    model_config = STRICT
 
     name: Literal["transformer"] = Field("transformer", description=MEMORIES)
     size: int = Field(64, ge=1, description="width of the layers")
@@ -65,10 +59,8 @@ class TransformerConfig(BaseModel):
         return self
 
 
-class EpisodicConfig(BaseModel):
+class EpisodicConfig(Settings):
     """A GRU with a memory of facts that is read by attention."""
-
-    model_config = STRICT
 
     name: Literal["episodic"] = Field("episodic", description=MEMORIES)
     size: int = Field(128, ge=1, description="hidden units, and width of what is read")
@@ -92,20 +84,16 @@ MemoryConfig = Annotated[
 VALUES = "shared, separate or linear; another one's settings are shown by --agent.critic.name NAME --help"
 
 
-class LearnedCriticConfig(BaseModel):
+class LearnedCriticConfig(Settings):
     """A learned value function on a memory: that of the policy, or one of its own."""
-
-    model_config = STRICT
 
     name: Literal["shared", "separate"] = Field("shared", description=VALUES)
     sizes: Sizes = Field((128, 128), description="widths of the hidden layers between memory and value")
     loss_coef: float = Field(0.5, gt=0, description="weight of the value loss; returns are normalised for it")
 
 
-class LinearCriticConfig(BaseModel):
+class LinearCriticConfig(Settings):
     """Linear features of observation and time, fitted to each task's trials of an iteration."""
-
-    model_config = STRICT
 
     name: Literal["linear"] = Field("linear", description=VALUES)
 

@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal, get_args
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from metarl.envs.drawing.rendering import check_render_mode, render_metadata
-from metarl.errors import STRICT, as_tuple, unknown_name
+from metarl.errors import unknown_name
+from metarl.settings import Settings, as_tuple
 from metarl.types import FloatArray, Task
 
 RewardVersion = Literal["v1", "v2", "sparse"]
@@ -59,7 +60,7 @@ _FIXED_GOAL = {"sweep-into-v3": (0.0, 0.84)}
 """Where upstream measures that distance to a constant and not to the goal that was drawn."""
 
 
-class MetaWorldConfig(BaseModel):
+class MetaWorldConfig(Settings):
     """Meta-World tasks with hidden goals.
 
     - `ML1`: one class, `name`; the held-out tasks are other goals.
@@ -68,8 +69,6 @@ class MetaWorldConfig(BaseModel):
     - `custom`: the ML1 tasks of each of `names`, so that one can be rebuilt without the list. Held out are the ML1 test
       tasks of `test_names` or, without them, those of `names`: other goals.
     """
-
-    model_config = STRICT
 
     family: Literal["metaworld"] = "metaworld"
     benchmark: Literal[Official, "custom"] = Field("ML1", description="which distribution of tasks")

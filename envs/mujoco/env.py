@@ -17,7 +17,7 @@ import gymnasium
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from metarl.envs.drawing.camera import Camera
 from metarl.envs.drawing.rendering import check_render_mode, render_metadata
@@ -32,7 +32,8 @@ from metarl.envs.mujoco.bodies import (
     draw_multipliers,
     nominal_model,
 )
-from metarl.errors import STRICT, unknown_name
+from metarl.errors import unknown_name
+from metarl.settings import Settings
 from metarl.types import FloatArray, Scalar, Task
 
 Name = Literal[
@@ -53,7 +54,7 @@ def _words(value: object) -> object:
     return tuple(value.split()) if isinstance(value, str) else value
 
 
-class MujocoConfig(BaseModel):
+class MujocoConfig(Settings):
     """MuJoCo locomotion tasks: bodies, observations, noise at reset and time steps of gymnasium's v5 environments.
 
     v is the displacement over one control step divided by its duration (of the centre of mass for Humanoid, the torso
@@ -79,8 +80,6 @@ class MujocoConfig(BaseModel):
     Ant-v5, HumanoidDir at 0° is Humanoid-v5, and both RandParams with all multipliers 1 are Hopper-v5 and Walker2d-v5.
     Published horizons: 200 in maml_rl and PEARL, 100 in ProMP.
     """
-
-    model_config = STRICT
 
     family: Literal["mujoco"] = "mujoco"
     name: Name = Field("HalfCheetahDir", description="which family of tasks")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -46,12 +46,6 @@ class Wording:
 
     def __init__(self, root: type[BaseModel], tags: Mapping[str, Collection[str]]) -> None:
         self._root, self._tags = root, tags
-        self._switches = {
-            name
-            for model in _all_models(root)
-            for name, field in model.model_fields.items()
-            if bool in (field.annotation, *get_args(field.annotation))
-        }
 
     def explain(self, error: ValidationError, source: str = "", flags: Flags | None = None) -> str:
         """Return all that is wrong in one line.
@@ -75,13 +69,6 @@ class Wording:
                 where, by_flag = flag_of(given[0]), True
             lines.append(f"{where}: {self._problem(item, keys, by_flag=by_flag)}")
         return " ".join("; ".join(lines).split())
-
-    def truth_for_a_number(self, tree: Any, source: str, flags: Flags) -> str | None:
-        """Return a line on the first truth value where a number belongs, for which pydantic takes it; None: no such."""
-        for keys, value in _truth_values(tree):
-            if keys[-1] not in self._switches:
-                return f"{_where(keys, '', source, flags)}: got {value}, expected a number"
-        return None
 
     def _problem(self, item: Any, keys: Keys, *, by_flag: bool) -> str:
         kind, value = item["type"], item["input"]
@@ -169,20 +156,6 @@ def _discriminator(item: Any) -> str:
     return str(item["ctx"]["discriminator"]).strip("'")
 
 
-def _truth_values(tree: Any, keys: Keys = ()) -> Iterator[tuple[Keys, bool]]:
-    """Walk through the truth values of settings: their paths, for one in a list that of the list, and what they are."""
-    items: Iterable[tuple[str | int, Any]] = ()
-    if isinstance(tree, Mapping):
-        items = tree.items()
-    elif isinstance(tree, list | tuple):
-        items = enumerate(tree)
-    for key, value in items:
-        if isinstance(value, bool):
-            yield (keys if isinstance(key, int) else (*keys, key)), value
-        else:
-            yield from _truth_values(value, (*keys, key))
-
-
 def _above(location: Sequence[str | int]) -> list[str]:
     """Return the name of the setting that each key of a location lies below, past the indices of lists."""
     above, names = "", []
@@ -200,8 +173,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
-
-
-def _all_models(model: type[BaseModel]) -> set[type[BaseModel]]:
-    below = (each for field in model.model_fields.values() for each in _models_in(field.annotation))
-    return {model}.union(*map(_all_models, below))

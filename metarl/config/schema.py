@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AliasChoices,
-    BaseModel,
     BeforeValidator,
     Field,
     ModelWrapValidatorHandler,
@@ -34,17 +33,16 @@ from metarl.config.yaml_io import read_yaml, write_yaml
 from metarl.envs.metaworld.env import MetaWorldConfig
 from metarl.envs.mujoco.env import MujocoConfig
 from metarl.envs.navigation import NavigationConfig
-from metarl.errors import STRICT, UserError
+from metarl.errors import UserError
+from metarl.settings import Settings
 from metarl.stability import StabilityConfig, expand_names
 
 StageId = Literal["none", "input", "head"]
 """How a policy is told the stage: not at all, by a one-hot at the end of its observations, or that and a head each."""
 
 
-class CustomTasksConfig(BaseModel):
+class CustomTasksConfig(Settings):
     """Tasks of one's own, given to `metarl.train` from Python."""
-
-    model_config = STRICT
 
     family: Literal["custom"] = "custom"
     name: str = Field("custom", description="the name of the family, for the record")
@@ -55,10 +53,8 @@ TasksConfig = Annotated[
 ]
 
 
-class CurriculumConfig(BaseModel):
+class CurriculumConfig(Settings):
     """Tasks from easy to hard: the part of them that is sampled from grows linearly with the iterations of a stage."""
-
-    model_config = STRICT
 
     iterations: int = Field(
         0, ge=0, description="iterations after which all training tasks are sampled from; 0: no curriculum"
@@ -77,10 +73,8 @@ class CurriculumConfig(BaseModel):
         return self
 
 
-class StageConfig(BaseModel):
+class StageConfig(Settings):
     """A stretch of training on one task distribution."""
-
-    model_config = STRICT
 
     name: str = Field(DEFAULT_NAME, description="shown in logs; unique in a run")
     tasks: TasksConfig = Field(default_factory=NavigationConfig)
@@ -125,10 +119,8 @@ class StageConfig(BaseModel):
         return value
 
 
-class EvaluationConfig(BaseModel):
+class EvaluationConfig(Settings):
     """Evaluation on held-out tasks, during training and by `metarl evaluate`."""
-
-    model_config = STRICT
 
     every_iterations: int = Field(50, ge=0, description="iterations between evaluations; 0: only at the end of a stage")
     num_tasks: int = Field(
@@ -152,10 +144,8 @@ NO_EFFECT = frozenset(
 """Settings that no result depends on: a run may go on elsewhere, with others."""
 
 
-class RunConfig(BaseModel):
+class RunConfig(Settings):
     """A run of metarl."""
-
-    model_config = STRICT
 
     seed: int = Field(0, ge=0, lt=2**64, description="the root of all randomness")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where updates are computed")
@@ -283,12 +273,9 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
     for keys, value in sorted(flags.items(), key=lambda flag: len(flag[0])):  # a list before what changes its items
         lay_over(tree, keys, value)
     try:
-        config = RunConfig.model_validate(tree)
+        return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(_WORDING.explain(error, str(path), flags)) from error
-    if told := _WORDING.truth_for_a_number(tree, str(path), flags):
-        raise UserError(told)
-    return config
 
 
 def as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:

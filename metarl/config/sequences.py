@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from metarl.envs import FAMILIES
-from metarl.errors import as_tuple
+from metarl.settings import as_tuple
 
 DEFAULT_NAME = "meta-training"
 """The name of a stage, if it is the only one and the user gives none."""

@@ -24,15 +24,15 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from pydantic import BaseModel
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import Logger
 
 from metarl import statistics
 from metarl.envs import make as make_env
-from metarl.errors import STRICT, UserError, unknown_name
+from metarl.errors import UserError, unknown_name
 from metarl.seeding import Purpose, seeds
+from metarl.settings import Settings
 from metarl.types import Task
 
 Make = Callable[[Task], gymnasium.Env[Any, Any]]
@@ -61,10 +61,8 @@ _LIBRARIES = ("metarl", "stable-baselines3", "torch", "numpy", "gymnasium", "muj
 _LOG = logging.getLogger(__name__)
 
 
-class _Curve(BaseModel):
+class _Curve(Settings):
     """What is kept of a task: a value for each evaluation, the first of them before training and the last after it."""
-
-    model_config = STRICT
 
     env_steps: list[int]
     returns: list[float]

@@ -22,11 +22,11 @@ from typing import Annotated, Any
 
 import safetensors
 import safetensors.torch
-from pydantic import BaseModel, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 from torch import Tensor
 
-from metarl.errors import STRICT
 from metarl.runs.atomic_files import open_plain, sync, write_file
+from metarl.settings import Settings
 from metarl.types import Count, Position, Spaces
 
 FORMAT = 2
@@ -39,17 +39,15 @@ _MOST_BYTES = 16 * 2**20
 _MOST_FILE_BYTES = 2**37
 
 
-class Entry(BaseModel):
+class Entry(Settings):
     """What the manifest says of a file."""
-
-    model_config = STRICT
 
     sha256: str
     bytes: int = Field(ge=8, le=_MOST_FILE_BYTES)
     tensors: dict[str, tuple[Count, ...]]  # shapes by name
 
 
-class Manifest(BaseModel):
+class Manifest(Settings):
     """What a checkpoint says of itself.
 
     Attributes:
@@ -62,8 +60,6 @@ class Manifest(BaseModel):
         files: by name.
         versions: of libraries.
     """
-
-    model_config = STRICT
 
     format: int
     position: Position

@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from metarl.errors import as_tuple
 from metarl.protocols import Agent, StabilityMethod
+from metarl.settings import as_tuple
 from metarl.stability import ewc, l2, mas
 from metarl.stability.ewc import EwcConfig
 from metarl.stability.l2 import L2Config

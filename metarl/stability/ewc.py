@@ -19,18 +19,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
-from metarl.errors import STRICT
 from metarl.protocols import Agent
+from metarl.settings import Settings
 from metarl.stability.quadratic import Penalty, Weights, unit_mean
 from metarl.types import Rollout
 
 
-class EwcConfig(BaseModel):
+class EwcConfig(Settings):
     """Elastic weight consolidation."""
-
-    model_config = STRICT
 
     name: Literal["ewc"] = "ewc"
     coef: float = Field(1.0, ge=0, description="λ; the importance of parameters has mean 1")

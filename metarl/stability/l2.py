@@ -9,18 +9,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from metarl.errors import STRICT
 from metarl.protocols import Agent
+from metarl.settings import Settings
 from metarl.stability.quadratic import Penalty, Weights
 from metarl.types import Rollout
 
 
-class L2Config(BaseModel):
+class L2Config(Settings):
     """L2 to the parameters at the end of each stage."""
-
-    model_config = STRICT
 
     name: Literal["l2"] = "l2"
     coef: float = Field(1.0, ge=0, description="λ")

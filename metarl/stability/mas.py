@@ -11,18 +11,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from metarl.errors import STRICT
 from metarl.protocols import Agent
+from metarl.settings import Settings
 from metarl.stability.quadratic import Penalty, Weights, unit_mean
 from metarl.types import Rollout
 
 
-class MasConfig(BaseModel):
+class MasConfig(Settings):
     """Memory aware synapses."""
-
-    model_config = STRICT
 
     name: Literal["mas"] = "mas"
     coef: float = Field(1.0, ge=0, description="λ; the importance of parameters has mean 1")

@@ -23,13 +23,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 from torch import Tensor
 
-from metarl.errors import STRICT
 from metarl.nn.distributions import gaussian_kl, gaussian_log_prob
 from metarl.protocols import Agent
 from metarl.rl.surrogates import weighted_mean
+from metarl.settings import Settings
 from metarl.stability.reservoir import Items, Reservoir, items_of, join, rollouts_of
 from metarl.types import Rollout
 
@@ -40,10 +40,8 @@ _LABEL_BATCH = 32
 """Trials that are labelled at once."""
 
 
-class ReplayConfig(BaseModel):
+class ReplayConfig(Settings):
     """Experience replay of whole trials, with cloning of what the agent did and expected at the end of their stage."""
-
-    model_config = STRICT
 
     name: Literal["replay"] = "replay"
     capacity: int = Field(
