@@ -6,9 +6,8 @@ A new method of the family is one file, one member of `AgentConfig` and one entr
 from __future__ import annotations
 
 import functools
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import torch
 from pydantic import BeforeValidator, Field
 
 from metarl.agents.maml.agent import GradientAgent
@@ -24,7 +23,15 @@ from metarl.agents.maml.reptile import Reptile, ReptileConfig
 from metarl.agents.rl2.agent import Rl2
 from metarl.agents.rl2.config import Rl2Config
 from metarl.protocols import Agent
-from metarl.settings import named_by_default
+from metarl.settings import Settings, named_by_default
+from metarl.types import AdaptsBy, AgentSpec
+
+
+class CustomAgentConfig(Settings):
+    """Custom agent: yours, built by the function that you give to `metarl.train(config, agent=build)`."""
+
+    name: Literal["custom"] = "custom"
+
 
 AgentConfig = Annotated[
     MamlPpoConfig
@@ -38,7 +45,8 @@ AgentConfig = Annotated[
     | AnilConfig
     | MetaDropoutConfig
     | MultiTaskConfig
-    | Rl2Config,
+    | Rl2Config
+    | CustomAgentConfig,
     Field(discriminator="name"),
     BeforeValidator(functools.partial(named_by_default, "maml_ppo")),
 ]
@@ -65,27 +73,20 @@ def agent_configs() -> dict[str, type[Any]]:
     return {config.model_fields["name"].default: config for config in get_args(get_args(AgentConfig)[0])}
 
 
-def build(
-    config: Any,
-    observation_size: int,
-    action_size: int,
-    device: torch.device,
-    seed: int,
-    cues: int = 0,
-    heads: bool = False,
-) -> Agent:
-    """Return a freshly initialised agent.
+def adapts_by(config: Any) -> AdaptsBy | None:
+    """Return how the agent of a config adapts; None for a custom one, which alone knows."""
+    if isinstance(config, CustomAgentConfig):
+        return None
+    return Rl2.adapts_by if isinstance(config, Rl2Config) else GradientAgent.adapts_by
+
+
+def build(config: Any, spec: AgentSpec) -> Agent:
+    """Return a freshly initialised built-in agent.
 
     Args:
         config: a member of `AgentConfig`.
-        observation_size: O.
-        action_size: A.
-        device: where updates are computed.
-        seed: of the initial parameters.
-        cues: how many entries at the end of an observation tell the stage, one-hot; they are not normalised.
-        heads: whether the policy has an output layer for each stage, which the cue chooses.
+        spec: what it is built for.
     """
-    sizes = observation_size, action_size, device, seed, cues, heads
     if isinstance(config, Rl2Config):
-        return Rl2(config, *sizes)
-    return GradientAgent(INNER_METHODS[config.name](config, config.adapted), config, *sizes)
+        return Rl2(config, spec)
+    return GradientAgent(INNER_METHODS[config.name](config, config.adapted), config, spec)

@@ -9,16 +9,17 @@ import gymnasium
 import torch
 
 from metarl import agents
+from metarl.collect import LocalCollector
 from metarl.config.schema import RunConfig, StageConfig
 from metarl.envs import FAMILIES, StageIdTasks, distribution, make
 from metarl.envs.manager import Curriculum, EnvManager, JointManager, Manager
 from metarl.envs.vector.pool import POOL, env_spaces
 from metarl.envs.vector.serial import usable_cores
-from metarl.envs.vector.union import check_apart
+from metarl.envs.vector.union import check_apart, make_stage_envs
 from metarl.errors import UserError, unknown_name
-from metarl.protocols import Agent, TaskDistribution
+from metarl.protocols import Agent, AgentBuilder, Collector, TaskDistribution
 from metarl.seeding import Purpose, integer_seed
-from metarl.types import Spaces, Task
+from metarl.types import AgentSpec, Spaces, Task
 
 
 def resolve_device(device: str) -> torch.device:
@@ -30,12 +31,65 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def build_agent(config: RunConfig, spaces: Spaces, device: torch.device, purpose: Purpose = Purpose.AGENT) -> Agent:
-    """Return a freshly initialised agent for observations and actions of the given sizes."""
-    seed = integer_seed(config.seed, purpose)
-    cues = len(config.stages) if config.stage_id != "none" else 0
-    sizes = spaces.observation_size, spaces.action_size
-    return agents.build(config.agent, *sizes, device, seed, cues, config.stage_id == "head")
+def build_agent(
+    config: RunConfig,
+    spaces: Spaces,
+    device: torch.device,
+    purpose: Purpose = Purpose.AGENT,
+    builder: AgentBuilder | None = None,
+) -> Agent:
+    """Return a freshly initialised agent.
+
+    Args:
+        config: of the run.
+        spaces: of its tasks.
+        device: where the agent updates.
+        purpose: of its random stream.
+        builder: builds a custom agent.
+
+    Raises:
+        UserError: the config has a custom agent and there is no builder for it, or the other way round.
+    """
+    custom = isinstance(config.agent, agents.CustomAgentConfig)
+    if custom and builder is None:
+        raise UserError(
+            "the run has a custom agent: give the function that builds it, metarl.train(config, agent=build) or "
+            "metarl.load(run_dir, agent=build)"
+        )
+    if builder is not None and not custom:
+        raise UserError(f"the run has the built-in agent {config.agent.name}; leave out agent=")
+    stage_ids = len(config.stages) if config.stage_id != "none" else 0
+    spec = AgentSpec(spaces, device, integer_seed(config.seed, purpose), stage_ids, config.stage_id == "head")
+    return agents.build(config.agent, spec) if builder is None else builder(spec)
+
+
+def with_custom_agent(config: RunConfig) -> RunConfig:
+    """Return the config of a run whose agent Python gives; settings of a built-in agent have no place in it."""
+    return config.model_copy(update={"agent": agents.CustomAgentConfig()})
+
+
+def check_env(spaces: Spaces, observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any]) -> None:
+    """Check that an environment fits an agent: the one place that decides it.
+
+    Raises:
+        UserError: observations or actions have another shape, or actions other bounds.
+    """
+    misfit = spaces.misfit(observation_space, action_space)
+    if misfit:
+        raise UserError(misfit)
+
+
+def local_collectors(config: RunConfig, distributions: Sequence[TaskDistribution]) -> list[Collector]:
+    """Return what collects for each stage, in this process and its workers; stages share what they can.
+
+    Args:
+        config: of the run.
+        distributions: the tasks of each stage; the same object may come again.
+    """
+    most = [max_envs(config, stage) for stage in range(len(distributions))]
+    envs = make_stage_envs(distributions, most, num_workers(config), config.worker_timeout_s)
+    collectors = {id(each): LocalCollector(each) for each in envs}
+    return [collectors[id(each)] for each in envs]
 
 
 def stage_distributions(

@@ -1,18 +1,24 @@
-"""collect(): where agents meet environments. The only caller of environments, and the only numpy → torch boundary."""
+"""The episode loop: the only place where an agent meets an environment, and where numpy becomes torch.
+
+`collect` steps many environments together, for training and evaluation. `run_episode` steps one, for recording and
+playing. Both ask the agent through `act`. No other module of metarl steps an environment.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from metarl.protocols import Actor, BatchEnv, EpisodesLostError
+from metarl.protocols import Actor, AdaptiveActor, BatchEnv, Collector, EpisodesLostError
 from metarl.seeding import children
 from metarl.types import BoolArray, FloatArray, Rollout, Step, Task, TimeStep
 
@@ -37,15 +43,86 @@ def scale_actions(actions: FloatArray, low: FloatArray, high: FloatArray) -> Flo
     return (high + low) / 2 + (high - low) / 2 * actions
 
 
+def act(
+    actor: Actor,
+    observations: NDArray[np.float32],
+    rewards: NDArray[np.float32],
+    episode_start: BoolArray,
+    active: BoolArray,
+    noise: torch.Tensor,
+    state: Any,
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Ask an agent for actions in P rollouts of each of M tasks.
+
+    Args:
+        actor: acts.
+        observations: `[M, P, O]`, raw.
+        rewards: `[M, P]`, of the last step; NaN where unknown.
+        episode_start: `[M, P]`.
+        active: `[M, P]`; elsewhere the episode has ended.
+        noise: `[M, P, noise_size]`, standard normal.
+        state: what the last call returned.
+
+    Returns:
+        Actions `[M, P, A]` as drawn, in which ±1 are the bounds; log-probabilities `[M, P]`; the next state.
+    """
+    time_step = TimeStep(*map(torch.from_numpy, (observations, rewards, episode_start, active)))
+    return actor.act(time_step, noise, state)
+
+
+class EnvStep(NamedTuple):
+    """One step of a single environment."""
+
+    observation: Any
+    """Before the action; a copy."""
+    action: Any
+    """What the environment received."""
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+
+def run_episode(
+    env: gymnasium.Env[Any, Any],
+    choose: Callable[[Any, float, bool], Any],
+    *,
+    seed: int | None = None,
+    reward: float = math.nan,
+) -> Iterator[EnvStep]:
+    """Run one episode of one environment, step by step.
+
+    Args:
+        env: its episodes must end (see `gymnasium.wrappers.TimeLimit`).
+        choose: returns the action, in the units of the environment, for (observation, last reward, whether the episode
+            begins).
+        seed: of the reset.
+        reward: of the last step before the episode, as an agent with a memory reads it; NaN: there was none.
+
+    Yields:
+        The steps, the last one terminated or truncated.
+    """
+    observation, _ = env.reset(seed=seed)
+    start = True
+    while True:
+        before = np.array(observation)  # the environment may change its own array in place
+        action = choose(observation, reward, start)
+        observation, gained, terminated, truncated, info = env.step(action)
+        reward, start = float(gained), False
+        yield EnvStep(before, action, reward, bool(terminated), bool(truncated), info)
+        if terminated or truncated:
+            return
+
+
 def collect(
     envs: BatchEnv,
-    agent: Actor,
+    actor: Actor,
     state: Any,
     tasks: Sequence[Task],
     rollouts_per_task: int,
     seeds: Sequence[np.random.SeedSequence],
 ) -> Rollout:
-    """Run `rollouts_per_task` rollouts of each task, of `agent.trial_episodes` episodes each, begun in `state`.
+    """Run `rollouts_per_task` rollouts of each task, of `actor.trial_episodes` episodes each, begun in `state`.
 
     Rollouts of a task beyond what fits into `envs.max_envs` run one after another, in waves. The number of workers does
     not change the result, that of environments changes it by rounding alone: the noise of every action and the seed of
@@ -55,15 +132,14 @@ def collect(
 
     Args:
         envs: at least M environments.
-        agent: acts; nothing of it changes.
+        actor: acts; nothing of it changes.
         state: of M tasks, from `initial_state` or `adapt`.
         tasks: M.
         rollouts_per_task: N.
         seeds: one a task, the only source of randomness.
 
     Returns:
-        A rollout `[M, N, T, ...]` on the agent's device, moved there at once; T is the length of the longest one, at
-        most the tasks' horizon times L.
+        A rollout `[M, N, T, ...]` on the CPU; T is the length of the longest one, at most the tasks' horizon times L.
 
     Raises:
         ValueError: more tasks than environments.
@@ -72,11 +148,10 @@ def collect(
     """
     if len(tasks) > envs.max_envs:
         raise ValueError(f"{len(tasks)} tasks do not fit into {envs.max_envs} environments; collect them in parts")
-    episodes = agent.trial_episodes
+    episodes = actor.trial_episodes
     horizons = [int(task.option("horizon")) for task in tasks]
     shape = (len(tasks), rollouts_per_task, episodes * max(horizons))
-    size = envs.action_space.shape[0]
-    drawn = [_noise(*own, rollouts_per_task, episodes, size) for own in zip(seeds, horizons, strict=True)]
+    drawn = [_noise(*own, rollouts_per_task, episodes, actor.noise_size) for own in zip(seeds, horizons, strict=True)]
     noise = torch.stack([F.pad(own, (0, 0, 0, max(horizons) - own.shape[2])).flatten(1, 2) for own in drawn])
     # The first two words of each task's are the seed of its noise.
     words = [task_seeds.generate_state(rollouts_per_task * episodes + 2, np.uint32)[2:] for task_seeds in seeds]
@@ -87,7 +162,7 @@ def collect(
         for start in range(0, rollouts_per_task, in_flight):
             wave = slice(start, min(start + in_flight, rollouts_per_task))
             with_part = (noise[:, wave], env_seeds[:, wave], _part(arrays, wave))
-            _despite_losses(functools.partial(_run_wave, envs, agent, state, tasks, *with_part))
+            _despite_losses(functools.partial(_run_wave, envs, actor, state, tasks, *with_part))
     dropped = ~arrays["valid"].reshape(*shape[:2], episodes, -1).any(-1).all(-1)
     for array in arrays.values():
         array[dropped] = 0
@@ -95,7 +170,7 @@ def collect(
         _close_gaps(arrays)
     length = int(arrays["valid"].any((0, 1)).sum())  # padding comes last
     whole = {name: torch.from_numpy(array[:, :, : max(1, length)]) for name, array in arrays.items()}
-    rollout = Rollout(**whole).to(agent.device)
+    rollout = Rollout(**whole)
     if dropped.mean() > 0.5:
         raise BrokenRolloutsError(
             f"{int(dropped.sum())} of {dropped.size} rollouts had a NaN or infinite observation, reward or action and "
@@ -151,7 +226,7 @@ def _part(arrays: dict[str, NDArray[Any]], rollouts: slice) -> dict[str, NDArray
 
 def _run_wave(
     envs: BatchEnv,
-    agent: Actor,
+    actor: Actor,
     state: Any,
     tasks: Sequence[Task],
     noise: torch.Tensor,
@@ -165,7 +240,7 @@ def _run_wave(
     environments it is slower.) All begin an episode together, with the state and the last reward that the episode
     before has left to them.
     """
-    num_tasks, parallel, _, action_size = noise.shape
+    num_tasks, parallel = noise.shape[:2]
     horizon = noise.shape[2] // seeds.shape[2]
     count = min(parallel, envs.lanes)
     lanes = [slice(parallel * i // count, parallel * (i + 1) // count) for i in range(count)]
@@ -176,7 +251,7 @@ def _run_wave(
     for episode in range(seeds.shape[2]):
         observations = envs.reset(in_order, np.concatenate([seeds[:, lane, episode].reshape(-1) for lane in lanes]))
         records = [
-            _Episodes(horizon, observations[lane], action_size, last) for lane, last in zip(rows, rewards, strict=True)
+            _Episodes(horizon, observations[lane], len(low), last) for lane, last in zip(rows, rewards, strict=True)
         ]
         begin = episode * horizon
         for t in range(horizon + 1):
@@ -184,9 +259,9 @@ def _run_wave(
                 if t > 0 and record.active.any():
                     record.write(t - 1, envs.step_wait(rows[i]))
                 if t < horizon and record.active.any():
-                    time_step = record.time_step(t, num_tasks)
-                    actions, log_probs, states[i] = agent.act(time_step, noise[:, lanes[i], begin + t], states[i])
-                    record.act(t, actions, log_probs)
+                    drawn = noise[:, lanes[i], begin + t]
+                    actions, log_probs, states[i] = act(actor, *record.now(t, num_tasks), drawn, states[i])
+                    record.write_actions(t, actions, log_probs)
                     if record.active.any():
                         scaled = scale_actions(np.clip(record.actions[t].astype(np.float64), -1.0, 1.0), low, high)
                         envs.step_async(rows[i], scaled, record.active)
@@ -234,18 +309,13 @@ class _Episodes:
         self.dropped = ~self.active
         self.last_rewards = rewards
 
-    def time_step(self, t: int, num_tasks: int) -> TimeStep:
-        """What the agent is told before step t, of P rollouts of each task."""
-        observations = torch.from_numpy(self.observations[t]).view(num_tasks, -1, self.observations.shape[-1])
+    def now(self, t: int, num_tasks: int) -> tuple[NDArray[np.float32], NDArray[np.float32], BoolArray, BoolArray]:
+        """Return what the agent reads before step t, `[M, P, …]`: observations, last rewards, starts, active."""
+        observations = self.observations[t].reshape(num_tasks, -1, self.observations.shape[-1])
         shape = observations.shape[:2]
-        return TimeStep(
-            observations,
-            torch.from_numpy(self.last_rewards).view(shape),
-            torch.full(shape, t == 0),
-            torch.from_numpy(self.active).view(shape),
-        )
+        return observations, self.last_rewards.reshape(shape), np.full(shape, t == 0), self.active.reshape(shape)
 
-    def act(self, t: int, actions: torch.Tensor, log_probs: torch.Tensor) -> None:
+    def write_actions(self, t: int, actions: torch.Tensor, log_probs: torch.Tensor) -> None:
         """Write the actions of step t, and deactivate the environments whose action is not finite."""
         self.actions[t] = actions.reshape(self.actions.shape[1:])
         self.log_probs[t] = log_probs.reshape(-1)
@@ -284,9 +354,40 @@ class _Episodes:
         return {**arrays, "episode_start": episode_start, "valid": valid}
 
 
+class LocalCollector:
+    """Collects in this process and its workers; a `Collector`.
+
+    Args:
+        envs: what is stepped; closed with the collector.
+    """
+
+    def __init__(self, envs: BatchEnv) -> None:
+        self.envs, self.max_tasks = envs, envs.max_envs
+
+    @property
+    def restarts(self) -> int:
+        """See `Collector`."""
+        return int(getattr(self.envs, "restarts", 0))
+
+    def collect(
+        self,
+        agent: AdaptiveActor,
+        state: Any,
+        tasks: Sequence[Task],
+        rollouts_per_task: int,
+        seeds: Sequence[np.random.SeedSequence],
+    ) -> Rollout:
+        """See `Collector.collect`."""
+        return collect(self.envs, agent, state, tasks, rollouts_per_task, seeds).to(agent.device)
+
+    def close(self) -> None:
+        """See `Collector.close`."""
+        self.envs.close()
+
+
 def adapt_and_collect(
-    envs: BatchEnv,
-    agent: Actor,
+    collector: Collector,
+    agent: AdaptiveActor,
     tasks: Sequence[Task],
     rollouts_per_task: int,
     seeds: Sequence[np.random.SeedSequence],
@@ -295,11 +396,11 @@ def adapt_and_collect(
     """Collect before adaptation and after each step of it: the procedure of training and of evaluation alike.
 
     Args:
-        envs: at least M environments.
+        collector: takes at least M tasks.
         agent: adapts as it does in training, with exploring actions and fresh data for each step.
         tasks: M.
         rollouts_per_task: N.
-        seeds: one a task, the only source of randomness: what happens in a task does not depend on the others.
+        seeds: one for each task, the only source of randomness: what happens in a task does not depend on the others.
         adaptation_steps: K; the agent's own if None.
 
     Returns:
@@ -308,11 +409,11 @@ def adapt_and_collect(
     steps = agent.adaptation_steps if adaptation_steps is None else adaptation_steps
     state = agent.initial_state(len(tasks))
     rollouts: list[Rollout] = []
-    per_phase = zip(*(children(task_seeds, steps + 1) for task_seeds in seeds), strict=True)
-    for phase_seeds in per_phase:
+    seeds_of_phases = zip(*(children(task_seeds, steps + 1) for task_seeds in seeds), strict=True)
+    for phase_seeds in seeds_of_phases:
         if rollouts:
             state = agent.adapt(state, rollouts[-1])
-        rollouts.append(collect(envs, agent, state, tasks, rollouts_per_task, phase_seeds))
+        rollouts.append(collector.collect(agent, state, tasks, rollouts_per_task, phase_seeds))
     return rollouts
 
 

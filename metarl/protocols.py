@@ -5,13 +5,24 @@ Must not import torch, environments or agents at run time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from metarl.types import BoolArray, FloatArray, PolicyJacobian, Prediction, Rollout, Step, Task, TimeStep
+from metarl.types import (
+    AdaptsBy,
+    AgentSpec,
+    BoolArray,
+    FloatArray,
+    PolicyJacobian,
+    Prediction,
+    Rollout,
+    Step,
+    Task,
+    TimeStep,
+)
 
 if TYPE_CHECKING:
     import gymnasium
@@ -75,34 +86,90 @@ class TaskDistribution(Protocol):
 
 
 class Actor(Protocol):
-    """What collecting asks of an agent. Its adaptation state is opaque: parameters a task, or a memory."""
+    """What acts in environments: all that collecting needs of an agent, light enough to be sent to another process."""
 
-    device: torch.device
-    """Where `adapt` and `update` want their rollouts; `act` takes and gives tensors on the CPU."""
+    @property
+    def trial_episodes(self) -> int:
+        """L, the episodes of a rollout, through which the state of `act` is carried; 1 for agents without a memory."""
 
-    trial_episodes: int
-    """L, the episodes of a rollout, through which the state of `act` is carried; 1 for agents without a memory."""
-
-    adaptation_steps: int
-    """K, the number of calls of `adapt` between the first rollout and the last; 0 for agents that adapt in memory."""
-
-    def initial_state(self, num_tasks: int) -> Any:
-        """The state before adaptation, for `num_tasks` tasks."""
+    @property
+    def noise_size(self) -> int:
+        """How many standard normal numbers one action takes."""
 
     def act(self, time_step: TimeStep, noise: torch.Tensor, state: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Choose actions.
+        """Choose actions; all tensors that go in and out are on the CPU.
 
         Args:
             time_step: of P rollouts of each task.
-            noise: `[M, P, A]`, standard normal; zeros give the deterministic action.
+            noise: `[M, P, noise_size]`, standard normal; zeros give the deterministic action.
             state: from `initial_state`, `adapt` or the last `act`; it stays as it is.
 
         Returns:
             actions `[M, P, A]` in which ±1 are the bounds of the action space, log_probs `[M, P]`, and the next state.
         """
 
+
+class AdaptiveActor(Actor, Protocol):
+    """What evaluation needs of an agent. Its adaptation state is opaque: parameters per task, a memory, or a latent."""
+
+    device: torch.device
+    """Where `adapt` and `update` take their rollouts."""
+
+    adapts_by: AdaptsBy
+    """How it adapts."""
+
+    adaptation_steps: int
+    """K, the number of calls of `adapt` between the first rollout and the last; 0 for agents that adapt in memory."""
+
+    def initial_state(self, num_tasks: int) -> Any:
+        """Return the state before adaptation, for `num_tasks` tasks."""
+
     def adapt(self, state: Any, rollout: Rollout) -> Any:
-        """The state after one adaptation step on `rollout`, which `state` collected; nothing else changes."""
+        """Return the state after one adaptation step on `rollout`, which `state` collected; nothing else changes."""
+
+    def actor(self) -> Actor:
+        """Return a snapshot that acts as the agent does now, on the CPU; it pickles, for collectors elsewhere."""
+
+
+class Collector(Protocol):
+    """Collects rollouts for the loop: in this process and its workers, or on other machines.
+
+    Results depend on tasks and seeds alone, never on the number or place of workers.
+
+    Attributes:
+        max_tasks: tasks that one call may have.
+        restarts: how often lost worker processes have been replaced so far.
+    """
+
+    max_tasks: int
+
+    @property
+    def restarts(self) -> int:
+        """See above."""
+
+    def collect(
+        self,
+        agent: AdaptiveActor,
+        state: Any,
+        tasks: Sequence[Task],
+        rollouts_per_task: int,
+        seeds: Sequence[np.random.SeedSequence],
+    ) -> Rollout:
+        """Run `rollouts_per_task` rollouts of each of M tasks, begun in `state`; see `metarl.collect.collect`.
+
+        Args:
+            agent: acts. Another process gets its `actor()`.
+            state: of M tasks.
+            tasks: M.
+            rollouts_per_task: N.
+            seeds: one for each task.
+
+        Returns:
+            A rollout `[M, N, T, ...]` on the agent's device.
+        """
+
+    def close(self) -> None:
+        """End processes and free memory; calling it twice is fine."""
 
 
 class Controller(Protocol):
@@ -138,14 +205,14 @@ class AuxiliaryLoss(Protocol):
         """
 
 
-class Agent(Actor, Protocol):
-    """What the loop, and whatever guards the agent's stability, ask of an agent."""
+class Agent(AdaptiveActor, Protocol):
+    """What the loop and the stability methods need of an agent."""
 
     training_adaptation_steps: int
     """K of the K + 1 rollouts that `update` learns from; differs where training does without adaptation."""
 
     def adapt(self, state: Any, rollout: Rollout, inner_lr: float | None = None) -> Any:
-        """See `Actor.adapt`; `inner_lr` replaces the step size of training, ValueError where there is none."""
+        """See `AdaptiveActor.adapt`; `inner_lr` replaces the step size of training, ValueError where there is none."""
 
     def controller(self, state: Any, low: FloatArray, high: FloatArray) -> Controller:
         """What the agent does in `state`, of one task, step by step, for actions with bounds `[A]`."""
@@ -159,11 +226,38 @@ class Agent(Actor, Protocol):
     def log_prob(self, state: Any, rollout: Rollout) -> torch.Tensor:
         """Log-density `[M, N, T]` of a rollout's actions, by the agent that begins it in `state`; no gradient."""
 
-    def update(self, rollouts: Sequence[Rollout], auxiliary_loss: AuxiliaryLoss | None = None) -> dict[str, float]:
-        """The outer step: learn from the K + 1 rollouts of one iteration; returns metrics by name."""
+    def update(
+        self, tasks: Sequence[Task], rollouts: Sequence[Rollout], auxiliary_loss: AuxiliaryLoss | None = None
+    ) -> dict[str, float]:
+        """Take the outer step: learn from the K + 1 rollouts of one iteration.
+
+        Args:
+            tasks: M, those of the rollouts, for agents that store experience by task.
+            rollouts: K + 1, each `[M, N, T, ...]`.
+            auxiliary_loss: what stability methods add to the loss; None: nothing.
+
+        Returns:
+            Metrics by name, e.g. `train/loss`.
+
+        Raises:
+            FloatingPointError: numbers are not finite; the loop puts back what `state_dict` held before.
+        """
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """What `update` trains, by name: the tensors themselves. Those of the policy begin with `policy.`."""
+
+    def hidden_units(self, rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
+        """Activations `[S, H]` of each hidden layer of the policy, by name, at the valid steps of the last rollout."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything that training changes, flat."""
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `state_dict` returned; raises ValueError naming the entry that does not fit."""
+
+
+class ProtectedAgent(Agent, Protocol):
+    """What stability methods need of an agent beyond `Agent`; a run without them does without these two."""
 
     def replay_policy(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
         """Adapt anew on the first K of K + 1 recorded rollouts; say what the agent would do in the last one now.
@@ -182,14 +276,35 @@ class Agent(Actor, Protocol):
         An agent that adapts by gradient steps is differentiated at the parameters that it had adapted then.
         """
 
-    def hidden_units(self, rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
-        """Activations `[S, H]` of each hidden layer of the policy, by name, at the valid steps of the last rollout."""
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Everything that training changes, flat."""
+class TensorStore(Protocol):
+    """Files of tensors in a run directory, each written once and never changed."""
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Restore what `state_dict` returned; raises ValueError naming the entry that does not fit."""
+    def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a new file through to the disk; raises ValueError for a name that exists or is not `[a-z0-9_]+`."""
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of a file, verified by their hash; raises ValueError naming what is damaged."""
+
+
+@runtime_checkable
+class StoresData(Protocol):
+    """An agent that stores more than fits into its state, e.g. replayed experience; an option of `Agent`.
+
+    The data is no part of `state_dict`, which the loop copies every iteration and writes whole at every checkpoint.
+    It lives in files that are written once, so that a checkpoint costs what is new. How much of it counts belongs into
+    `state_dict`, so that an iteration that is undone, or a resumed run, forgets the rest.
+    """
+
+    def save_data(self, store: TensorStore) -> list[str]:
+        """Write what is new; return the names of all files that the agent needs, in an order that `load_data` gets."""
+
+    def load_data(self, store: TensorStore, names: Sequence[str]) -> None:
+        """Read the files that `save_data` named; called after `load_state_dict`."""
+
+
+AgentBuilder: TypeAlias = Callable[[AgentSpec], Agent]
+"""Returns a freshly initialised agent; equal specs give equal agents."""
 
 
 class StabilityMethod(Protocol):
@@ -202,7 +317,7 @@ class StabilityMethod(Protocol):
     name: str
     """As in the config and in `stability/<name>/loss`."""
 
-    def loss(self, agent: Agent, rng: np.random.Generator, fraction: float) -> dict[str, torch.Tensor]:
+    def loss(self, agent: ProtectedAgent, rng: np.random.Generator, fraction: float) -> dict[str, torch.Tensor]:
         """What is added to the agent's loss before a step of its optimiser; see `AuxiliaryLoss`.
 
         Args:
@@ -217,7 +332,7 @@ class StabilityMethod(Protocol):
 
     def observe(
         self,
-        agent: Agent,
+        agent: ProtectedAgent,
         rollouts: Sequence[Rollout],
         before: Mapping[str, torch.Tensor],
         rng: np.random.Generator,
@@ -231,7 +346,7 @@ class StabilityMethod(Protocol):
             rng: of this iteration, another one than that of `loss`.
         """
 
-    def end_stage(self, agent: Agent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
+    def end_stage(self, agent: ProtectedAgent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
         """Consolidate at the end of a stage that others follow.
 
         Args:

@@ -19,7 +19,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ from pydantic import Field
 
 if TYPE_CHECKING:
     import torch
+
+    from metarl.nn.distributions import Distribution
 
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
@@ -310,7 +312,7 @@ class Spaces:
 
 
 class TimeStep(NamedTuple):
-    """What an agent is told before it acts in P rollouts of each of M tasks."""
+    """What an agent reads before it acts in P rollouts of each of M tasks."""
 
     observations: torch.Tensor
     """`[M, P, O]`, raw."""
@@ -325,10 +327,8 @@ class TimeStep(NamedTuple):
 class Prediction(NamedTuple):
     """What an agent would do and expects now, at the steps of recorded rollouts; attached to its parameters."""
 
-    mean: torch.Tensor
-    """`[M, N, T, A]`, of its actions."""
-    log_std: torch.Tensor
-    """`[M, N, T, A]`."""
+    distribution: Distribution
+    """Of its actions, `[M, N, T]`."""
     values: torch.Tensor | None
     """`[M, N, T]`, in units of return; None if no value function is trained with the policy."""
     advantages: torch.Tensor | None
@@ -338,13 +338,35 @@ class Prediction(NamedTuple):
 
 
 class PolicyJacobian(NamedTuple):
-    """How the policy's outputs at S states depend on each of its parameters."""
+    """How the distribution of actions at S states depends on each parameter of the policy."""
 
-    mean: torch.Tensor
-    """`[S, A]`, of the actions."""
-    log_std: torch.Tensor
-    """`[S, A]`."""
-    of_mean: dict[str, torch.Tensor]
-    """∂mean/∂parameter by name, `[S, A, ...]`; without the parameters that it does not depend on."""
-    of_log_std: dict[str, torch.Tensor]
-    """∂log_std/∂parameter by name, `[S, A, ...]`; likewise."""
+    distribution: Distribution
+    """Of the actions, `[S]`."""
+    slopes: dict[str, dict[str, torch.Tensor]]
+    """∂output/∂parameter, by the outputs that define the distribution (e.g. `mean`) and by the parameters, each
+    `[S, A, ...]`; without the parameters that an output does not depend on."""
+
+
+AdaptsBy: TypeAlias = Literal["gradient", "memory", "inference", "nothing"]
+"""How an agent adapts: by gradient steps on rollouts; in its memory, while it acts; by inferring a latent from
+rollouts; or not at all."""
+
+
+@dataclass(frozen=True)
+class AgentSpec:
+    """What an agent is built for.
+
+    Attributes:
+        spaces: sizes of observations and actions, bounds of actions.
+        device: where the agent adapts and updates.
+        seed: root of the initial parameters and of everything that the agent draws.
+        num_stage_ids: entries at the end of an observation that are a one-hot of the stage; 0: none. An agent should
+            not normalise them.
+        stage_heads: whether the policy has one output layer for each stage, chosen by the one-hot.
+    """
+
+    spaces: Spaces
+    device: torch.device
+    seed: int
+    num_stage_ids: int = 0
+    stage_heads: bool = False

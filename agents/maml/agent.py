@@ -10,7 +10,7 @@ Must not import environments, training or tracking.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt, model_validator
@@ -20,9 +20,9 @@ from metarl.agents.maml.controller import MlpController
 from metarl.agents.maml.inner import Batch, InnerMethod, MetaParams, PolicyLoss, inner_loop
 from metarl.agents.maml.meta_objective import MetaObjective
 from metarl.agents.maml.outer import OuterConfig, PpoConfig, build_outer
-from metarl.nn.distributions import gaussian_log_prob
+from metarl.nn.distributions import GaussianHead
 from metarl.nn.jacobians import choose_steps, mlp_jacobian
-from metarl.nn.mlp import ACTIVATIONS, GaussianMlp, Params, check_deviations
+from metarl.nn.mlp import ACTIVATIONS, MlpPolicy, Params
 from metarl.nn.normalizer import Normalizer
 from metarl.nn.optimizer_state import check_entries
 from metarl.protocols import AuxiliaryLoss
@@ -31,7 +31,16 @@ from metarl.rl.surrogates import ESTIMATORS, saturation
 from metarl.rl.value import LearnedValue, linear_values
 from metarl.seeding import Purpose, integer_seed
 from metarl.settings import Settings, as_tuple
-from metarl.types import FloatArray, PolicyJacobian, Prediction, Rollout, TimeStep
+from metarl.types import (
+    AdaptsBy,
+    AgentSpec,
+    FloatArray,
+    PolicyJacobian,
+    Prediction,
+    Rollout,
+    Task,
+    TimeStep,
+)
 
 
 class GradientAgentConfig(Settings):
@@ -78,10 +87,14 @@ class GradientAgentConfig(Settings):
     normalizer_floor: float = Field(0.01, gt=0, description="smallest scale of the normaliser, in observation units")
     outer: OuterConfig = Field(default_factory=PpoConfig)
 
+    def head(self, action_size: int) -> GaussianHead:
+        """Return what makes a distribution of the policy's outputs."""
+        return GaussianHead(action_size, self.init_std, self.min_std, self.max_std)
+
     @model_validator(mode="after")
     def _bounds(self) -> GradientAgentConfig:
-        check_deviations(self.init_std, self.min_std, self.max_std)
-        modules = GaussianMlp.modules(len(self.hidden_sizes))
+        self.head(1)
+        modules = MlpPolicy.modules(len(self.hidden_sizes))
         for name in self.adapted_modules:
             if name != "all" and name not in modules:
                 raise ValueError(f"adapted_modules: got {name!r}, expected all or any of {', '.join(modules)}")
@@ -90,60 +103,65 @@ class GradientAgentConfig(Settings):
     @property
     def adapted(self) -> tuple[str, ...]:
         """Names of the parameters that adapt."""
-        modules = GaussianMlp.modules(len(self.hidden_sizes))
+        modules = MlpPolicy.modules(len(self.hidden_sizes))
         chosen = [names for module, names in modules.items() if {"all", module} & set(self.adapted_modules)]
         return tuple(name for names in chosen for name in names)
+
+
+class GradientActor(NamedTuple):
+    """An `Actor` that acts with the parameters of each task, on the CPU next to the environments.
+
+    Attributes:
+        policy: what the parameters mean.
+        normalizer: of observations.
+        noise_size: numbers of noise that an action takes.
+        trial_episodes: 1, since nothing is remembered.
+    """
+
+    policy: MlpPolicy
+    normalizer: Normalizer
+    noise_size: int
+    trial_episodes: int = 1
+
+    @torch.no_grad()
+    def act(self, time_step: TimeStep, noise: Tensor, state: Params) -> tuple[Tensor, Tensor, Params]:
+        """Draw actions; see `Actor.act`. Of the time step only the observations matter."""
+        distribution = self.policy.distribution(state, self.normalizer(time_step.observations))
+        actions = distribution.sample(noise)
+        return actions, distribution.log_prob(actions), state
 
 
 class GradientAgent:
     """An `Agent` that adapts by gradient steps.
 
     Args:
-        method: how it adapts, and what it learns beside θ.
+        method: how it adapts, and what it learns besides θ.
         config: its settings.
-        observation_size: O.
-        action_size: A.
-        device: where updates are computed. Acting happens on the CPU, beside the environments, with small copies.
-        seed: of the initial parameters, and of what adapting draws.
-        cues: see `metarl.agents.build`.
-        heads: see there.
+        spec: what it is built for. Updates run on the spec's device, acting on the CPU with small copies.
     """
 
-    def __init__(
-        self,
-        method: InnerMethod,
-        config: GradientAgentConfig,
-        observation_size: int,
-        action_size: int,
-        device: torch.device,
-        seed: int,
-        cues: int = 0,
-        heads: bool = False,
-    ) -> None:
-        self.method, self.config, self.device = method, config, device
-        self.trial_episodes, self.adaptation_steps = 1, config.adaptation_steps
+    adapts_by: AdaptsBy = "gradient"
+    trial_episodes = 1
+
+    def __init__(self, method: InnerMethod, config: GradientAgentConfig, spec: AgentSpec) -> None:
+        self.method, self.config, self.device = method, config, spec.device
+        self.adaptation_steps = config.adaptation_steps
         self.training_adaptation_steps = 0 if method.outer_phases == "first" else config.adaptation_steps
-        self.policy = GaussianMlp(
-            observation_size,
-            action_size,
-            config.hidden_sizes,
-            config.activation,
-            config.init_std,
-            config.min_std,
-            config.max_std,
-            cues if heads else 1,
-        )
+        size, head = spec.spaces.observation_size, config.head(spec.spaces.action_size)
+        heads = spec.num_stage_ids if spec.stage_heads else 1
+        self.noise_size = head.noise_size
+        self.policy = MlpPolicy(size, head, config.hidden_sizes, config.activation, heads)
         self._loss = PolicyLoss(self.policy.log_prob, ESTIMATORS[config.estimator])
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(spec.seed)
         params = self.policy.init(generator)
-        theta = {name: value.to(device).requires_grad_() for name, value in params.items()}
-        self.meta = MetaParams(theta, method.learned(theta), seed=seed)
+        theta = {name: value.to(self.device).requires_grad_() for name, value in params.items()}
+        self.meta = MetaParams(theta, method.learned(theta), seed=spec.seed)
         self.value: LearnedValue | None = None
         if config.critic == "learned":
-            value_args = (observation_size, config.hidden_sizes, config.value_lr, config.value_epochs)
-            self.value = LearnedValue(*value_args, generator, device)
-        told = observation_size - cues, observation_size
-        self._use_normalizer(Normalizer.identity(observation_size, config.normalizer_floor, told))
+            value_settings = (size, config.hidden_sizes, config.value_lr, config.value_epochs)
+            self.value = LearnedValue(*value_settings, generator, self.device)
+        stage_id = size - spec.num_stage_ids, size
+        self._use_normalizer(Normalizer.identity(size, config.normalizer_floor, stage_id))
         self._outer = build_outer(config.outer, self.meta.named())
 
     def _use_normalizer(self, normalizer: Normalizer) -> None:
@@ -156,12 +174,13 @@ class GradientAgent:
         """θ for every task, stacked `[M, ...]`, on the CPU."""
         return {name: value.detach().cpu().expand(num_tasks, *value.shape) for name, value in self.meta.theta.items()}
 
-    @torch.no_grad()
+    def actor(self) -> GradientActor:
+        """Return a snapshot that acts; see `AdaptiveActor.actor`."""
+        return GradientActor(self.policy, self._acting_normalizer, self.noise_size)
+
     def act(self, time_step: TimeStep, noise: Tensor, state: Params) -> tuple[Tensor, Tensor, Params]:
-        """Draw actions; see `Agent.act`. Of the time step only the observations matter."""
-        mean, log_std = self.policy.distribution(state, self._acting_normalizer(time_step.observations))
-        actions = mean + log_std.exp() * noise
-        return actions, gaussian_log_prob(mean, log_std, actions), state
+        """See `GradientActor.act`."""
+        return self.actor().act(time_step, noise, state)
 
     @torch.no_grad()
     def log_prob(self, state: Params, rollout: Rollout) -> Tensor:
@@ -226,15 +245,17 @@ class GradientAgent:
 
     # --- learning ------------------------------------------------------------------------------------------------
 
-    def update(self, rollouts: Sequence[Rollout], auxiliary_loss: AuxiliaryLoss | None = None) -> dict[str, float]:
+    def update(
+        self, tasks: Sequence[Task], rollouts: Sequence[Rollout], auxiliary_loss: AuxiliaryLoss | None = None
+    ) -> dict[str, float]:
         """One meta-update on the K support rollouts and the query rollout; see `Agent.update`."""
         config = self.config
         if len(rollouts) != self.training_adaptation_steps + 1:
             raise ValueError(f"got {len(rollouts)} rollouts, expected {self.training_adaptation_steps + 1}: K + 1")
         metrics = self._outer.step(self.objective([self._prepare(rollout) for rollout in rollouts], auxiliary_loss))
-        self.policy.keep_within_bounds(self.meta.theta)
+        self.policy.head.keep_within_bounds(self.meta.theta)
         self.meta = self.meta._replace(iteration=self.meta.iteration + 1)
-        metrics |= {"std": float(self.meta.theta["log_std"].detach().exp().mean())} | self._fit_value(rollouts)
+        metrics |= self.policy.head.metrics(self.meta.theta) | self._fit_value(rollouts)
         if config.normalizer_iterations is None or self.meta.iteration <= config.normalizer_iterations:
             normalizer = self.normalizer
             for rollout in rollouts:
@@ -251,8 +272,8 @@ class GradientAgent:
         )
 
     def _saturation(self, params: Params, batch: Batch) -> Tensor:
-        mean, _ = self.policy.distribution(params, batch.observations)
-        return self.config.saturation_coef * saturation(mean, batch.weights)
+        mode = self.policy.distribution(params, batch.observations).mode
+        return self.config.saturation_coef * saturation(mode, batch.weights)
 
     def _fit_value(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         if self.value is None:
@@ -280,17 +301,17 @@ class GradientAgent:
         batches = [self._prepare(support) for support in supports]
         params = inner_loop(self.method, self._loss, self.meta._replace(theta=theta), batches)[-1]
         observations = self.normalizer(query.observations)
-        mean, log_std = self.policy.distribution(params, observations.flatten(1, 2))
-        mean, log_std = mean.view(*shape, -1), log_std.expand_as(mean).view(*shape, -1)
+        distribution = self.policy.distribution(params, observations.flatten(1, 2)).expanded()
+        distribution = distribution.map(lambda part: part.view(*shape, -1))
         estimated, scale = None, torch.ones(())
         if advantages:
             scale = return_scale(query, self.config.gamma)
             with torch.no_grad():
                 values, following = self._values(query, observations)
-                log_ratios = gaussian_log_prob(mean, log_std, query.actions) - query.log_probs
+                log_ratios = distribution.log_prob(query.actions) - query.log_probs
                 ends = (query.terminated, query.truncated)
                 estimated = vtrace(query.rewards, values, following, log_ratios, *ends, self.config.gamma)[1]
-        return Prediction(mean, log_std, None, estimated, scale)
+        return Prediction(distribution, None, estimated, scale)
 
     def policy_jacobians(
         self, rollouts: Sequence[Rollout], states: int, generator: torch.Generator

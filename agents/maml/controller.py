@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from metarl.nn.action_bounds import ActionBounds
-from metarl.nn.mlp import GaussianMlp, Params
+from metarl.nn.mlp import MlpPolicy, Params
 from metarl.nn.normalizer import Normalizer
 from metarl.types import FloatArray
 
@@ -30,7 +30,7 @@ class MlpController(nn.Module):
     reward_scale: dict[str, float] | None = None
 
     def __init__(
-        self, policy: GaussianMlp, params: Params, normalizer: Normalizer, low: FloatArray, high: FloatArray
+        self, policy: MlpPolicy, params: Params, normalizer: Normalizer, low: FloatArray, high: FloatArray
     ) -> None:
         super().__init__()
         self._policy, self._normalizer = policy, normalizer.to("cpu")
@@ -46,6 +46,6 @@ class MlpController(nn.Module):
             observations: `[B, O]`, raw.
             noise: `[B, A]` or `[1, A]`, standard normal; None or zeros: the mean.
         """
-        mean, log_std = self._policy.distribution(self._params, self._normalizer(observations))
-        actions: Tensor = self._bounds(mean if noise is None else mean + log_std.exp() * noise)
+        distribution = self._policy.distribution(self._params, self._normalizer(observations))
+        actions: Tensor = self._bounds(distribution.mode if noise is None else distribution.sample(noise))
         return actions

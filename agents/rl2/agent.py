@@ -16,14 +16,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from metarl.agents.rl2.config import Rl2Config
-from metarl.agents.rl2.controller import MemoryController, joined, split
-from metarl.agents.rl2.networks import Critic, GaussianHead, LearnedCriticConfig, Policy, Trunk
+from metarl.agents.rl2.control_step import (
+    ControlStep,
+    Rl2Actor,
+    Rl2State,
+    active_rows,
+    join_state,
+    read_time_step,
+    split_state,
+)
+from metarl.agents.rl2.controller import MemoryController
+from metarl.agents.rl2.networks import Critic, LearnedCriticConfig, Policy, PolicyHead, Trunk
 from metarl.agents.rl2.trials import (
     Inputs,
     PreviousStep,
@@ -35,9 +43,8 @@ from metarl.agents.rl2.trials import (
     read_trials,
 )
 from metarl.errors import UserError
-from metarl.nn.distributions import gaussian_log_prob
 from metarl.nn.jacobians import choose_steps, jacobian, plain_kernels
-from metarl.nn.memory import State, rows, unpack
+from metarl.nn.memory import unpack
 from metarl.nn.normalizer import Normalizer
 from metarl.nn.optimizer_state import check_entries, clip_gradients, load_optimizer_state, optimizer_state
 from metarl.protocols import AuxiliaryLoss
@@ -45,22 +52,10 @@ from metarl.rl.returns import gae, normalize_advantages, return_scale, vtrace
 from metarl.rl.surrogates import approximate_kl, ppo_clip_loss, saturation, weighted_mean
 from metarl.rl.value import linear_values
 from metarl.seeding import Purpose, integer_seed
-from metarl.types import FloatArray, PolicyJacobian, Prediction, Rollout, TimeStep
+from metarl.types import AdaptsBy, AgentSpec, FloatArray, PolicyJacobian, Prediction, Rollout, Task, TimeStep
 
 LAST_LR = 0.1
 """What the learning rate falls to, a fraction of what it was at first."""
-
-_UNIT_ENTROPY = 0.5 * math.log(2.0 * math.pi * math.e)
-"""Of a Gaussian in one dimension with standard deviation 1."""
-
-
-class Rl2State(NamedTuple):
-    """What the agent knows of B trials in progress: its adaptation state."""
-
-    memory: State
-    previous: PreviousStep
-    time: Tensor  # [B], integers, the step of the episode; −1 before the first
-    reward: Tensor  # [B], of the last step, where it is known and has not been told yet; else NaN; 0 before the first
 
 
 class Rl2:
@@ -68,61 +63,47 @@ class Rl2:
 
     Args:
         config: its settings.
-        observation_size: O.
-        action_size: A.
-        device: where it acts and learns.
-        seed: of the initial parameters and of the order of minibatches.
-        cues: see `metarl.agents.build`; the agent always sees them.
-        heads: see there.
+        spec: what it is built for; it always sees the entries that hold the stage id.
 
     Raises:
-        UserError: `observation_entries` names one that the observation does not have, or heads have no cue.
+        UserError: `observation_entries` names one that the observation does not have, or heads cannot be chosen.
     """
 
+    adapts_by: AdaptsBy = "memory"
     adaptation_steps = training_adaptation_steps = 0
 
-    def __init__(
-        self,
-        config: Rl2Config,
-        observation_size: int,
-        action_size: int,
-        device: torch.device,
-        seed: int,
-        cues: int = 0,
-        heads: bool = False,
-    ) -> None:
-        told = range(observation_size - cues, observation_size)
-        entries = tuple(range(observation_size)) if config.observation_entries is None else config.observation_entries
-        entries = (*(entry for entry in entries if entry not in told), *told)
-        if max(entries) >= observation_size:
+    def __init__(self, config: Rl2Config, spec: AgentSpec) -> None:
+        size, action_size, generator = spec.spaces.observation_size, spec.spaces.action_size, _generator(spec.seed)
+        stage_id = range(size - spec.num_stage_ids, size)
+        entries = tuple(range(size)) if config.observation_entries is None else config.observation_entries
+        entries = (*(entry for entry in entries if entry not in stage_id), *stage_id)
+        if max(entries) >= size:
             raise UserError(
-                f"agent.observation_entries holds {max(entries)}; observations have entries 0 to {observation_size - 1}"
+                f"agent.observation_entries holds {max(entries)}; observations have entries 0 to {size - 1}"
             )
-        self.config, self.device, self.seed, self.iteration = config, device, seed, 0
-        self.trial_episodes = config.trial_episodes
-        self.observation_size, self.action_size = observation_size, action_size
+        if spec.stage_heads and not config.skip_inputs:
+            raise UserError("stage_id head: the head is chosen by the inputs; agent.skip_inputs must be true")
+        self.config, self.device, self.seed, self.iteration = config, spec.device, spec.seed, 0
+        self.trial_episodes, self.observation_size, self.action_size = config.trial_episodes, size, action_size
         self.inputs = Inputs(entries, action_size, config.input_differences, config.input_time)
-        self._entries = torch.tensor(entries, device=device)
-        generator = torch.Generator().manual_seed(seed)
+        self._entries = torch.tensor(entries, device=self.device)
         trunk_settings = self.inputs.size, config.encoder_sizes, config.memory, config.skip_inputs, generator
         trunk = Trunk(*trunk_settings)
-        std = (config.init_std, config.min_std, config.max_std)
-        if heads and not config.skip_inputs:
-            raise UserError("stage_id head: the head is chosen by the inputs; agent.skip_inputs must be true")
-        told_inputs = len(entries) - cues, len(entries)
+        raw_inputs = len(entries) - spec.num_stage_ids, len(entries)  # the stage id among the inputs
         begin = trunk.output_size - self.inputs.size  # of the inputs among the features
-        cue = slice(*(begin + place for place in told_inputs)) if heads else None
-        head = GaussianHead(trunk.output_size, action_size, std, config.state_dependent_std, generator, cue)
-        self.policy = Policy(trunk, head).to(device)
+        chosen_by = slice(*(begin + place for place in raw_inputs)) if spec.stage_heads else None
+        head = config.head(action_size)
+        self.noise_size = head.noise_size
+        policy_head = PolicyHead(trunk.output_size, head, config.state_dependent_std, generator, chosen_by)
+        self.policy = Policy(trunk, policy_head).to(self.device)
         self.critic: Critic | None = None
         if isinstance(config.critic, LearnedCriticConfig):
-            own = None
-            if config.critic.name == "separate":
-                own = Trunk(*trunk_settings)
+            own = Trunk(*trunk_settings) if config.critic.name == "separate" else None
             self._value_coef = config.critic.loss_coef
-            self.critic = Critic(trunk.output_size, config.critic.sizes, own, generator).to(device)
+            self.critic = Critic(trunk.output_size, config.critic.sizes, own, generator).to(self.device)
         self._optimizer = torch.optim.Adam(self.parameters().values(), lr=config.lr)
-        self._use_normalizer(Normalizer.identity(self.inputs.size, config.normalizer_floor, told_inputs).to(device))
+        normalizer = Normalizer.identity(self.inputs.size, config.normalizer_floor, raw_inputs)
+        self._use_normalizer(normalizer.to(self.device))
 
     def parameters(self) -> dict[str, Tensor]:
         """What is trained, by name; what policy and critic share is the policy's."""
@@ -154,54 +135,18 @@ class Rl2:
             self.policy.trunk.initial(num_tasks), PreviousStep(observations, actions, nothing), time, nothing
         )
 
-    @torch.inference_mode()
+    def actor(self) -> Rl2Actor:
+        """Return a snapshot that acts, on the CPU; see `AdaptiveActor.actor`."""
+        return Rl2Actor(self._step.to_cpu(), self.trial_episodes, self.noise_size)
+
     def act(self, time_step: TimeStep, noise: Tensor, state: Rl2State) -> tuple[Tensor, Tensor, Rl2State]:
-        """Draw actions; see `Agent.act`. A state of M trials stands for all P of a task."""
-        tasks, parallel = time_step.rewards.shape
-        mean, log_std, perceived = self._perceive(time_step, state)
-        drawn = mean + log_std.exp() * noise.flatten(0, 1).to(self.device)
-        log_probs = gaussian_log_prob(mean, log_std, drawn)
-        actions = drawn.view(tasks, parallel, -1).cpu()
-        return actions, log_probs.view(tasks, parallel).cpu(), self._carried_out(time_step, drawn, perceived)
+        """Draw actions where the agent learns; see `Rl2Actor.act`."""
+        return Rl2Actor(self._step, self.trial_episodes, self.noise_size).act(time_step, noise, state)
 
-    def _perceive(self, time_step: TimeStep, state: Rl2State) -> tuple[Tensor, Tensor, Rl2State]:
-        """Read a time step into B = M · P memories; returns mean and log deviation `[B, A]`, and what is known."""
-        batch = time_step.rewards.numel()
-        if len(state.time) != batch:
-            if len(state.time) != len(time_step.rewards):
-                raise ValueError(
-                    f"the state is of {len(state.time)} trials, the time_step of {time_step.rewards.shape}"
-                )
-            each = torch.arange(len(state.time), device=self.device).repeat_interleave(batch // len(state.time))
-            memory, previous, *rest = state
-            state = Rl2State(
-                rows(memory, each), PreviousStep(*(part[each] for part in previous)), *(part[each] for part in rest)
-            )
-        now = time_step.observations.flatten(0, 1).to(self.device)[:, self._entries]
-        rewards, start = (part.reshape(-1).to(self.device) for part in (time_step.rewards, time_step.episode_start))
-        rewards = torch.where(rewards.isnan(), state.reward, rewards)
-        active = None if bool(time_step.active.all()) else time_step.active.reshape(-1).to(self.device)
-        time = (state.time + 1).masked_fill(start, 0)
-        inputs = self.normalize(self.inputs(now, state.previous, rewards, start, time))
-        features, memory = self.policy.trunk.step(inputs, state.memory, active)
-        previous = PreviousStep(now, state.previous.actions, rewards)
-        if active is not None:
-            previous = PreviousStep(
-                torch.where(active[:, None], now, state.previous.observations),
-                state.previous.actions,
-                torch.where(active, rewards, state.previous.rewards),
-            )
-            time = torch.where(active, time, state.time)
-        mean, log_std = self.policy.head(features)
-        return mean, log_std, Rl2State(memory, previous, time, torch.full_like(rewards, math.nan))
-
-    def _carried_out(self, time_step: TimeStep, actions: Tensor, state: Rl2State) -> Rl2State:
-        """What is known after actions `[B, A]`."""
-        actions = actions.clamp(-1.0, 1.0)
-        if not bool(time_step.active.all()):
-            active = time_step.active.reshape(-1, 1).to(self.device)
-            actions = torch.where(active, actions, state.previous.actions)
-        return state._replace(previous=state.previous._replace(actions=actions))
+    @property
+    def _step(self) -> ControlStep:
+        """One control step as the agent is now."""
+        return ControlStep(self.policy, self.inputs, self._entries, self._shift, self._scale)
 
     def log_prob(self, state: Rl2State, rollout: Rollout) -> Tensor:
         """Log-density of a trial's actions; see `Agent.log_prob`."""
@@ -220,10 +165,10 @@ class Rl2:
         for t in range(rollout.valid.shape[-1]):
             active = rollout.valid[..., t]
             time_step = TimeStep(rollout.observations[..., t, :], rewards, rollout.episode_start[..., t], active)
-            mean, log_std, state = self._perceive(time_step, state)
+            distribution, state = read_time_step(self._step, time_step, state)
             actions = rollout.actions[..., t, :].flatten(0, 1).to(self.device)
-            log_probs[..., t] = gaussian_log_prob(mean, log_std, actions).view(active.shape)
-            state = self._carried_out(time_step, actions, state)
+            log_probs[..., t] = distribution.log_prob(actions).view(active.shape)
+            state = self._step.carry_out(state, actions, active_rows(time_step, self.device))
             rewards = torch.where(active, rollout.rewards[..., t], rewards)
         return log_probs, state._replace(reward=rewards.flatten().to(self.device))
 
@@ -231,25 +176,25 @@ class Rl2:
 
     def controller(self, state: Rl2State, low: FloatArray, high: FloatArray) -> MemoryController:
         """One control step of a trial that begins with what `state` remembers; see `Agent.controller`."""
-        initial = self.pack(state)["recall"]
-        parts = self.inputs, self._entries, self._shift, self._scale, initial, self.observation_size
-        return MemoryController(self.policy, *parts, low, high)
+        return MemoryController(self._step.to_cpu(), self.pack(state)["recall"], self.observation_size, low, high)
 
     def pack(self, state: Rl2State) -> dict[str, Tensor]:
-        """All that is known as one tensor; see `Agent.pack`."""
+        """The whole state as one tensor; see `Agent.pack`."""
         memory, previous, time, reward = state
-        return {"recall": joined(memory, previous, time + 1, reward)}
+        return {"recall": join_state(memory, previous, time + 1, reward)}
 
     def unpack(self, packed: Mapping[str, Tensor]) -> Rl2State:
         """See `Agent.unpack`."""
         empty = self.initial_state(1)
         check_entries(packed, self.pack(empty))
-        memory, previous, steps, reward = split(packed["recall"].to(self.device), self.inputs)
+        memory, previous, steps, reward = split_state(packed["recall"].to(self.device), self.inputs)
         return Rl2State(unpack(memory, empty.memory), previous, steps - 1, reward)
 
     # --- learning ------------------------------------------------------------------------------------------------
 
-    def update(self, rollouts: Sequence[Rollout], auxiliary_loss: AuxiliaryLoss | None = None) -> dict[str, float]:
+    def update(
+        self, tasks: Sequence[Task], rollouts: Sequence[Rollout], auxiliary_loss: AuxiliaryLoss | None = None
+    ) -> dict[str, float]:
         """Several epochs of PPO on one rollout of trials; see `Agent.update`."""
         (rollout,) = rollouts
         config = self.config
@@ -337,7 +282,7 @@ class Rl2:
         for _ in range(self.config.epochs):
             order = torch.randperm(trials, generator=generator).to(self.device)
             for chosen in order.tensor_split(self._num_minibatches(batch)):
-                yield batch.of(chosen)
+                yield batch.select(chosen)
 
     def _num_minibatches(self, batch: TrialBatch) -> int:
         """As many as were asked for, if there are as many trials."""
@@ -347,21 +292,21 @@ class Rl2:
         """Return PPO's loss on S chunks, and what it is made of."""
         config = self.config
         features, _ = self.policy.trunk.scan(batch.inputs, batch.states[0])
-        mean, log_std = self.policy.head(features)
+        distribution = self.policy.head(features)
         weights, old = batch.weights.flatten(), batch.log_probs.flatten()
-        log_probs = gaussian_log_prob(mean, log_std, batch.actions).flatten()
+        log_probs = distribution.log_prob(batch.actions).flatten()
         loss, clipped = ppo_clip_loss(log_probs, old, batch.advantages.flatten(), weights, config.clip_eps)
-        entropy = weighted_mean((log_std + _UNIT_ENTROPY).sum(-1).flatten(), weights)
+        entropy = weighted_mean(distribution.entropy().flatten(), weights)
         metrics = {
             "policy_loss": loss,
             "kl": approximate_kl(log_probs, old, weights),
             "clip_fraction": clipped,
             "entropy": entropy,
-            "std": weighted_mean(log_std.exp().mean(-1).flatten(), weights),
+            **{name: weighted_mean(value.flatten(), weights) for name, value in distribution.metrics().items()},
         }
         loss = loss - config.entropy_coef * entropy
         if config.saturation_coef:
-            loss = loss + config.saturation_coef * saturation(mean.flatten(0, 1), weights)
+            loss = loss + config.saturation_coef * saturation(distribution.mode.flatten(0, 1), weights)
         if self.critic is not None:
             if self.critic.trunk is not None:
                 features, _ = self.critic.trunk.scan(batch.inputs, batch.states[1])
@@ -379,7 +324,7 @@ class Rl2:
         steps = shape[-1]
         inputs = self.normalize(trials.inputs if advantages else trials.inputs[:, :steps])
         features, _ = self.policy.trunk.scan(inputs, self.policy.trunk.initial(len(inputs)))
-        mean, log_std = self.policy.head(features[:, :steps])
+        distribution = self.policy.head(features[:, :steps])
         expected = None
         if self.critic is not None:
             if self.critic.trunk is not None:
@@ -393,11 +338,11 @@ class Rl2:
         if advantages:
             with torch.no_grad():
                 values, following = self._values(trials, inputs, features, len(rollout.valid))
-                log_ratios = gaussian_log_prob(mean, log_std, trials.actions) - trials.log_probs
+                log_ratios = distribution.log_prob(trials.actions) - trials.log_probs
                 ends = (trials.terminated, trials.last & ~trials.terminated)
                 estimated = vtrace(trials.rewards, values, following, log_ratios, *ends, self.config.gamma)[1]
-        mean, log_std = mean.view(*shape, -1), log_std.view(*shape, -1)
-        return Prediction(mean, log_std, expected, None if estimated is None else estimated.view(shape), scale)
+        distribution = distribution.map(lambda part: part.view(*shape, -1))
+        return Prediction(distribution, expected, None if estimated is None else estimated.view(shape), scale)
 
     def policy_jacobians(
         self, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
@@ -413,9 +358,9 @@ class Rl2:
             read = inputs[None, i, : int(chosen[-1]) + 1]
             with plain_kernels():
                 features, _ = self.policy.trunk.scan(read, self.policy.trunk.initial(1))
-                mean, log_std = self.policy.head(features[0, chosen])
-                slopes = jacobian(mean, params), jacobian(log_std, params)
-            yield PolicyJacobian(mean.detach(), log_std.detach(), *slopes)
+                distribution = self.policy.head(features[0, chosen])
+                slopes = {name: jacobian(value, params) for name, value in distribution.parameters().items()}
+            yield PolicyJacobian(distribution.map(Tensor.detach), slopes)
 
     @torch.no_grad()
     def hidden_units(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
@@ -453,3 +398,7 @@ class Rl2:
         self.iteration, self.seed = int(state["iteration"]), int(state["seed"])
         statistics = {name: state[f"normalizer.{name}"] for name in self.normalizer.state_dict()}
         self._use_normalizer(self.normalizer.with_statistics(statistics, self.device))
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
 
 from metarl.agents.rl2.networks import CriticConfig, GruConfig, LearnedCriticConfig, MemoryConfig, Sizes
-from metarl.nn.mlp import check_deviations
+from metarl.nn.distributions import GaussianHead
 from metarl.settings import Settings, as_tuple
 
 
@@ -62,9 +62,13 @@ class Rl2Config(Settings):
         None, ge=0, description="iterations in which the normaliser of inputs learns; none: all; 0: inputs stay raw"
     )
 
+    def head(self, action_size: int) -> GaussianHead:
+        """Return what makes a distribution of the policy's outputs."""
+        return GaussianHead(action_size, self.init_std, self.min_std, self.max_std)
+
     @model_validator(mode="after")
     def _bounds(self) -> Rl2Config:
-        check_deviations(self.init_std, self.min_std, self.max_std)
+        self.head(1)
         if self.observation_entries and len(set(self.observation_entries)) < len(self.observation_entries):
             raise ValueError(f"observation_entries {self.observation_entries} name one twice; each counts once")
         if self.free_episodes >= self.trial_episodes:

@@ -5,8 +5,8 @@ Must not import environments, training or tracking.
 
 from __future__ import annotations
 
+import copy
 import functools
-import itertools
 import math
 from typing import Annotated, Literal
 
@@ -15,8 +15,9 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from metarl.nn.attention import Episodic, Transformer
+from metarl.nn.distributions import Distribution, GaussianHead
 from metarl.nn.memory import Memory, State
-from metarl.nn.mlp import choose_head
+from metarl.nn.mlp import choose_head, tanh_layers
 from metarl.nn.recurrent import Gru, Lstm
 from metarl.settings import Settings, as_tuple, named_by_default
 
@@ -117,18 +118,6 @@ def build_memory(
     return (Gru if isinstance(config, GruConfig) else Lstm)(input_size, config.size, generator)
 
 
-def mlp(sizes: tuple[int, ...], output_gain: float, generator: torch.Generator) -> nn.Sequential:
-    """Return tanh layers with orthogonal weights, gain √2, and a linear last one (Andrychowicz et al. 2021)."""
-    layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-        layer = nn.Linear(fan_in, fan_out)
-        final = i == len(sizes) - 2
-        nn.init.orthogonal_(layer.weight, output_gain if final else math.sqrt(2.0), generator=generator)
-        nn.init.zeros_(layer.bias)
-        layers += [layer] if final else [layer, nn.Tanh()]
-    return nn.Sequential(*layers)
-
-
 class Trunk(nn.Module):
     """Encoder and memory. What comes out may hold the inputs as well: a reactive policy need not pass the memory.
 
@@ -152,7 +141,7 @@ class Trunk(nn.Module):
         self._skip = skip
         sizes = (input_size, *encoder_sizes)
         self.encoder = (
-            nn.Sequential(mlp(sizes, math.sqrt(2.0), generator), nn.Tanh()) if encoder_sizes else nn.Identity()
+            nn.Sequential(tanh_layers(sizes, math.sqrt(2.0), generator), nn.Tanh()) if encoder_sizes else nn.Identity()
         )
         self.memory = build_memory(memory, sizes[-1], generator)
         self.output_size = self.memory.output_size + skip * input_size
@@ -172,61 +161,65 @@ class Trunk(nn.Module):
         return torch.cat([outputs, inputs], -1) if self._skip else outputs, state
 
 
-class GaussianHead(nn.Module):
-    """A Gaussian policy on features: the mean is linear in them; so is the log deviation, or it is a parameter.
+class PolicyHead(nn.Module):
+    """From features to a distribution of actions: outputs are linear in the features, deviations can be.
 
     Args:
         feature_size: F.
-        action_size: A.
-        std: (initial, least, greatest) standard deviation.
+        head: what makes the distribution.
         state_dependent: whether the deviation depends on the features.
-        generator: draws the initial weights; the mean starts near 0.
-        cue: which features choose, one-hot, one of as many output layers; None: there is one.
+        generator: draws the initial weights; the outputs start near 0.
+        stage_id: which features choose, one-hot, one of as many output layers; None: there is one.
     """
 
     def __init__(
         self,
         feature_size: int,
-        action_size: int,
-        std: tuple[float, float, float],
+        head: GaussianHead,
         state_dependent: bool,
         generator: torch.Generator,
-        cue: slice | None = None,
+        stage_id: slice | None = None,
     ) -> None:
         super().__init__()
-        self._cue = cue
-        heads = 1 if cue is None else cue.stop - cue.start
-        self.mean = mlp((feature_size, action_size * heads), 0.01, generator)
-        self.log_std = nn.Parameter(torch.full((action_size,), math.log(std[0])))
-        self.deviation = mlp((feature_size, action_size), 0.01, generator) if state_dependent else None
-        self._bounds = (math.log(std[1]), math.log(std[2]))
+        self._head, self._stage_id = head, stage_id
+        heads = 1 if stage_id is None else stage_id.stop - stage_id.start
+        self.mean = tanh_layers((feature_size, head.output_size * heads), 0.01, generator)
+        for name, value in head.init().items():
+            self.register_parameter(name, nn.Parameter(value))
+        self.deviation = tanh_layers((feature_size, head.action_size), 0.01, generator) if state_dependent else None
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log standard deviation `[..., A]`; the gradient at a bound is 0."""
-        log_std = self.log_std if self.deviation is None else self.log_std + self.deviation(features)
-        mean: Tensor = self.mean(features)
-        if self._cue is not None:
-            mean = choose_head(mean, features[..., self._cue])
-        return mean, log_std.clamp(*self._bounds).expand_as(mean)
+    def forward(self, features: Tensor) -> Distribution:
+        """Return the distribution of actions, `[...]`, at features `[..., F]`."""
+        outputs: Tensor = self.mean(features)
+        if self._stage_id is not None:
+            outputs = choose_head(outputs, features[..., self._stage_id])
+        deviations = None if self.deviation is None else self.deviation(features)
+        return self._head(outputs, self._parameters_by_name(), deviations).expanded()
 
     def keep_within_bounds(self) -> None:
-        """Bring a deviation that an optimiser's step has carried past its bounds back: there it has no gradient."""
+        """Bring free parameters that an optimiser's step has carried past their bounds back."""
         if self.deviation is None:
-            with torch.no_grad():
-                self.log_std.clamp_(*self._bounds)
+            self._head.keep_within_bounds(self._parameters_by_name())
+
+    def _parameters_by_name(self) -> dict[str, Tensor]:
+        return {name: self.get_parameter(name) for name in self._head.free_parameters}
 
 
 class Policy(nn.Module):
-    """Trunk and Gaussian head.
+    """Trunk and head.
 
     Args:
         trunk: reads the inputs.
         head: of the trunk's features.
     """
 
-    def __init__(self, trunk: Trunk, head: GaussianHead) -> None:
+    def __init__(self, trunk: Trunk, head: PolicyHead) -> None:
         super().__init__()
         self.trunk, self.head = trunk, head
+
+    def snapshot(self) -> Policy:
+        """Return a copy on the CPU that no training changes."""
+        return copy.deepcopy(self).cpu().requires_grad_(False).eval()
 
 
 class Critic(nn.Module):
@@ -247,7 +240,7 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.trunk = trunk
-        self.head = mlp((feature_size, *sizes, 1), 1.0, generator)
+        self.head = tanh_layers((feature_size, *sizes, 1), 1.0, generator)
         self.scale: Tensor
         # Mean, standard deviation, updates seen; before the first one values are 0, whatever the scale of rewards.
         self.register_buffer("scale", torch.zeros(3))

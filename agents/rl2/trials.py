@@ -141,7 +141,7 @@ class TrialBatch(NamedTuple):
     targets: Tensor  # [..., C], of the value function, normalised
     weights: Tensor  # [..., C], 1 for a valid step, else 0
 
-    def of(self, trials: Tensor) -> TrialBatch:
+    def select(self, trials: Tensor) -> TrialBatch:
         """Return the chunks of some trials, those without any step left out."""
         place, chunk = self.weights[trials].any(-1).nonzero(as_tuple=True)  # once: a GPU is waited for here
         trial = trials[place]

@@ -118,17 +118,14 @@ def _drawing() -> Finding:
 
 
 def _steps_per_second(family: str, options: dict[str, str]) -> float:
+    from metarl.collect import run_episode
     from metarl.envs import distribution, make
 
     env = make(distribution(family, **options).train_tasks[0])
-    env.reset(seed=0)
     action = np.zeros(env.action_space.shape or (), dtype=np.float32)
     steps, began = 0, time.perf_counter()
     while time.perf_counter() - began < 0.5:
-        _, _, terminated, truncated, _ = env.step(action)
-        steps += 1
-        if terminated or truncated:
-            env.reset(seed=0)
+        steps += sum(1 for _ in run_episode(env, lambda *_: action, seed=0))
     rate = steps / (time.perf_counter() - began)
     env.close()
     return rate

@@ -84,13 +84,14 @@ def _read(path: Path) -> _Run:
 
 
 def _figures(run: _Run) -> Iterator[tuple[str, Figure]]:
+    from metarl.agents import adapts_by
     from metarl.continual.metrics import score_matrix
     from metarl.plots import run as plotting
 
     spans = plotting.stage_spans(run.lines, run.names)
     yield "learning.png", plotting.learning_curves(run.lines, spans)
-    in_memory = hasattr(run.config.agent, "trial_episodes")
-    abscissa = "episodes of the trial before this one" if in_memory else "adaptation steps"
+    abscissas = {"memory": "episodes of the trial before this one", "gradient": "adaptation steps"}
+    abscissa = abscissas.get(adapts_by(run.config.agent) or "", "phase of adaptation")
     adaptation = plotting.adaptation_curves(run.lines, run.names, abscissa)
     if adaptation:
         yield "adaptation.png", adaptation

@@ -20,7 +20,7 @@ def inspect(arguments: list[str]) -> int:
     policy = load(run_dir)
     config, lines = policy.config, read_metrics(run_dir, len(policy.config.stages))
     steps, episodes = policy.agent.adaptation_steps, policy.agent.trial_episodes
-    adapts = f"K = {steps}" if steps else f"trials of {episodes} episodes"
+    adapts = f"trials of {episodes} episodes" if policy.has_memory else f"K = {steps}"
     print(f"agent        {config.agent.name}, {adapts}, {policy.num_parameters:,} parameters")
     print(f"observations {policy.spaces.observation_size}, actions {policy.spaces.action_size}")
     if config.stability:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from metarl.build import check_env
+from metarl.collect import run_episode
 from metarl.deploy.policy import Policy
 from metarl.envs.drawing.rendering import Frame
 from metarl.errors import UserError
@@ -195,10 +197,9 @@ def _check(policy: Policy, env: gymnasium.Env[Any, Any]) -> None:
         raise UserError("the policy is adapted already, and playing adapts by itself; give the agent before adaptation")
     if env.render_mode != "rgb_array":
         raise ValueError(f'env.render_mode is {env.render_mode!r}; build the environment with render_mode="rgb_array"')
-    found = tuple(space.shape for space in (env.observation_space, env.action_space))
-    expected = ((policy.spaces.observation_size,), (policy.spaces.action_size,))
-    if found != expected:
-        raise UserError(f"the task has observations and actions of {found}; the agent was trained for {expected}")
+    check_env(policy.spaces, env.observation_space, env.action_space)
+    if policy.agent.adapts_by == "nothing":
+        raise UserError("the agent does not adapt, so there is nothing after adaptation to show")
     if policy.has_memory and policy.agent.trial_episodes == 1:
         raise UserError("the agent's trials have one episode, so there is none after adaptation to show")
 
@@ -226,24 +227,30 @@ def _run(
     """Run an episode; take a picture at its begin, after each `every` steps, and at its end, or none at all."""
     state, reward = memory
     shown = Episode([], [], [], [])
-    total, step, ended = 0.0, 0, False
+    total, steps = 0.0, 0
     success: float | None = None
-    observation, _ = env.reset(seed=seed)
-    while True:
-        if every is not None and (ended or step % every == 0):
-            shown.pictures.append(_picture(env))
-            shown.steps.append(step)
-            shown.returns.append(total)
-            shown.success.append(success)
-        if ended:
-            return shown, (state, reward)
-        start = np.array([step == 0])
-        action, state = policy.predict(observation, state, start, deterministic=deterministic, reward=reward)
-        observation, gained, terminated, truncated, info = env.step(action)
-        reward, ended = float(gained), bool(terminated or truncated)
-        total, step = total + reward, step + 1
-        if not math.isnan(solved := float(info.get("success", math.nan))):  # NaN: it is not defined
+
+    def show() -> None:
+        shown.pictures.append(_picture(env))
+        shown.steps.append(steps)
+        shown.returns.append(total)
+        shown.success.append(success)
+
+    def choose(observation: Any, reward: float, start: bool) -> Any:
+        nonlocal state
+        if every is not None and steps % every == 0:
+            show()
+        begins = np.array([start])
+        action, state = policy.predict(observation, state, begins, deterministic=deterministic, reward=reward)
+        return action
+
+    for step in run_episode(env, choose, seed=seed, reward=math.nan if reward is None else reward):
+        reward, total, steps = step.reward, total + step.reward, steps + 1
+        if not math.isnan(solved := float(step.info.get("success", math.nan))):  # NaN: it is not defined
             success = max(success or 0.0, solved)
+    if every is not None:
+        show()
+    return shown, (state, reward)
 
 
 def _picture(env: gymnasium.Env[Any, Any]) -> Frame:

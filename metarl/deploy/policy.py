@@ -21,16 +21,16 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 
 from metarl.build import build_agent, env_of, resolve_device
-from metarl.collect import rollout_arrays, scale_actions
+from metarl.collect import act, rollout_arrays, run_episode, scale_actions
 from metarl.config.schema import RunConfig, dump_config, hash_of, load_config
 from metarl.deploy.onnx_export import describe, write_onnx
 from metarl.errors import UserError
-from metarl.protocols import Agent, Controller
+from metarl.protocols import Agent, AgentBuilder, Controller
 from metarl.runs.atomic_files import replace_file
 from metarl.runs.checkpoint import Checkpoint, CorruptCheckpointError, load_best, load_iteration, load_latest
 from metarl.runs.checkpoint import save as save_checkpoint
 from metarl.runtime import check_actions, checked_memory, checked_observations
-from metarl.types import FloatArray, Position, Rollout, Spaces, Task, TimeStep, Trajectory
+from metarl.types import FloatArray, Position, Rollout, Spaces, Task, Trajectory
 
 _LOG = logging.getLogger(__name__)
 _ADAPTED = "adapted"  # the part of a checkpoint that holds an adaptation state
@@ -47,6 +47,7 @@ class Policy:
         env_steps: environment steps of its training.
         state: the agent's adaptation state for one task.
         adapted: whether it has been adapted to a task.
+        builder: builds the agent, if it is not a built-in one.
     """
 
     config: RunConfig
@@ -55,6 +56,7 @@ class Policy:
     env_steps: int
     state: Any
     adapted: bool = False
+    builder: AgentBuilder | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -109,7 +111,7 @@ class Policy:
         """
         observations = checked_observations(observation, self.observation_size)
         batch = torch.from_numpy(observations if observations.ndim == 2 else observations[None])
-        noise = None if deterministic else torch.randn(len(batch), self.spaces.action_size)
+        noise = None if deterministic else torch.randn(len(batch), self.agent.noise_size)
         with torch.inference_mode():
             if self.has_memory:
                 told = checked_memory(len(batch), self.controller.state_size, state, episode_start, reward)
@@ -131,7 +133,7 @@ class Policy:
     @property
     def has_memory(self) -> bool:
         """Whether it adapts in its memory, while it acts."""
-        return self.agent.adaptation_steps == 0
+        return self.agent.adapts_by == "memory"
 
     @functools.cached_property
     def controller(self) -> Controller:
@@ -148,34 +150,36 @@ class Policy:
         Returns:
             Trajectories whose actions are the policy's draws before clipping, with their log-probabilities.
         """
-        state, reward, trajectories = self.state, np.nan, []  # of the agent itself, which gives log-probabilities
+        state, reward, trajectories = self.state, math.nan, []
         for _ in range(episodes):
-            trajectory, state = self._episode(env, state, reward)
+            trajectory, state = self._record_episode(env, state, reward)
             trajectories.append(trajectory)
             reward = float(trajectory.rewards[-1])
         return trajectories
 
-    def _episode(self, env: gymnasium.Env[Any, Any], state: Any, reward: float) -> tuple[Trajectory, Any]:
-        bounds = self.spaces.action_bounds
-        steps: list[tuple[Any, ...]] = []
-        observation, _ = env.reset()
-        ended = False
-        while not ended:
-            sensed = torch.from_numpy(checked_observations(observation, self.observation_size)).view(1, 1, -1)
-            told, start = torch.full((1, 1), reward), torch.full((1, 1), not steps)
-            noise = torch.randn(1, 1, self.spaces.action_size)
-            drawn, log_probs, state = self.agent.act(
-                TimeStep(sensed, told, start, torch.ones_like(start)), noise, state
-            )
-            actions = drawn[0, 0].double().numpy()
-            action = scale_actions(np.clip(actions, -1.0, 1.0), *bounds).astype(env.action_space.dtype)
-            following, gained, terminated, truncated, _ = env.step(action)
-            reward = float(gained)
-            steps.append(
-                (observation, scale_actions(actions, *bounds), reward, terminated, truncated, float(log_probs))
-            )
-            observation, ended = following, terminated or truncated
-        return Trajectory(*(np.array(part) for part in zip(*steps, strict=True))), state
+    def _record_episode(self, env: gymnasium.Env[Any, Any], state: Any, reward: float) -> tuple[Trajectory, Any]:
+        """Run an episode with the agent itself, which gives log-probabilities; returns it and the state after it."""
+        bounds, active = self.spaces.action_bounds, np.ones((1, 1), np.bool_)
+        drawn: list[FloatArray] = []
+        log_probs: list[float] = []
+
+        def choose(observation: Any, reward: float, start: bool) -> NDArray[Any]:
+            nonlocal state
+            sensed = checked_observations(observation, self.observation_size).reshape(1, 1, -1)
+            last_reward, begins = np.full((1, 1), reward, np.float32), np.full((1, 1), start)
+            noise = torch.randn(1, 1, self.agent.noise_size)
+            actions, log_prob, state = act(self.agent, sensed, last_reward, begins, active, noise, state)
+            draws = actions[0, 0].double().numpy()
+            drawn.append(scale_actions(draws, *bounds))
+            log_probs.append(float(log_prob))
+            return scale_actions(np.clip(draws, -1.0, 1.0), *bounds).astype(env.action_space.dtype)
+
+        steps = list(run_episode(env, choose, reward=reward))
+        ends = [[getattr(step, name) for step in steps] for name in ("reward", "terminated", "truncated")]
+        observations = np.array([step.observation for step in steps])
+        rewards, terminated, truncated = map(np.array, ends)
+        actions = np.array(drawn)
+        return Trajectory(observations, actions, rewards, terminated, truncated, np.array(log_probs)), state
 
     def adapt(self, trajectories: Sequence[Trajectory], steps: int = 1, inner_lr: float | None = None) -> Policy:
         """Return the policy after adapting to recorded episodes of the new task; this one stays as it is.
@@ -196,14 +200,15 @@ class Policy:
         """
         if steps < 1 or (inner_lr is not None and not 0 < inner_lr < math.inf):
             raise ValueError(f"steps is {steps}, inner_lr is {inner_lr}; expected at least 1 and more than 0")
-        if self.has_memory and (steps != 1 or inner_lr is not None):
-            raise ValueError(
-                f"{self.config.agent.name} adapts by reading episodes into its memory; it has no steps and no inner_lr"
-            )
+        name, adapts_by = self.config.agent.name, self.agent.adapts_by
+        if adapts_by == "nothing":
+            raise ValueError(f"{name} does not adapt; use the policy as it is")
+        if adapts_by != "gradient" and (steps != 1 or inner_lr is not None):
+            raise ValueError(f"{name} adapts by {adapts_by}, reading the episodes; it has no steps and no inner_lr")
         rollout, state = self._rollout(trajectories), self.state
         for _ in range(steps):
-            state = self.agent.adapt(state, rollout, inner_lr)
-        if not self.has_memory and not all(bool(part.isfinite().all()) for part in self.agent.pack(state).values()):
+            state = self.agent.adapt(state, rollout) if inner_lr is None else self.agent.adapt(state, rollout, inner_lr)
+        if adapts_by == "gradient" and not all(bool(part.isfinite().all()) for part in self.agent.pack(state).values()):
             raise ValueError(
                 "adapting led to numbers that are not finite; look at the log_probs and rewards of the episodes, or "
                 "lower inner_lr"
@@ -240,7 +245,7 @@ class Policy:
 
     def _log_probs(self, rollout: Rollout, trajectories: Sequence[Trajectory]) -> torch.Tensor:
         missing = sum(trajectory.log_probs is None for trajectory in trajectories)
-        missing *= not self.has_memory  # which reads no log-probabilities
+        missing *= self.agent.adapts_by == "gradient"  # others read no log-probabilities
         if not missing:
             log_probs = torch.zeros_like(rollout.rewards)
         else:
@@ -309,7 +314,13 @@ class Policy:
         write_onnx(self.controller, Path(path), told)
 
 
-def load(run_dir: str | Path, device: str = "cpu", checkpoint: str | int = "latest") -> Policy:
+def load(
+    run_dir: str | Path,
+    device: str = "cpu",
+    checkpoint: str | int = "latest",
+    *,
+    agent: AgentBuilder | None = None,
+) -> Policy:
     """Load the agent of a run, before adaptation; or a policy that was saved, adapted as it was.
 
     Args:
@@ -318,6 +329,7 @@ def load(run_dir: str | Path, device: str = "cpu", checkpoint: str | int = "late
         checkpoint: `latest`; `best` by the evaluations during training, which is too well spoken of by those same
             tasks; or the number of an iteration. One that is damaged gives way to the next, with a warning, but for an
             iteration that was asked for.
+        agent: builds a custom agent, as `metarl.train` got it; None for the built-in agents.
 
     Raises:
         UserError: no such device; no run there, or nothing in it can be loaded; the message names what was rejected,
@@ -339,16 +351,19 @@ def load(run_dir: str | Path, device: str = "cpu", checkpoint: str | int = "late
         raise UserError(f"cannot load {run_dir}: {error}") from error
     if found.manifest.config_sha256 != hash_of((run_dir / "config.yaml").read_bytes()):
         _LOG.warning("metarl: %s is not what %s was trained with", run_dir / "config.yaml", found.path.name)
-    return restore(config, found, resolve_device(device))
+    return restore(config, found, resolve_device(device), agent)
 
 
-def restore(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> Policy:
+def restore(
+    config: RunConfig, checkpoint: Checkpoint, device: torch.device, builder: AgentBuilder | None = None
+) -> Policy:
     """Return the policy that a checkpoint holds."""
-    agent = build_agent(config, checkpoint.spaces, device)
+    agent = build_agent(config, checkpoint.spaces, device, builder=builder)
     try:
         agent.load_state_dict(checkpoint.state)
         packed = checkpoint.load(_ADAPTED)
         state = agent.unpack(packed) if packed else agent.initial_state(1)
     except ValueError as error:
         raise UserError(f"{checkpoint.path} does not fit the run's config: {error}") from error
-    return Policy(config, agent, checkpoint.spaces, checkpoint.position.env_steps, state, adapted=bool(packed))
+    env_steps = checkpoint.position.env_steps
+    return Policy(config, agent, checkpoint.spaces, env_steps, state, bool(packed), builder)

@@ -21,10 +21,10 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor, nn
 
-from metarl.build import env_of
+from metarl.build import check_env, env_of
 from metarl.deploy.policy import Policy
 from metarl.errors import UserError
-from metarl.nn.mlp import GaussianMlp, Params
+from metarl.nn.mlp import MlpPolicy, Params
 from metarl.nn.normalizer import Normalizer
 from metarl.runtime import OnnxPolicy
 from metarl.types import FloatArray
@@ -57,10 +57,14 @@ def to_sb3(policy: Policy, env: gymnasium.Env[Any, Any] | VecEnv | None = None, 
     # Of the agents only those of the MAML family have these parts; this module need not know their classes.
     network, normalizer = getattr(policy.agent, "policy", None), getattr(policy.agent, "normalizer", None)
     name = policy.config.agent.name
-    if not isinstance(network, GaussianMlp) or not isinstance(normalizer, Normalizer):
+    if policy.has_memory:
         raise UserError(
             f"{name} has a memory, and PPO has none: run it in stable-baselines3 as metarl.sb3.TrialPolicy(policy), in "
             "a metarl.sb3.TrialEnv"
+        )
+    if not isinstance(network, MlpPolicy) or not isinstance(normalizer, Normalizer):
+        raise UserError(
+            f"{name} has no MLP that PPO could take over: run it in stable-baselines3 as metarl.sb3.TrialPolicy(policy)"
         )
     if network.heads > 1:
         raise UserError(
@@ -86,9 +90,7 @@ def _first_held_out(policy: Policy) -> gymnasium.Env[Any, Any]:
 
 
 def _check_fit(policy: Policy, env: gymnasium.Env[Any, Any] | VecEnv) -> None:
-    misfit = policy.spaces.misfit(env.observation_space, env.action_space)
-    if misfit:
-        raise UserError(misfit)
+    check_env(policy.spaces, env.observation_space, env.action_space)
     normalized = unwrap_vec_normalize(env) if isinstance(env, VecEnv) else None
     if normalized is not None and normalized.norm_obs:
         raise UserError("the policy normalises observations itself: VecNormalize(..., norm_obs=False)")
@@ -101,7 +103,7 @@ def _of_run(agent: Any) -> dict[str, float]:
     return settings if clip_eps is None else {**settings, "clip_range": clip_eps}
 
 
-def _policy_kwargs(network: GaussianMlp, ppo_settings: Mapping[str, Any]) -> dict[str, Any]:
+def _policy_kwargs(network: MlpPolicy, ppo_settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return how PPO's networks are built; raises UserError if it is asked for another way."""
     sizes = list(network.hidden_sizes)
     ours = {
@@ -119,7 +121,7 @@ def _policy_kwargs(network: GaussianMlp, ppo_settings: Mapping[str, Any]) -> dic
 
 @torch.no_grad()
 def _copy(
-    network: GaussianMlp,
+    network: MlpPolicy,
     state: Params,
     normalizer: Normalizer,
     action_bounds: tuple[FloatArray, FloatArray],
@@ -136,8 +138,8 @@ def _copy(
     for number, layer in enumerate([*layers, target.action_net]):
         weight, bias = params[f"weight_{number}"], params[f"bias_{number}"]
         layer.load_state_dict({"weight": weight, "bias": bias})
-    log_std = params["log_std"].clamp(math.log(network.min_std), math.log(network.max_std))
-    target.get_parameter("log_std").copy_(log_std + half_range.log())
+    for name, value in network.head.stable_baselines3_parameters(params, half_range).items():
+        target.get_parameter(name).copy_(value)
     scale = normalizer.variance.sqrt().clamp_min(normalizer.floor)
     target.features_extractor.load_state_dict({"mean": normalizer.mean, "scale": scale})
 

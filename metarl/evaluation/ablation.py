@@ -1,6 +1,6 @@
 """Controls: what an agent with a memory is worth without its memory of earlier episodes, or without its rewards.
 
-Each is an `Actor` around an agent that changes what the agent is told; the agent is not retrained.
+Each is an `AdaptiveActor` around an agent that changes what the agent is told; the agent is not retrained.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from metarl.protocols import Actor
+from metarl.protocols import Actor, AdaptiveActor
 from metarl.rl.returns import time_in_episode
 from metarl.types import Rollout, TimeStep
 
@@ -20,7 +20,7 @@ Ablation: TypeAlias = Literal["memory", "reward"]
 """`memory`: it begins anew at each episode; `reward`: the agent is told those of the average task."""
 
 
-def ablated(agent: Actor, ablation: Ablation, rollouts: Sequence[Rollout]) -> Actor:
+def ablated(agent: AdaptiveActor, ablation: Ablation, rollouts: Sequence[Rollout]) -> AdaptiveActor:
     """Return the agent without its memory or its rewards.
 
     Args:
@@ -38,23 +38,28 @@ class WithoutMemory:
         agent: to ablate.
     """
 
-    def __init__(self, agent: Actor) -> None:
+    def __init__(self, agent: AdaptiveActor) -> None:
         self._agent = agent
-        self.device, self.trial_episodes, self.adaptation_steps = agent.device, agent.trial_episodes, 0
+        self.device, self.adapts_by, self.adaptation_steps = agent.device, agent.adapts_by, 0
+        self.trial_episodes, self.noise_size = agent.trial_episodes, agent.noise_size
+
+    def actor(self) -> Actor:
+        """See `AdaptiveActor.actor`."""
+        return WithoutMemory(self._agent)
 
     def initial_state(self, num_tasks: int) -> Any:
-        """See `Actor.initial_state`."""
+        """See `AdaptiveActor.initial_state`."""
         return self._agent.initial_state(num_tasks)
 
     def act(self, time_step: TimeStep, noise: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
-        """See `Actor.act`; all rollouts begin their episodes together."""
+        """See `AdaptiveActor.act`; all rollouts begin their episodes together."""
         if bool(time_step.episode_start.all()):
             state = self._agent.initial_state(len(time_step.rewards))
             time_step = time_step._replace(rewards=torch.full_like(time_step.rewards, math.nan))
         return self._agent.act(time_step, noise, state)
 
     def adapt(self, state: Any, rollout: Rollout) -> Any:
-        """See `Actor.adapt`."""
+        """See `AdaptiveActor.adapt`."""
         return self._agent.adapt(state, rollout)
 
 
@@ -77,16 +82,21 @@ class WithoutReward:
         rewards: `[L, H]`, of each step of each episode of a trial; beyond H the last one goes on.
     """
 
-    def __init__(self, agent: Actor, rewards: Tensor) -> None:
+    def __init__(self, agent: AdaptiveActor, rewards: Tensor) -> None:
         self._agent, self._rewards = agent, rewards
-        self.device, self.trial_episodes, self.adaptation_steps = agent.device, agent.trial_episodes, 0
+        self.device, self.adapts_by, self.adaptation_steps = agent.device, agent.adapts_by, 0
+        self.trial_episodes, self.noise_size = agent.trial_episodes, agent.noise_size
+
+    def actor(self) -> Actor:
+        """See `AdaptiveActor.actor`."""
+        return WithoutReward(self._agent, self._rewards)
 
     def initial_state(self, num_tasks: int) -> Any:
-        """See `Actor.initial_state`."""
+        """See `AdaptiveActor.initial_state`."""
         return _Counted(self._agent.initial_state(num_tasks))
 
     def act(self, time_step: TimeStep, noise: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
-        """See `Actor.act`; all rollouts begin their episodes together."""
+        """See `AdaptiveActor.act`; all rollouts begin their episodes together."""
         begins = bool(time_step.episode_start.all())
         episode, time = (state.episode + 1, 0) if begins else (state.episode, state.time)
         last = min(time, self._rewards.shape[1]) - 1  # an ablated agent may live longer than it did as it is
@@ -96,7 +106,7 @@ class WithoutReward:
         return actions, log_probs, _Counted(after, episode, time + 1)
 
     def adapt(self, state: Any, rollout: Rollout) -> Any:
-        """See `Actor.adapt`."""
+        """See `AdaptiveActor.adapt`."""
         return state._replace(state=self._agent.adapt(state.state, rollout))
 
 

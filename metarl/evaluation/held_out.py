@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from metarl import statistics
-from metarl.build import build_agent
-from metarl.collect import adapt_and_collect, collect, per_phase
+from metarl.build import build_agent, check_env
+from metarl.collect import LocalCollector, adapt_and_collect, per_phase
 from metarl.deploy.policy import Policy
 from metarl.envs import FAMILIES
 from metarl.envs import make as make_env
@@ -22,7 +22,7 @@ from metarl.envs.manager import EnvManager
 from metarl.envs.vector.serial import make_envs
 from metarl.errors import UserError
 from metarl.evaluation.ablation import Ablation, ablated
-from metarl.protocols import Actor, Agent, BatchEnv
+from metarl.protocols import AdaptiveActor, Collector
 from metarl.seeding import Purpose, children, seeds
 from metarl.types import FloatArray, Rollout, Task
 
@@ -62,7 +62,7 @@ def evaluate(
     Args:
         policy: from `metarl.load` or `metarl.train`, before adaptation.
         tasks: what to evaluate on, e.g. a distribution's `test_tasks`.
-        rollouts_per_task: N; as in training if None.
+        rollouts_per_task: N; that of `config.evaluation` if None, and without one as in training.
         adaptation_steps: K; as in training if None.
         seed: of episodes and of intervals; the run's if None.
         ablate: evaluate an agent with a memory without that memory of earlier episodes, or without its rewards, too.
@@ -70,7 +70,7 @@ def evaluate(
         make: builds the environment of a task; needed for tasks of one's own.
 
     Returns:
-        `{"protocol", "split", "held_out", "env_steps", "seed", "adaptation_steps", "trial_episodes",
+        `{"protocol", "split", "held_out", "env_steps", "seed", "adaptation_steps", "adapts_by", "trial_episodes",
         "rollouts_per_task", "tasks": [{"name", "index", "returns": [pre, …, post], "success": [pre, …, post],
         "untrained_returns", "untrained_success"}], "aggregate": {"return_pre": {"mean", "iqm", "ci95": [low, high]},
         "return_post", "return_gain", "success_pre", …, "untrained_return_post", …}, "phases": [{"return": {"mean",
@@ -89,24 +89,24 @@ def evaluate(
         raise UserError(
             "the policy is adapted already, and evaluating adapts by itself; give the agent before adaptation"
         )
-    config, by_memory = policy.config, policy.agent.adaptation_steps == 0
-    if by_memory and adaptation_steps is not None:
+    config, adapts_by = policy.config, policy.agent.adapts_by
+    if adapts_by != "gradient" and adaptation_steps is not None:
         raise UserError(
-            f"{config.agent.name} adapts in its memory, within trials of {policy.agent.trial_episodes} episodes; there "
+            f"{config.agent.name} adapts by {adapts_by}, in trials of {policy.agent.trial_episodes} episodes; there "
             "is no number of adaptation steps to choose"
         )
-    if ablate is not None and not by_memory:
+    if ablate is not None and adapts_by != "memory":
         raise UserError(f"{config.agent.name} has no memory; only agents with one, e.g. rl2, can be ablated")
     seed = config.seed if seed is None else seed
     rollouts = rollouts_per_task or config.evaluation.rollouts_per_task or config.rollouts_per_task
-    untrained = build_agent(config, policy.spaces, policy.agent.device, Purpose.UNTRAINED_AGENT)
+    untrained = build_agent(config, policy.spaces, policy.agent.device, Purpose.UNTRAINED_AGENT, policy.builder)
     most = min(len(tasks) * rollouts, MAX_ENVS)
     envs = make_envs(_Tasks(tasks, make), most, num_workers, config.worker_timeout_s)
     try:
-        _check_sizes(policy, envs)
+        check_env(policy.spaces, envs.observation_space, envs.action_space)
         report = evaluate_agent(
             policy.agent,
-            envs,
+            LocalCollector(envs),
             tasks,
             rollouts,
             seed=seed,
@@ -120,28 +120,26 @@ def evaluate(
     return report
 
 
-def _check_sizes(policy: Policy, envs: BatchEnv) -> None:
-    found = envs.observation_space.shape[0], envs.action_space.shape[0]
-    expected = policy.spaces.observation_size, policy.spaces.action_size
-    if found != expected:
-        raise UserError(f"the tasks have (observation, action) sizes {found}; the agent was trained for {expected}")
-
-
 def evaluate_agent(
-    agent: Agent,
-    envs: BatchEnv,
+    agent: AdaptiveActor,
+    collector: Collector,
     tasks: Sequence[Task],
     rollouts_per_task: int,
     *,
     seed: int,
     env_steps: int,
     adaptation_steps: int | None = None,
-    untrained: Agent | None = None,
+    untrained: AdaptiveActor | None = None,
     ablate: Ablation | None = None,
 ) -> Report:
-    """Evaluate in given environments; see `evaluate` for the report, in which the untrained agent may be missing."""
+    """Evaluate with a given collector; see `evaluate` for the report, in which the untrained agent may be missing."""
     trials = functools.partial(
-        _collect, envs, tasks=tasks, rollouts_per_task=rollouts_per_task, seed=seed, adaptation_steps=adaptation_steps
+        _collect,
+        collector,
+        tasks=tasks,
+        rollouts_per_task=rollouts_per_task,
+        seed=seed,
+        adaptation_steps=adaptation_steps,
     )
     rollouts = trials(agent)
     outcomes = {"": rollouts}
@@ -163,6 +161,7 @@ def evaluate_agent(
         "env_steps": env_steps,
         "seed": seed,
         "adaptation_steps": agent.adaptation_steps if adaptation_steps is None else adaptation_steps,
+        "adapts_by": agent.adapts_by,
         "trial_episodes": agent.trial_episodes,
         "rollouts_per_task": rollouts_per_task,
         **({"ablate": ablate} if ablate else {}),
@@ -174,18 +173,18 @@ def evaluate_agent(
 
 
 def _collect(
-    envs: BatchEnv,
-    agent: Actor,
+    collector: Collector,
+    agent: AdaptiveActor,
     tasks: Sequence[Task],
     rollouts_per_task: int,
     seed: int,
     adaptation_steps: int | None,
 ) -> list[list[Rollout]]:
-    """Return the K + 1 rollouts of all tasks, in parts of as many tasks as the environments take."""
-    task_seeds, size = children(seeds(seed, Purpose.EVALUATION_ROLLOUTS), len(tasks)), envs.max_envs
+    """Return the K + 1 rollouts of all tasks, in parts of as many tasks as the collector takes."""
+    task_seeds, size = children(seeds(seed, Purpose.EVALUATION_ROLLOUTS), len(tasks)), collector.max_tasks
     return [
         adapt_and_collect(
-            envs,
+            collector,
             agent,
             tasks[start : start + size],
             rollouts_per_task,
@@ -274,7 +273,8 @@ def adapt_to(
     Args:
         policy: before adaptation.
         task: to adapt to.
-        rollouts_per_task: N, episodes of a step; as in training if None. Agents with a memory read one trial.
+        rollouts_per_task: N, episodes of a step; as in training if None, whatever `config.evaluation` says. An agent
+            with a memory reads one trial.
         seed: of the episodes; the run's if None.
         make: builds the environment of a task.
 
@@ -283,20 +283,22 @@ def adapt_to(
     """
     if policy.adapted:
         raise UserError("the policy is adapted already; give the agent before adaptation")
+    if policy.agent.adapts_by == "nothing":
+        raise UserError(f"{policy.config.agent.name} does not adapt; use the policy as it is")
     agent, config = policy.agent, policy.config
     root = seeds(config.seed if seed is None else seed, Purpose.EVALUATION_ROLLOUTS)
-    count = 1 if policy.has_memory else rollouts_per_task or config.rollouts_per_task
+    count = rollouts_per_task or config.rollouts_per_task if agent.adapts_by == "gradient" else 1
     envs = make_envs(_Tasks([task], make), min(count, MAX_ENVS), num_workers=0)
-    state = policy.state
+    state, collector = policy.state, LocalCollector(envs)
     try:
-        _check_sizes(policy, envs)
+        check_env(policy.spaces, envs.observation_space, envs.action_space)
         for phase in children(root, max(1, agent.adaptation_steps)):
-            rollout = collect(envs, agent, state, [task], count, [phase])
+            rollout = collector.collect(agent, state, [task], count, [phase])
             if agent.trial_episodes > 1:
                 rollout = replace(rollout, valid=rollout.valid & (rollout.episode < agent.trial_episodes - 1))
             state = agent.adapt(state, rollout)
     finally:
-        envs.close()
+        collector.close()
     return replace(policy, state=state, adapted=True)
 
 

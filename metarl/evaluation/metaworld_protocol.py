@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metarl.collect import rollout_arrays, scale_actions
+from metarl.build import check_env
+from metarl.collect import act, rollout_arrays, scale_actions
 from metarl.deploy.policy import Policy
 from metarl.errors import UserError
 from metarl.seeding import Purpose, integer_seed
-from metarl.types import BoolArray, FloatArray, Rollout, TimeStep
+from metarl.types import BoolArray, FloatArray, Rollout
 
 GOALS_PER_CLASS = {"train": 50, "test": 40}
 """Goals of each class that published figures are over (`MetaworldMetaLearningConfig` of metaworld-algorithms)."""
@@ -47,7 +49,7 @@ class MetaWorldAgent:
 
     def __init__(self, policy: Policy, *, seed: int = 0, deterministic: bool = False) -> None:
         self._agent, self._spaces = policy.agent, policy.spaces
-        self._remembers = policy.agent.adaptation_steps == 0
+        self._remembers = policy.agent.adapts_by == "memory"
         self._seed, self._deterministic, self._num_inits = seed, deterministic, 0
         self.init()
 
@@ -128,18 +130,14 @@ class MetaWorldAgent:
     def _act(self, observations: NDArray[Any], deterministic: bool) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return draws `[E, A]`, in which ±1 are the bounds, not clipped, and log-probabilities `[E]`; moves states."""
         shape = (self._num_envs, 1)
-        noise = torch.randn(*shape, self._spaces.action_size, generator=self._noise) * (not deterministic)
-        time_step = TimeStep(
-            observations=torch.from_numpy(observations)[:, None],
-            rewards=torch.from_numpy(self._rewards)[:, None],
-            episode_start=torch.from_numpy(self._episode_start)[:, None],
-            active=torch.ones(shape, dtype=torch.bool),
-        )
+        noise = torch.randn(*shape, self._agent.noise_size, generator=self._noise) * (not deterministic)
+        rewards, start, active = self._rewards[:, None], self._episode_start[:, None], np.ones(shape, np.bool_)
         count = self._num_envs // len(self._states)
-        acted = [
-            self._agent.act(TimeStep(*(part[i : i + count] for part in time_step)), noise[i : i + count], state)
-            for i, state in zip(range(0, self._num_envs, count), self._states, strict=True)
-        ]
+        acted = []
+        for i, state in zip(range(0, self._num_envs, count), self._states, strict=True):
+            own = slice(i, i + count)
+            read = observations[own, None], rewards[own], start[own], active[own]
+            acted.append(act(self._agent, *read, noise[own], state))
         draws, log_probs, self._states = (list(part) for part in zip(*acted, strict=True))
         self._episode_start = np.zeros(self._num_envs, np.bool_)
         return torch.cat(draws)[:, 0].numpy(), torch.cat(log_probs)[:, 0].numpy()
@@ -325,7 +323,7 @@ def official_report(
     classes, goals = _classes(benchmark, name), GOALS_PER_CLASS[split]
     per_class = envs_per_class(len(classes[split]), goals)
     num_envs = per_class * len(classes[split])
-    remembers = policy.agent.adaptation_steps == 0
+    remembers = policy.agent.adapts_by == "memory"
     settings = {"split": split, "seed": seed, "horizon": horizon, "reward_version": reward_version}
     rounds = {
         "num_evals": goals // per_class if num_evals is None else num_evals,
@@ -351,10 +349,9 @@ def official_report(
     )
     try:
         action_size = envs.single_action_space.shape[0]
-        found = envs.single_observation_space.shape[0] - (action_size + 2) * remembers, action_size
-        expected = policy.spaces.observation_size, policy.spaces.action_size
-        if found != expected:
-            raise UserError(f"{benchmark} has (observation, action) sizes {found}; the agent was made for {expected}")
+        hidden = (action_size + 2) * remembers  # what upstream appends for a memory
+        seen = gymnasium.spaces.Box(-np.inf, np.inf, (envs.single_observation_space.shape[0] - hidden,))
+        check_env(policy.spaces, seen, envs.single_action_space)
         agent = MetaWorldAgent(policy, seed=seed, deterministic=deterministic)
         figures = evaluate_both_ways(envs, agent, **rounds)
     finally:

@@ -29,6 +29,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import Logger
 
 from metarl import statistics
+from metarl.collect import run_episode
 from metarl.envs import make as make_env
 from metarl.errors import UserError, unknown_name
 from metarl.seeding import Purpose, seeds
@@ -178,15 +179,11 @@ def _evaluate(agent: BaseAlgorithm, env: gymnasium.Env[Any, Any], seeds: Sequenc
     outcomes = []
     with _seeded(seeds[0]):
         for seed in seeds[1:]:
-            observation, info = env.reset(seed=seed)
-            total, solved, ended = 0.0, 0.0, False
-            while not ended:
-                action, _ = agent.predict(observation, deterministic=False)
-                observation, reward, terminated, truncated, info = env.step(action)
-                total += float(reward)
-                solved = float(np.maximum(solved, info.get("success", np.nan)))  # NaN stays NaN
-                ended = terminated or truncated
-            if not info.get("diverged"):
+            total, solved = 0.0, 0.0
+            for step in run_episode(env, lambda observation, *_: agent.predict(observation)[0], seed=seed):
+                total += step.reward
+                solved = float(np.maximum(solved, step.info.get("success", np.nan)))  # NaN stays NaN
+            if not step.info.get("diverged"):
                 outcomes.append((total, solved))
     if 2 * len(outcomes) < len(seeds) - 1:
         raise RuntimeError(f"{len(seeds) - 1 - len(outcomes)} of {len(seeds) - 1} episodes of an evaluation diverged")

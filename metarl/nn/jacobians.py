@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from metarl.nn.mlp import GaussianMlp, Params
+from metarl.nn.mlp import MlpPolicy, Params
 from metarl.types import PolicyJacobian
 
 ROWS = 64
@@ -26,8 +26,8 @@ def choose_steps(valid: Tensor, count: int, generator: torch.Generator) -> Tenso
     return places[chosen].sort().values.to(valid.device)
 
 
-def mlp_jacobian(policy: GaussianMlp, params: Params, observations: Tensor, prefix: str = "policy.") -> PolicyJacobian:
-    """Differentiate a Gaussian MLP at each of S observations by itself.
+def mlp_jacobian(policy: MlpPolicy, params: Params, observations: Tensor, prefix: str = "policy.") -> PolicyJacobian:
+    """Differentiate the policy of an MLP at each of S observations separately.
 
     Args:
         policy: the network.
@@ -36,21 +36,25 @@ def mlp_jacobian(policy: GaussianMlp, params: Params, observations: Tensor, pref
         prefix: of the parameters' names in the result.
     """
     params = {name: value.detach() for name, value in params.items()}
-    moving = {name: value for name, value in params.items() if name != "log_std"}
+    free = {name: params[name] for name in policy.head.free_parameters}
+    weights = {name: value for name, value in params.items() if name not in free}
+    distribution = policy.distribution(params, observations).expanded()
+    output, *others = distribution.parameters()
 
-    def mean_of(moving: Params, observation: Tensor) -> Tensor:
-        return policy.distribution({**params, **moving}, observation[None])[0][0]
+    def output_at(weights: Params, observation: Tensor) -> Tensor:
+        return policy.distribution({**params, **weights}, observation[None]).parameters()[output][0]
 
-    of_mean = torch.func.vmap(torch.func.jacrev(mean_of), in_dims=(None, 0), chunk_size=ROWS)(moving, observations)
-    mean, log_std = policy.distribution(params, observations)
-    bound = torch.func.jacrev(lambda log_std: policy.distribution({**params, "log_std": log_std}, observations[:1])[1])
-    of_log_std = bound(params["log_std"])[0].expand(len(observations), -1, -1)
-    return PolicyJacobian(
-        mean,
-        log_std.expand_as(mean),
-        {prefix + name: value for name, value in of_mean.items()},
-        {prefix + "log_std": of_log_std},
-    )
+    def others_at(free: Params) -> dict[str, Tensor]:
+        found = policy.distribution({**params, **free}, observations[:1]).parameters()
+        return {name: found[name] for name in others}
+
+    of_output = torch.func.vmap(torch.func.jacrev(output_at), in_dims=(None, 0), chunk_size=ROWS)(weights, observations)
+    slopes = {output: {prefix + name: value for name, value in of_output.items()}}
+    for other, of_other in torch.func.jacrev(others_at)(free).items():  # equal at all observations
+        slopes[other] = {
+            prefix + name: value[0].expand(len(observations), *value.shape[1:]) for name, value in of_other.items()
+        }
+    return PolicyJacobian(distribution, slopes)
 
 
 @contextlib.contextmanager

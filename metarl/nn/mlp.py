@@ -1,4 +1,4 @@
-"""Policies as functions of explicit parameters: to be adapted, stacked over tasks and differentiated through.
+"""MLPs as functions of explicit parameters: to be adapted, stacked over tasks and differentiated through.
 
 A policy object is a frozen description; its parameters are a flat dict of tensors that the caller owns.
 """
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from metarl.nn.distributions import gaussian_log_prob
+from metarl.nn.distributions import Distribution, GaussianHead
 
 Params = dict[str, Tensor]
 """Parameters by name. Stacked over tasks, every tensor has a leading `[M]`."""
@@ -79,62 +79,55 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias.unsqueeze(-2), inputs, weight.mT)
 
 
+def tanh_layers(sizes: tuple[int, ...], output_gain: float, generator: torch.Generator) -> nn.Sequential:
+    """Return tanh layers with orthogonal weights, gain √2, and a linear last one (Andrychowicz et al. 2021)."""
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+        layer = nn.Linear(fan_in, fan_out)
+        final = i == len(sizes) - 2
+        nn.init.orthogonal_(layer.weight, output_gain if final else math.sqrt(2.0), generator=generator)
+        nn.init.zeros_(layer.bias)
+        layers += [layer] if final else [layer, nn.Tanh()]
+    return nn.Sequential(*layers)
+
+
 @dataclass(frozen=True)
-class GaussianMlp:
-    """A Gaussian policy: mean from an MLP, a standard deviation that does not depend on the observation.
+class MlpPolicy:
+    """A policy without a memory: an MLP whose outputs make a distribution of actions.
 
     Attributes:
         observation_size: O.
-        action_size: A.
+        head: what makes the distribution.
         hidden_sizes: widths of the hidden layers.
         activation: `tanh` or `relu`.
-        init_std: standard deviation at the start; 1 covers the action space, which is ±1.
-        min_std: lower bound; the gradient at a bound is 0.
-        max_std: upper bound.
         heads: output layers; if there are several, the last entries of an observation choose one, one-hot.
     """
 
     observation_size: int
-    action_size: int
+    head: GaussianHead
     hidden_sizes: tuple[int, ...] = (64, 64)
     activation: str = "tanh"
-    init_std: float = 1.0
-    min_std: float = 0.05
-    max_std: float = 2.0
     heads: int = 1
 
     def init(self, generator: torch.Generator) -> Params:
-        """Draw parameters; the mean starts near 0."""
-        sizes = (self.observation_size, *self.hidden_sizes, self.action_size * self.heads)
-        log_std = torch.full((self.action_size,), math.log(self.init_std))
-        return {**init_mlp(sizes, 0.01, generator), "log_std": log_std}
+        """Draw parameters; the outputs start near 0."""
+        sizes = (self.observation_size, *self.hidden_sizes, self.head.output_size * self.heads)
+        return {**init_mlp(sizes, 0.01, generator), **self.head.init()}
 
     @staticmethod
     def modules(hidden_layers: int) -> dict[str, tuple[str, ...]]:
-        """Return the parameters of each module by name: `layer_0`, …, `head` and `log_std`."""
-        return {**mlp_modules(hidden_layers), "log_std": ("log_std",)}
+        """Return the parameters of each module by name: `layer_0`, …, `head`, and the distribution's free ones."""
+        return {**mlp_modules(hidden_layers), **{name: (name,) for name in GaussianHead.free_parameters}}
 
-    def distribution(
-        self, params: Params, observations: Tensor, perturb: Perturb | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return mean `[..., S, A]` and log standard deviation `[..., 1, A]` for observations `[..., S, O]`."""
-        log_std = params["log_std"].clamp(*self._bounds)
-        mean = apply_mlp(params, observations, self.activation, perturb)
+    def distribution(self, params: Params, observations: Tensor, perturb: Perturb | None = None) -> Distribution:
+        """Return the distribution of actions, `[..., S]`, for observations `[..., S, O]`."""
+        outputs = apply_mlp(params, observations, self.activation, perturb)
         if self.heads > 1:
-            mean = choose_head(mean, observations[..., -self.heads :])
-        return mean, log_std.unsqueeze(-2)
-
-    def keep_within_bounds(self, params: Params) -> None:
-        """Bring a deviation that a step has carried past its bounds back, in place: there it has no gradient."""
-        with torch.no_grad():
-            params["log_std"].clamp_(*self._bounds)
-
-    @property
-    def _bounds(self) -> tuple[float, float]:
-        return math.log(self.min_std), math.log(self.max_std)
+            outputs = choose_head(outputs, observations[..., -self.heads :])
+        return self.head(outputs, params)
 
     def log_prob(self, params: Params, observations: Tensor, actions: Tensor, perturb: Perturb | None = None) -> Tensor:
-        """Joint log-density of actions: the SUM over action dimensions.
+        """Joint log-density of actions.
 
         Args:
             params: plain, or stacked with `[M]` in front.
@@ -145,17 +138,15 @@ class GaussianMlp:
         Returns:
             `[S]` or `[M, S]`.
         """
-        mean, log_std = self.distribution(params, observations, perturb)
-        return gaussian_log_prob(mean, log_std, actions)
+        return self.distribution(params, observations, perturb).log_prob(actions)
 
 
-def check_deviations(init_std: float, min_std: float, max_std: float) -> None:
-    """Raise ValueError unless the initial standard deviation lies within its bounds."""
-    if not min_std <= init_std <= max_std:
-        raise ValueError(f"init_std is {init_std}; expected between min_std {min_std} and max_std {max_std}")
+def choose_head(outputs: Tensor, stage_ids: Tensor) -> Tensor:
+    """Return the output of one head, `[..., A]`, of the outputs of all of them `[..., heads · A]`.
 
-
-def choose_head(outputs: Tensor, cues: Tensor) -> Tensor:
-    """Return what one head says, `[..., A]`, of the outputs of all of them `[..., heads · A]`; cues `[..., heads]`."""
-    by_head = outputs.reshape(*outputs.shape[:-1], cues.shape[-1], -1)
-    return (by_head * cues.unsqueeze(-1)).sum(-2)
+    Args:
+        outputs: of all heads, one after another.
+        stage_ids: `[..., heads]`, one-hot.
+    """
+    by_head = outputs.reshape(*outputs.shape[:-1], stage_ids.shape[-1], -1)
+    return (by_head * stage_ids.unsqueeze(-1)).sum(-2)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from metarl.plots.run import COLOURS, GREY, one_line, plain
 from metarl.statistics import stratified_bootstrap_ci
-from metarl.types import FloatArray
+from metarl.types import AdaptsBy, FloatArray
 
 _CHECKED = ConfigDict(frozen=True, allow_inf_nan=False)
 _UNTRAINED = "0.45"
@@ -59,11 +59,17 @@ class EvaluationReport(BaseModel):
     held_out: bool
     env_steps: int
     adaptation_steps: int
+    adapts_by: AdaptsBy | None = None  # reports of earlier versions do not say
     rollouts_per_task: int
     ablate: str | None = None
     tasks: tuple[TaskRow, ...] = Field(min_length=1)
     aggregate: dict[str, Estimate]
     phases: tuple[dict[str, Estimate], ...] = Field(min_length=1)
+
+    @property
+    def in_trials(self) -> bool:
+        """Whether phases are the episodes of a trial, not the rollouts between adaptation steps."""
+        return self.adapts_by == "memory" or (self.adapts_by is None and not self.adaptation_steps)
 
 
 class PerEnvironment(BaseModel):
@@ -191,8 +197,7 @@ def _arms(report: EvaluationReport) -> list[tuple[str, str, dict[str, Any]]]:
 
 def _marks(report: EvaluationReport, measure: str) -> list[tuple[str, str, str, dict[str, Any]]]:
     """Return what each row shows: a label, the prefix of an arm, `pre` or `post`, and how it looks."""
-    by_memory = report.adaptation_steps == 0
-    before, after = ("first episode", "last episode") if by_memory else ("before adaptation", "after adaptation")
+    before, after = ("first episode", "last episode") if report.in_trials else ("before adaptation", "after adaptation")
     (_, _, own), *others = _arms(report)
     marks = [(before, "", "pre", {**own, "markerfacecolor": "white"}), (after, "", "post", own)]
     marks += [(whose + after, prefix, "post", look) for prefix, whose, look in others]
@@ -284,7 +289,7 @@ def _rows(axes: Axes, names: Sequence[str], series: Sequence[_Series]) -> None:
 def _phases(axes: Axes, report: EvaluationReport, measure: str) -> None:
     """Draw a measure of every phase; the first one, before adaptation, is hollow."""
     plain(axes)
-    arms, first = _arms(report), 0 if report.adaptation_steps else 1
+    arms, first = _arms(report), 1 if report.in_trials else 0
     size = 6.5 if len(report.phases) <= 6 else 4.5
     apart = min(0.12, 0.025 * (len(report.phases) - 0.5))
     for number, (prefix, _, look) in enumerate(arms):
@@ -310,7 +315,7 @@ def _phases(axes: Axes, report: EvaluationReport, measure: str) -> None:
         axes.plot(places[:1], means[:1], **look, markersize=size, markerfacecolor="white", zorder=3, gid="first phase")
     axes.set_xticks(range(first, first + len(report.phases)))
     axes.set_xlim(first - 0.25, first + len(report.phases) - 0.75)
-    axes.set_xlabel("adaptation steps" if report.adaptation_steps else "episode of the trial")
+    axes.set_xlabel("episode of the trial" if report.in_trials else "adaptation steps")
     _measured(axes.set_ylabel, axes.set_ylim, measure)
 
 
@@ -338,7 +343,7 @@ def _legend(figure: Figure, series: Sequence[_Series], title: str) -> None:
 def _title(report: EvaluationReport, several: bool, roomy: bool) -> str:
     what, note = ("held-out task", "") if report.held_out else (f"{report.split} task", " (NOT held out)")
     tasks = f"{_count(len(report.tasks), what)}{note}"
-    count = _count(report.rollouts_per_task, "episode" if report.adaptation_steps else "trial") + " each"
+    count = _count(report.rollouts_per_task, "trial" if report.in_trials else "episode") + " each"
     shown = "means, 95 % bootstrap intervals over tasks" if several else "means; one task a class has no interval"
     if several and roomy:
         shown += "; faint dots: tasks"

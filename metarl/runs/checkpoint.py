@@ -58,6 +58,7 @@ class Manifest(Settings):
         config_sha256: of the run's config.yaml.
         logs: how many bytes of each log, by name, belong to what came before the checkpoint.
         files: by name.
+        data: files of stored data in the run's `data` folder, by name without suffix; see `data_store`.
         versions: of libraries.
     """
 
@@ -68,6 +69,7 @@ class Manifest(Settings):
     config_sha256: str
     logs: dict[str, Count]
     files: dict[Annotated[str, StringConstraints(pattern=r"^[a-z_]+\.safetensors$")], Entry]
+    data: dict[Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")], Entry] = Field(default_factory=dict)
     versions: dict[str, str]
 
 
@@ -97,7 +99,7 @@ class Checkpoint:
     def load(self, name: str) -> dict[str, Tensor]:
         """Return another state, e.g. `stability`, empty if there was none; raises CorruptCheckpointError."""
         file = f"{name}.safetensors"
-        return _tensors(self.path / file) if file in self.manifest.files else {}
+        return read_tensors(self.path / file) if file in self.manifest.files else {}
 
 
 class CorruptCheckpointError(Exception):
@@ -115,6 +117,7 @@ def save(
     score: float | None = None,
     config_sha256: str = "",
     logs: Mapping[str, int] | None = None,
+    data: Mapping[str, Entry] | None = None,
 ) -> Path:
     """Write `folder/<iteration>/`, and remove all checkpoints but the newest and the best.
 
@@ -131,6 +134,7 @@ def save(
         score: see `Manifest`, as the rest.
         config_sha256: likewise.
         logs: likewise.
+        data: likewise.
 
     Raises:
         OSError: (also SafetensorError) it cannot be written; all is as it was.
@@ -147,8 +151,7 @@ def save(
                 path = temporary / f"{name}.safetensors"
                 safetensors.torch.save_file(_apart(state), path)
                 sync(path)
-                shapes = {key: tuple(value.shape) for key, value in state.items()}
-                files[path.name] = Entry(sha256=_hash(path), bytes=path.stat().st_size, tensors=shapes)
+                files[path.name] = entry_of(path, state)
         manifest = Manifest(
             format=FORMAT,
             position=position,
@@ -157,6 +160,7 @@ def save(
             config_sha256=config_sha256,
             logs=dict(logs or {}),
             files=files,
+            data=dict(data or {}),
             versions=_versions(),
         ).model_dump(mode="json")
         manifest["sha256"] = _checksum(manifest)
@@ -272,8 +276,8 @@ def load(path: Path) -> Checkpoint:
     if _AGENT not in manifest.files:
         raise CorruptCheckpointError(f"{path}: the manifest does not name {_AGENT}")
     for name, entry in manifest.files.items():
-        _verify(path / name, entry)
-    return Checkpoint(path, manifest, _tensors(path / _AGENT))
+        verify(path / name, entry)
+    return Checkpoint(path, manifest, read_tensors(path / _AGENT))
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -303,7 +307,7 @@ def _read_manifest(path: Path) -> Manifest:
         raise CorruptCheckpointError(f"{file}: {_reason(error)}") from error
 
 
-def _verify(path: Path, entry: Entry) -> None:
+def verify(path: Path, entry: Entry) -> None:
     """Check that a file is the one that was written, with the tensors that the manifest names.
 
     Raises:
@@ -332,7 +336,7 @@ def _verify(path: Path, entry: Entry) -> None:
             )
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a file that is verified; raises CorruptCheckpointError for what torch cannot hold."""
     try:
         return safetensors.torch.load_file(path)
@@ -362,6 +366,21 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: (value.clone() if shared[value.untyped_storage().data_ptr()] > 1 else value).contiguous()
         for name, value in state.items()
     }
+
+
+def entry_of(path: Path, tensors: Mapping[str, Tensor]) -> Entry:
+    """Return what a manifest says of a file that holds these tensors."""
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    return Entry(sha256=_hash(path), bytes=path.stat().st_size, tensors=shapes)
+
+
+def referenced_data(folder: Path) -> set[str]:
+    """Return the names of the data files that any readable checkpoint of a run needs."""
+    names: set[str] = set()
+    for path in _newest_first(folder):
+        with contextlib.suppress(CorruptCheckpointError):
+            names |= _read_manifest(path).data.keys()
+    return names
 
 
 def _hash(path: Path) -> str:

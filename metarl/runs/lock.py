@@ -12,7 +12,7 @@ from metarl.errors import UserError
 from metarl.runs.atomic_files import plain_descriptor
 
 NAME = ".lock"
-FOLDERS = ("checkpoints", "tensorboard", "evaluation", "plots")
+FOLDERS = ("checkpoints", "data", "tensorboard", "evaluation", "plots")
 """Of a run's directory."""
 
 
@@ -78,7 +78,7 @@ def check_free(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
     if not holds_run and not overwrite:
         # What a start that was killed leaves: logs, and the checkpoint before the first iteration.
         ours = [".tmp" in path.name or path.name == "000000" for path in (run_dir / "checkpoints").glob("*")]
-        kept = [name for name in ("evaluation", "plots") if (run_dir / name).exists()]
+        kept = [name for name in ("data", "evaluation", "plots") if (run_dir / name).exists()]
         if kept or not all(ours):
             found = kept[0] if kept else "checkpoints"
             raise UserError(

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from metarl.protocols import Agent, StabilityMethod
+from metarl.protocols import ProtectedAgent, StabilityMethod
 from metarl.settings import as_tuple
 from metarl.stability import ewc, l2, mas
 from metarl.stability.ewc import EwcConfig
@@ -69,7 +69,7 @@ class StabilityLoss:
         rng: of the iteration.
     """
 
-    def __init__(self, methods: Sequence[StabilityMethod], agent: Agent, rng: np.random.Generator) -> None:
+    def __init__(self, methods: Sequence[StabilityMethod], agent: ProtectedAgent, rng: np.random.Generator) -> None:
         self._methods, self._agent = methods, agent
         self._rngs = rng.spawn(len(methods))
         self._drawn = [own.bit_generator.state for own in self._rngs]

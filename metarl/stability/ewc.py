@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from metarl.protocols import Agent
+from metarl.protocols import ProtectedAgent
 from metarl.settings import Settings
 from metarl.stability.quadratic import Penalty, Weights, unit_mean
 from metarl.types import Rollout
@@ -50,13 +50,13 @@ class EwcConfig(Settings):
 def method(config: EwcConfig) -> Penalty:
     """Return the method."""
 
-    def importance(agent: Agent, rollouts: Sequence[Rollout], generator: torch.Generator) -> Weights:
+    def importance(agent: ProtectedAgent, rollouts: Sequence[Rollout], generator: torch.Generator) -> Weights:
         return fisher(agent, rollouts, config.fisher_states, generator)
 
     return Penalty(config.name, config.coef, importance, config.decay if config.anchors == "online" else None)
 
 
-def fisher(agent: Agent, rollouts: Sequence[Rollout], states: int, generator: torch.Generator) -> Weights:
+def fisher(agent: ProtectedAgent, rollouts: Sequence[Rollout], states: int, generator: torch.Generator) -> Weights:
     """Return the diagonal Fisher information of the agent's policy, scaled to mean 1; see the module.
 
     Args:
@@ -68,31 +68,26 @@ def fisher(agent: Agent, rollouts: Sequence[Rollout], states: int, generator: to
     Raises:
         FloatingPointError: it is not finite.
     """
-    through_mean, through_std = fisher_sums(agent, rollouts, states, generator)
-    groups = [
-        {name: value + through_std.get(name, torch.zeros_like(value)) for name, value in through_mean.items()},
-        {name: value for name, value in through_std.items() if name not in through_mean},
-    ]
+    groups: list[Weights] = []
+    for weights in fisher_sums(agent, rollouts, states, generator).values():
+        groups.append({})
+        for name, value in weights.items():
+            group = next((each for each in groups if name in each), groups[-1])
+            group[name] = group[name] + value if name in group else value
     return {name: value for group in groups for name, value in unit_mean(group).items()}
 
 
 def fisher_sums(
-    agent: Agent, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
-) -> tuple[Weights, Weights]:
-    """Return the part of the Fisher information through the mean and through the deviation, averaged over states."""
-    through_mean: Weights = {}
-    through_std: Weights = {}
+    agent: ProtectedAgent, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
+) -> dict[str, Weights]:
+    """Return the Fisher information through each parameter of the distribution of actions, averaged over states."""
+    sums: dict[str, Weights] = {}
     count = 0
     for part in agent.policy_jacobians(rollouts, states, generator):
-        precision = (-2.0 * part.log_std).exp()
-        count += len(precision)
-        for name, slope in part.of_mean.items():
-            added = torch.einsum("sa,sa...->...", precision, slope.square())
-            through_mean[name] = through_mean[name] + added if name in through_mean else added
-        for name, slope in part.of_log_std.items():
-            added = 2.0 * slope.square().sum((0, 1))
-            through_std[name] = through_std[name] + added if name in through_std else added
-    return (
-        {name: value / count for name, value in through_mean.items()},
-        {name: value / count for name, value in through_std.items()},
-    )
+        count += len(part.distribution.mode)
+        for output, slopes in part.slopes.items():
+            weights = sums.setdefault(output, {})
+            for name, slope in slopes.items():
+                added = part.distribution.fisher_diagonal(output, slope)
+                weights[name] = weights[name] + added if name in weights else added
+    return {output: {name: value / count for name, value in weights.items()} for output, weights in sums.items()}

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from metarl.protocols import Agent
+from metarl.protocols import ProtectedAgent
 from metarl.settings import Settings
 from metarl.stability.quadratic import Penalty, Weights, unit_mean
 from metarl.types import Rollout
@@ -30,13 +30,13 @@ class MasConfig(Settings):
 def method(config: MasConfig) -> Penalty:
     """Return the method."""
 
-    def measured(agent: Agent, rollouts: Sequence[Rollout], generator: torch.Generator) -> Weights:
+    def measured(agent: ProtectedAgent, rollouts: Sequence[Rollout], generator: torch.Generator) -> Weights:
         return importance(agent, rollouts, config.states, generator)
 
     return Penalty(config.name, config.coef, measured)
 
 
-def importance(agent: Agent, rollouts: Sequence[Rollout], states: int, generator: torch.Generator) -> Weights:
+def importance(agent: ProtectedAgent, rollouts: Sequence[Rollout], states: int, generator: torch.Generator) -> Weights:
     """Return Ω of the agent's policy, scaled to mean 1; see the module.
 
     Args:
@@ -48,9 +48,9 @@ def importance(agent: Agent, rollouts: Sequence[Rollout], states: int, generator
     totals: Weights = {}
     for part in agent.policy_jacobians(rollouts, states, generator):
         slopes: Weights = {}
-        for outputs, of_outputs in ((part.mean, part.of_mean), (part.log_std, part.of_log_std)):
-            for name, slope in of_outputs.items():
-                through = 2.0 * torch.einsum("sa,sa...->s...", outputs, slope)
+        for output, values in part.distribution.parameters().items():
+            for name, slope in part.slopes[output].items():
+                through = 2.0 * torch.einsum("sa,sa...->s...", values, slope)
                 slopes[name] = slopes[name] + through if name in slopes else through
         for name, slope in slopes.items():
             totals[name] = totals.get(name, torch.zeros_like(slope[0])) + slope.abs().sum(0)

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from metarl.protocols import Agent
+from metarl.protocols import ProtectedAgent
 from metarl.stability.replay import Replay, ReplayConfig
 from metarl.types import Rollout
 
@@ -48,12 +48,12 @@ class Mer:
         self._start: dict[str, Tensor] = {}  # Θ
         self._iterations = 0
 
-    def loss(self, agent: Agent, rng: np.random.Generator, fraction: float) -> dict[str, Tensor]:
+    def loss(self, agent: ProtectedAgent, rng: np.random.Generator, fraction: float) -> dict[str, Tensor]:
         """That of replay; see `StabilityMethod.loss`."""
         return self._replay.loss(agent, rng, fraction)
 
     def observe(
-        self, agent: Agent, rollouts: Sequence[Rollout], before: Mapping[str, Tensor], rng: np.random.Generator
+        self, agent: ProtectedAgent, rollouts: Sequence[Rollout], before: Mapping[str, Tensor], rng: np.random.Generator
     ) -> None:
         """Take the steps of Reptile; see `StabilityMethod.observe`."""
         self._replay.observe(agent, rollouts, before, rng)
@@ -65,7 +65,7 @@ class Mer:
             interpolate_(agent, self._start, self.config.across)
             self._start = {name: value.detach().clone() for name, value in agent.parameters().items()}
 
-    def end_stage(self, agent: Agent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
+    def end_stage(self, agent: ProtectedAgent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
         """See `StabilityMethod.end_stage`."""
         self._replay.end_stage(agent, rollouts, rng)
 
@@ -86,7 +86,7 @@ class Mer:
 
 
 @torch.no_grad()
-def interpolate_(agent: Agent, start: Mapping[str, Tensor], fraction: float) -> None:
+def interpolate_(agent: ProtectedAgent, start: Mapping[str, Tensor], fraction: float) -> None:
     """Put an agent's parameters on the way from `start` to where they are (Nichol et al. 2018, "Reptile")."""
     for name, value in agent.parameters().items():
         value.copy_(torch.lerp(start[name].to(value.device), value, fraction))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metarl.nn.optimizer_state import check_entries
-from metarl.protocols import Agent
+from metarl.protocols import ProtectedAgent
 from metarl.types import Rollout
 
 Weights = dict[str, Tensor]
@@ -36,11 +36,11 @@ class Anchors:
         self.centers: Weights = {}
         self.constant = torch.zeros(())
 
-    def loss(self, agent: Agent, coef: float) -> dict[str, Tensor]:
+    def loss(self, agent: ProtectedAgent, coef: float) -> dict[str, Tensor]:
         """Return `coef` times the penalty at the agent's parameters, as `StabilityMethod.loss` does."""
         return {"loss": coef * self.penalty(agent)} if coef and self.weights else {}
 
-    def penalty(self, agent: Agent) -> Tensor:
+    def penalty(self, agent: ProtectedAgent) -> Tensor:
         """Return the penalty at the agent's parameters; there must be an anchor."""
         params = agent.parameters()
         names = sorted(self.weights)  # as they come back from disk, so that a resumed run adds up in the same order
@@ -53,7 +53,7 @@ class Anchors:
         self.weights, self.centers = move, {name: value.to(like.device) for name, value in self.centers.items()}
         return self.weights, self.centers
 
-    def add(self, agent: Agent, weights: Weights) -> None:
+    def add(self, agent: ProtectedAgent, weights: Weights) -> None:
         """Add an anchor where the agent's parameters are now."""
         if weights:
             self._on(next(iter(weights.values())))  # what was loaded is where it was loaded
@@ -67,7 +67,7 @@ class Anchors:
             self.constant = self.constant.to(here.device) + 0.5 * parted.sum()
             self.weights[name], self.centers[name] = total, moved
 
-    def replace(self, agent: Agent, weights: Weights, decay: float) -> None:
+    def replace(self, agent: ProtectedAgent, weights: Weights, decay: float) -> None:
         """Let `weights`, added to `decay` times the old ones, have their one anchor where the agent is now."""
         if weights:
             self._on(next(iter(weights.values())))  # what was loaded is where it was loaded
@@ -96,7 +96,7 @@ class Anchors:
         self.constant = state.get("constant", torch.zeros(()))
 
 
-Importance = Callable[[Agent, Sequence[Rollout], torch.Generator], Weights]
+Importance = Callable[[ProtectedAgent, Sequence[Rollout], torch.Generator], Weights]
 """What matters in an agent now: (agent, K + 1 fresh rollouts of it, generator that chooses states) → weights."""
 
 
@@ -114,16 +114,16 @@ class Penalty:
         self.name, self.anchors = name, Anchors()
         self._coef, self._importance, self._decay = coef, importance, decay
 
-    def loss(self, agent: Agent, rng: np.random.Generator, fraction: float) -> dict[str, Tensor]:
+    def loss(self, agent: ProtectedAgent, rng: np.random.Generator, fraction: float) -> dict[str, Tensor]:
         """See `StabilityMethod.loss`."""
         return self.anchors.loss(agent, self._coef)
 
     def observe(
-        self, agent: Agent, rollouts: Sequence[Rollout], before: Mapping[str, Tensor], rng: np.random.Generator
+        self, agent: ProtectedAgent, rollouts: Sequence[Rollout], before: Mapping[str, Tensor], rng: np.random.Generator
     ) -> None:
         """Nothing to note within a stage."""
 
-    def end_stage(self, agent: Agent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
+    def end_stage(self, agent: ProtectedAgent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
         """Measure what matters now, and anchor it."""
         weights = self._importance(agent, rollouts, torch.Generator().manual_seed(int(rng.integers(2**63))))
         if self._decay is None:

@@ -26,15 +26,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from metarl.nn.distributions import gaussian_kl, gaussian_log_prob
-from metarl.protocols import Agent
+from metarl.protocols import ProtectedAgent
 from metarl.rl.surrogates import weighted_mean
 from metarl.settings import Settings
 from metarl.stability.reservoir import Items, Reservoir, items_of, join, rollouts_of
 from metarl.types import Rollout
-
-_LABELS = ("mean", "log_std", "values")
-"""What is noted of a trial when its stage has ended."""
 
 _LABEL_BATCH = 32
 """Trials that are labelled at once."""
@@ -75,7 +71,7 @@ class Replay:
         self.current: Reservoir | None = None
         self.new_trials = 0  # of an iteration
 
-    def loss(self, agent: Agent, rng: np.random.Generator, fraction: float) -> dict[str, Tensor]:
+    def loss(self, agent: ProtectedAgent, rng: np.random.Generator, fraction: float) -> dict[str, Tensor]:
         """See `StabilityMethod.loss`."""
         config = self.config
         if not self.ended:
@@ -84,15 +80,16 @@ class Replay:
         items = self.draw(count, rng)
         rollouts = rollouts_of(items, agent.device)
         now, last = agent.replay_policy(rollouts, advantages=config.policy_coef > 0), rollouts[-1]
-        length, weights = last.valid.shape[-1], last.valid.flatten().to(now.mean.dtype)
-        mean, log_std, values = (items[name][:, :, :length].to(agent.device) for name in ("mean", "log_std", "values"))
-        change = weighted_mean(gaussian_kl(mean, log_std, now.mean, now.log_std).flatten(), weights)
+        length, weights = last.valid.shape[-1], last.valid.flatten().to(last.rewards.dtype)
+        labels = {name: value[:, :, :length].to(agent.device) for name, value in items.items() if "." not in name}
+        then = now.distribution.with_parameters(labels)
+        change = weighted_mean(then.kl(now.distribution).flatten(), weights)
         losses = {"kl": change, "loss": config.cloning_coef * change}
         if now.values is not None and config.value_coef:
-            error = ((now.values - values) / now.scale).square().flatten()
+            error = ((now.values - labels["values"]) / now.scale).square().flatten()
             losses["loss"] = losses["loss"] + config.value_coef * 0.5 * weighted_mean(error, weights)
         if now.advantages is not None:
-            log_probs = gaussian_log_prob(now.mean, now.log_std, last.actions)
+            log_probs = now.distribution.log_prob(last.actions)
             size = effective_sample_size(log_probs.detach() - last.log_probs, last.valid)
             gained = weighted_mean((now.advantages / now.scale * log_probs).flatten(), weights)
             losses["effective_sample_size"] = size
@@ -112,7 +109,7 @@ class Replay:
         )
 
     def observe(
-        self, agent: Agent, rollouts: Sequence[Rollout], before: Mapping[str, Tensor], rng: np.random.Generator
+        self, agent: ProtectedAgent, rollouts: Sequence[Rollout], before: Mapping[str, Tensor], rng: np.random.Generator
     ) -> None:
         """Keep some of an iteration's trials; those that were dropped are passed over."""
         items = items_of(rollouts)
@@ -129,7 +126,7 @@ class Replay:
         share = capacity / self.config.capacity
         return Reservoir(capacity, share * self.config.memory_gb * 2**30, self._folder)
 
-    def end_stage(self, agent: Agent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
+    def end_stage(self, agent: ProtectedAgent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
         """Note what the agent does and expects now in the trials of the stage."""
         reservoir, labelled = self.current, []
         if reservoir is not None and len(reservoir):
@@ -142,7 +139,7 @@ class Replay:
         self.current = None
 
     @staticmethod
-    def _labels(agent: Agent, rollouts: list[Rollout]) -> Items:
+    def _labels(agent: ProtectedAgent, rollouts: list[Rollout]) -> Items:
         """Return what the agent does in stored trials, as if it had collected the data that it adapts to.
 
         Raises:
@@ -155,8 +152,8 @@ class Replay:
             rollouts[k] = replace(support, log_probs=log_probs)
             state = agent.adapt(state, rollouts[k])
         then = agent.replay_policy(rollouts)
-        values = then.values if then.values is not None else torch.zeros_like(then.mean[..., 0])
-        labels |= dict(zip(_LABELS, (then.mean, then.log_std, values), strict=True))
+        labels |= then.distribution.parameters()
+        labels["values"] = torch.zeros_like(rollouts[-1].rewards) if then.values is None else then.values
         for name, value in labels.items():
             valid = rollouts[int(name.split(".")[0]) if "." in name else -1].valid
             if not bool(value[valid].isfinite().all()):
@@ -181,8 +178,9 @@ class Replay:
                 groups.setdefault(int(number), {})[field] = value
         ended = int(state["ended"])
         expected = {key for group in groups.values() for key in group}
+        labels = {key for key in expected if "." not in key} - {"seen", "capacity"}  # of stages that have ended
         for place in range(max([ended, *(place + 1 for place in groups)])):
-            absent = expected - groups.get(place, {}).keys() - (set() if place < ended else set(_LABELS))
+            absent = expected - groups.get(place, {}).keys() - (set() if place < ended else labels)
             if place not in groups or absent:
                 raise ValueError(f"cannot load '{place}/{min(absent, default='')}': found nothing")
         reservoirs = []

@@ -1,15 +1,15 @@
-"""THE loop: one for meta-training and for task sequences. It knows agents and environments by their Protocols.
+"""The training loop: one for meta-training and for sequences of stages.
 
-for stage in stages:                                   # meta-RL is one stage
-    agent.load_state_dict(...)                             # if the stage starts from another run
-    for iteration in range(stage.iterations):
-        tasks    = manager.sample(M, iteration)                  # with a curriculum from the easiest to all
-        rollouts = adapt_and_collect(envs, agent, tasks, N)      # K + 1 rollouts, adapting between them
-        metrics  = agent.update(rollouts, auxiliary_loss)        # the outer step, and what guards earlier stages
-        methods.observe(agent, rollouts)
-        tracker.write(metrics); checkpoint.save(...)
-    methods.end_stage(agent, fresh rollouts)               # if others follow
-    evaluate on held-out tasks: of all stages, if there are several: a row of the matrix of scores
+    for stage in stages:                                  # meta-RL is one stage; continual learning is several
+        for iteration in range(stage.iterations):
+            tasks    = manager.sample(M)                       # with a curriculum, from the easiest to all
+            rollouts = adapt_and_collect(collector, agent, tasks, N)      # K + 1 rollouts, adapting in between
+            metrics  = agent.update(tasks, rollouts, auxiliary_loss)      # the outer step
+            stability.observe(agent, rollouts); tracker.write(metrics); checkpoint.save(…)
+        stability.end_stage(agent, fresh rollouts)             # if stages follow
+        evaluate every stage                                   # one row of the score matrix
+
+It knows agents, environments and stability methods by their Protocols alone.
 """
 
 from __future__ import annotations
@@ -20,51 +20,61 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 from safetensors import SafetensorError
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does not say that it is public
 
 from metarl import stability
-from metarl.build import common_spaces, max_envs, num_workers, resolve_device, stage_distributions, stage_managers
+from metarl.build import local_collectors, resolve_device, stage_distributions, with_custom_agent
 from metarl.collect import BrokenRolloutsError, adapt_and_collect, per_phase
 from metarl.config.schema import RunConfig, as_config, hash_of
-from metarl.continual.score_table import ScoreTable, plasticity
+from metarl.continual.score_table import plasticity as network_use
 from metarl.deploy.policy import Policy
-from metarl.envs.manager import Manager
-from metarl.envs.vector.union import UnionOfTasks, make_stage_envs
 from metarl.errors import RunError
-from metarl.evaluation.held_out import Report, evaluate_agent, held_out_metrics, select_tasks
-from metarl.plots.run import score_matrix_image
-from metarl.protocols import StabilityMethod, TaskDistribution
+from metarl.evaluation import Report
+from metarl.protocols import (
+    Agent,
+    AgentBuilder,
+    Collector,
+    ProtectedAgent,
+    StabilityMethod,
+    StoresData,
+    TaskDistribution,
+)
 from metarl.runs.checkpoint import save
+from metarl.runs.data_store import DATA, DataStore
 from metarl.runs.directory import flatten, write_config
 from metarl.runs.divergence import not_finite, write_statistics
 from metarl.runs.lock import locked
 from metarl.runs.random_state import random_state, set_random_state
 from metarl.runs.tracking import Tracker, read_metrics
 from metarl.seeding import Purpose, children, seeds
-from metarl.training.setup import Start, begin
-from metarl.training.setup import resume as start_again
+from metarl.training.setup import RunParts, Start, begin, check_protected, prepare
+from metarl.training.setup import resume as restore_run
+from metarl.training.stage_evaluation import StageEvaluation
 from metarl.training.warm_start import start_from
-from metarl.types import Position, Rollout, Spaces
+from metarl.types import Position, Rollout, Task
 
-MOST_SKIPPED = 3
-"""So many iterations in a row may come to nothing, since their numbers are not finite; then a run stops."""
+MAX_SKIPPED = 3
+"""Abort after this many consecutive iterations whose numbers are not finite."""
 
 NOT_FINITE = (FloatingPointError, LinAlgError)
-"""What numbers that are not finite raise, and what solving equations with them does."""
+"""What numbers that are not finite raise, and solvers that meet them."""
 
 _LOG = logging.getLogger(__name__)
 
 Progress = Callable[[Position, Mapping[str, float]], None]
-"""Told of every iteration and every evaluation, with the metrics that were tracked."""
+"""Called after every iteration and every evaluation, with the metrics that were tracked."""
+
+Collectors = Callable[[RunConfig, Sequence[TaskDistribution]], Sequence[Collector]]
+"""Returns the collector of each stage, for the tasks of each stage; stages may share one."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What training leaves behind.
+    """A training run, finished or stopped.
 
     Attributes:
         run_dir: config, checkpoints, metrics and reports.
@@ -91,7 +101,9 @@ def train(
     config: RunConfig | Mapping[str, Any] | str | Path,
     distribution: TaskDistribution | Sequence[TaskDistribution] | None = None,
     *,
+    agent: AgentBuilder | None = None,
     methods: Sequence[StabilityMethod] | None = None,
+    collectors: Collectors = local_collectors,
     run_dir: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -103,26 +115,27 @@ def train(
 ) -> Run:
     """Train an agent.
 
-    A run that is stopped, by whatever, is gone on with exactly as if it had not been, but for what the clock says.
-    Environments are stepped in processes of their own unless `num_workers` is 0: a script that calls this needs the
-    usual `if __name__ == "__main__":`.
+    An interrupted run resumes bit for bit, except for wall-clock metrics. Environments are stepped in worker processes
+    unless `num_workers` is 0: a script that calls this needs the usual `if __name__ == "__main__":`.
 
     Args:
         config: a config, its settings as a mapping, a YAML file, or the name of an embedded config.
-        distribution: tasks of one's own, for all stages or one for each, instead of those that the config names.
-        methods: stability methods of one's own, instead of those that the config names.
+        distribution: custom tasks, for all stages or one for each, instead of those that the config names.
+        agent: builds a custom agent from an `AgentSpec`, instead of the agent that the config names.
+        methods: custom stability methods, instead of those that the config names.
+        collectors: returns what collects the rollouts of each stage; by default this process and its workers.
         run_dir: where results go; `runs/<name of the config>` if None.
-        resume: go on with the run in `run_dir`.
-        overwrite: throw away the run in `run_dir`.
-        allow_config_change: go on with a run though its settings differ from `config`; its earlier ones are kept in
+        resume: resume the run in `run_dir`.
+        overwrite: overwrite the run in `run_dir`.
+        allow_config_change: resume a run though its settings differ from `config`; the earlier settings are kept in
             `config.before_<iteration>.yaml`.
         max_iterations: stop after this many iterations, counted from the first of the run.
         max_minutes: stop at the first iteration that ends later than this.
-        should_stop: asked before each iteration; True saves and ends the run.
+        should_stop: called before each iteration; True saves and ends the run.
         progress: called after each iteration and evaluation.
 
     Returns:
-        The run; it is saved at its end, wherever it stopped.
+        The run, saved wherever it stopped.
 
     Raises:
         UserError: the config, the device, the run directory or one that a stage starts from cannot be used.
@@ -130,6 +143,8 @@ def train(
     """
     name = Path(config).stem if isinstance(config, str | Path) else "run"
     config = as_config(config)
+    if agent is not None:
+        config = with_custom_agent(config)
     device = resolve_device(config.device)
     run_dir = (Path(run_dir) if run_dir is not None else Path("runs") / name).absolute()  # wherever the process goes
     limits = Limits(
@@ -138,115 +153,111 @@ def train(
         should_stop,
     )
     with locked(run_dir, resume=resume, overwrite=overwrite):
-        distributions = stage_distributions(config, distribution)
-        if methods is None:
-            methods = [stability.build(method, run_dir) for method in config.stability]
-        managers, spaces = stage_managers(config, distributions), common_spaces(distributions)
+        parts = prepare(config, stage_distributions(config, distribution), methods, run_dir)
         if resume:
-            start = start_again(config, spaces, device, run_dir, methods, allow_config_change)
+            start = restore_run(config, parts, device, run_dir, allow_config_change, agent)
         else:
-            start = begin(config, spaces, device, run_dir)
-        return _Trainer(config, distributions, managers, methods, spaces, start, run_dir, limits, progress).run()
+            start = begin(config, parts.spaces, device, run_dir, agent)
+        check_protected(start.agent, parts.methods)
+        with contextlib.ExitStack() as opened:
+            loop = _Loop(config, parts, start, run_dir, limits, progress, collectors, opened)
+            loop.run()
+    state, done = loop.agent.initial_state(1), loop.position.stage == len(config.stages)
+    policy = Policy(config, loop.agent, parts.spaces, loop.position.env_steps, state, builder=agent)
+    return Run(run_dir, policy, loop.report, finished=done)
 
 
-class _Trainer:
-    """The state of one run: the agent, its position, and where results go."""
+class _Loop:
+    """The state of one run: the agent, its position, and where results go.
+
+    Args:
+        config: of the run.
+        parts: its tasks, env managers and stability methods.
+        start: a new agent, or what a checkpoint holds.
+        run_dir: where results go.
+        limits: where it stops before its end.
+        progress: called with what was tracked.
+        collectors: returns the collector of each stage.
+        opened: closes what the loop opens.
+    """
 
     def __init__(
         self,
         config: RunConfig,
-        distributions: Sequence[TaskDistribution],
-        managers: Sequence[Manager],
-        methods: Sequence[StabilityMethod],
-        spaces: Spaces,
+        parts: RunParts,
         start: Start,
         run_dir: Path,
         limits: Limits,
         progress: Progress,
+        collectors: Collectors,
+        opened: contextlib.ExitStack,
     ) -> None:
-        self.config, self.distributions, self.managers, self.methods = config, distributions, managers, methods
-        self.spaces, self.start, self.run_dir, self.limits, self.progress = spaces, start, run_dir, limits, progress
-        self.agent, self.position = start.agent, start.position
+        self.config, self.parts, self.start, self.run_dir = config, parts, start, run_dir
+        self.limits, self.progress = limits, progress
+        self.agent: Agent = start.agent
+        self.position = start.position
         self.score = start.score  # of the evaluation in this iteration, if there was one
         self.report: Report | None = None
-
-    def run(self) -> Run:
-        config, stages, start = self.config, self.config.stages, self.start
+        self.store = DataStore(run_dir / DATA, start.data)
         shown = start.config_text if start.config_is_new else None
         with self._writing():
-            tracker = Tracker(self.run_dir, shown, flatten(config.model_dump()), self.position, start.logs)
-        with tracker as self.tracker:
-            self.score_table = ScoreTable(stages, read_metrics(self.run_dir, len(stages))) if len(stages) > 1 else None
-            most = [max_envs(config, stage) for stage in range(len(stages))]
-            sources = (
-                [UnionOfTasks(self.distributions)] * len(most) if config.control == "joint" else self.distributions
-            )
-            self.envs = make_stage_envs(sources, most, num_workers(config), config.worker_timeout_s)
-            try:
-                if start.random_state is not None:
-                    set_random_state(start.random_state)
-                if start.config_is_new:
-                    self._save()
-                    with self._writing():
-                        write_config(self.run_dir, start.config_text, self.position)  # last: it makes a run of it
-                new = self.score_table is not None and self.score_table.empty and not self.position.iteration
-                if new and not self.limits.reached(self.position):
-                    self._evaluate(0)
-                for stage in range(self.position.stage, len(stages)):
-                    if not self._run_stage(stage):
-                        break
-            finally:
-                for envs in self.envs:
-                    envs.close()
-        policy = Policy(config, self.agent, self.spaces, self.position.env_steps, self.agent.initial_state(1))
-        return Run(self.run_dir, policy, self.report, finished=self.position.stage == len(stages))
+            tracker = Tracker(run_dir, shown, flatten(config.model_dump()), self.position, start.logs)
+        self.tracker = opened.enter_context(tracker)
+        lines = read_metrics(run_dir, len(config.stages)) if len(config.stages) > 1 else []
+        self.collectors = list(collectors(config, parts.training_sources))
+        for collector in self.collectors:
+            opened.callback(collector.close)
+        self.evaluation = StageEvaluation(config, parts.distributions, self.collectors, lines)
 
-    def _run_stage(self, stage: int) -> bool:
-        """Train to the end of a stage; returns whether it was reached."""
-        config, iterations = self.config, self.config.stages[stage].iterations
-        for number in range(self.position.stage_iteration, iterations):
-            if self.limits.reached(self.position):
-                self._save()
-                return False
-            if number == 0 and stage in self.start.stages:  # what a run stopped before this is saved with is its own
-                start_from(self.agent, self.start.stages[stage])
-            self._iterate(stage, number)
-            if number + 1 == iterations:
-                break  # the end of the stage saves and evaluates in any case
-            evaluated = (
-                bool(config.evaluation.every_iterations) and (number + 1) % config.evaluation.every_iterations == 0
-            )
-            if evaluated:
-                self._evaluate(stage)
-            due = (number + 1) % config.checkpoint_every_iterations == 0
-            if (due or (evaluated and config.keep_best_checkpoints)) and not self.position.skipped:
-                self._save()
-        self._save()
-        in_use = self._consolidate(stage) if self.score_table is not None else {}
-        self._evaluate(stage, in_use, finished=True)
-        self.position = replace(self.position, stage=stage + 1, stage_iteration=0)
-        self._save()
-        return True
+    def run(self) -> None:
+        """Run the loop of the module's docstring, from where the run stands to its end or a limit."""
+        self._begin()
+        for stage in range(self.position.stage, len(self.config.stages)):
+            iterations = self.config.stages[stage].iterations
+            for number in range(self.position.stage_iteration, iterations):
+                if self.limits.reached(self.position):
+                    return self._save()
+                if number == 0 and stage in self.start.stages:  # a run stopped before this is saved with its own agent
+                    start_from(self.agent, self.start.stages[stage])
+                self._iterate(stage, number)
+                if number + 1 < iterations:  # the end of the stage saves and evaluates in any case
+                    self._evaluate_and_save_if_due(stage, number + 1)
+            self._save()
+            in_use = self._end_stage(stage) if len(self.config.stages) > 1 else {}
+            self._evaluate(stage, in_use, finished=True)
+            self.position = replace(self.position, stage=stage + 1, stage_iteration=0)
+            self._save()
+
+    def _begin(self) -> None:
+        """Make a run of the directory, and evaluate the stages of a new sequence before training."""
+        if self.start.random_state is not None:
+            set_random_state(self.start.random_state)
+        if self.start.config_is_new:
+            self._save()
+            with self._writing():
+                write_config(self.run_dir, self.start.config_text, self.position)  # last: it makes a run of it
+        if self.evaluation.wanted_before_training(self.position) and not self.limits.reached(self.position):
+            self._evaluate(0)
 
     def _iterate(self, stage: int, number: int) -> None:
         """One iteration: sample tasks, collect and adapt, update. Numbers that are not finite undo it."""
-        config, manager, began = self.config, self.managers[stage], time.perf_counter()
-        restarts, before = self._restarts(), {name: value.clone() for name, value in self.agent.state_dict().items()}
+        config, began, restarts = self.config, time.perf_counter(), self._restarts()
+        before = {name: value.clone() for name, value in self.agent.state_dict().items()}
         rng = np.random.default_rng(seeds(config.seed, Purpose.TASKS, stage, number))
         root = seeds(config.seed, Purpose.ROLLOUTS, stage, number)
-        rollouts, error = self._try_to_collect(stage, number, rng, root)
+        tasks, rollouts, error = self._try_to_collect(stage, number, rng, root)
         collected = time.perf_counter()
         metrics = {"train/dropped_episodes": float(sum(_dropped(rollout) for rollout in rollouts))}
         if error is None:
             metrics |= rollout_metrics(rollouts)
             try:
-                metrics |= self._update(stage, number, rollouts)
+                metrics |= self._update(stage, number, tasks, rollouts)
             except NOT_FINITE as found:
                 error = found
                 self.agent.load_state_dict(before)
         metrics["train/skipped_updates"] = float(error is not None)
         if config.stages[stage].curriculum.iterations:
-            metrics["train/task_fraction"] = manager.fraction(number)
+            metrics["train/task_fraction"] = self.parts.managers[stage].fraction(number)
         ended, env_steps = time.perf_counter(), _env_steps(rollouts)
         metrics["time/env_steps_per_second"] = env_steps / (ended - began)
         metrics["time/update_fraction"] = (ended - collected) / (ended - began)
@@ -258,143 +269,121 @@ class _Trainer:
         self._track(metrics)
         if error is not None:
             _LOG.warning("metarl: iteration %d was undone: %s", self.position.iteration, str(error))
-            if skipped >= MOST_SKIPPED:
+            if skipped >= MAX_SKIPPED:
                 self._give_up(error, rollouts)
         del error  # its traceback holds this frame and the update's: their tensors would live until the next collection
 
-    def _restarts(self) -> int:
-        different = {id(envs): envs for envs in self.envs}
-        return sum(getattr(envs, "restarts", 0) for envs in different.values())
-
-    def _give_up(self, error: Exception, rollouts: Sequence[Rollout]) -> NoReturn:
-        """Stop, with the run as it was at its last checkpoint."""
-        with self._writing():
-            path = write_statistics(self.run_dir, self.position, error, self.agent, rollouts)
-        raise RunError(
-            f"stopped at iteration {self.position.iteration}: {error}; so it was {MOST_SKIPPED} times in a row. "
-            f"{path} has the statistics of the batch. The run is kept as of its last checkpoint: go on with --resume "
-            "--allow-config-change and smaller steps"
-        ) from error
-
-    def _try_to_collect(
-        self, stage: int, number: int, rng: np.random.Generator, root: np.random.SeedSequence
-    ) -> tuple[Sequence[Rollout], Exception | None]:
-        """Sample the tasks of an iteration; collect and adapt. If too many episodes broke, what there is, and why."""
-        tasks = self.managers[stage].sample(self.config.num_tasks, rng, number)
-        try:
-            return adapt_and_collect(
-                self.envs[stage],
-                self.agent,
-                tasks,
-                self.config.rollouts_per_task,
-                children(root, len(tasks)),
-                self.agent.training_adaptation_steps,
-            ), None
-        except BrokenRolloutsError as error:
-            return [error.rollout], error
-        except NOT_FINITE as error:
-            return [], error
-
-    def _update(self, stage: int, number: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        """The outer step, under guard; raises FloatingPointError if it leads to numbers that are not finite."""
-        before = {name: value.detach().clone() for name, value in self.agent.parameters().items()}
-        asked, observing = (
+    def _update(self, stage: int, number: int, tasks: Sequence[Task], rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Take the outer step and let stability methods observe it; raises FloatingPointError if it is not finite."""
+        methods, agent = self.parts.methods, cast(ProtectedAgent, self.agent)
+        before = {name: value.detach().clone() for name, value in agent.parameters().items()}
+        loss_rng, observe_rng = (
             np.random.default_rng(seeds(self.config.seed, Purpose.STABILITY, stage, number, use)) for use in (0, 1)
         )
-        auxiliary_loss = stability.StabilityLoss(self.methods, self.agent, asked) if self.methods else None
-        metrics = self.agent.update(rollouts, auxiliary_loss) | (
-            auxiliary_loss.metrics() if auxiliary_loss is not None else {}
-        )
-        broken = not_finite(self.agent.state_dict())
+        auxiliary_loss = stability.StabilityLoss(methods, agent, loss_rng) if methods else None
+        metrics = agent.update(tasks, rollouts, auxiliary_loss)
+        if auxiliary_loss is not None:
+            metrics |= auxiliary_loss.metrics()
+        broken = not_finite(agent.state_dict())
         if broken:
             raise FloatingPointError(
                 f"the update made {', '.join(broken)} NaN or infinite; lower the agent's step size"
             )
-        for method, rng in zip(self.methods, observing.spawn(len(self.methods)), strict=True):
+        for method, rng in zip(methods, observe_rng.spawn(len(methods)), strict=True):
             with self._writing():  # replayed trials may lie on disk
-                method.observe(self.agent, rollouts, before, rng)
+                method.observe(agent, rollouts, before, rng)
         return metrics
 
-    def _consolidate(self, stage: int) -> dict[str, float]:
-        """Collect fresh rollouts at the end of a stage, for the methods and to see how much of the network is in use.
+    def _end_stage(self, stage: int) -> dict[str, float]:
+        """Collect fresh rollouts; consolidate if stages follow; return how much of the network is in use.
 
-        They count as environment steps, with or without methods. If numbers are not finite, others are collected.
+        The rollouts count as environment steps, with or without methods. If numbers are not finite, others are
+        collected.
         """
-        iterations, others_follow = self.config.stages[stage].iterations, stage + 1 < len(self.config.stages)
-        left = dict(enumerate(self.methods)) if others_follow else {}
-        for attempt in range(MOST_SKIPPED):
+        iterations, stages_follow = self.config.stages[stage].iterations, stage + 1 < len(self.config.stages)
+        left = dict(enumerate(self.parts.methods)) if stages_follow else {}
+        for attempt in range(MAX_SKIPPED):
             tasks, root, use = (
                 seeds(self.config.seed, Purpose.CONSOLIDATION, stage, 3 * attempt + part) for part in range(3)
             )
-            rollouts, error = self._try_to_collect(stage, iterations, np.random.default_rng(tasks), root)
+            _, rollouts, error = self._try_to_collect(stage, iterations, np.random.default_rng(tasks), root)
             self.position = replace(self.position, env_steps=self.position.env_steps + _env_steps(rollouts))
-            rngs = np.random.default_rng(use).spawn(len(self.methods))
+            rngs = np.random.default_rng(use).spawn(len(self.parts.methods))
             for place, method in list(left.items()) if error is None else []:
                 try:
                     with self._writing():
-                        method.end_stage(self.agent, rollouts, rngs[place])
+                        method.end_stage(cast(ProtectedAgent, self.agent), rollouts, rngs[place])
                     del left[place]
                 except NOT_FINITE as found:
                     error = found
             if error is None:
-                return plasticity(self.agent, rollouts)
-            _LOG.warning("metarl: the end of stage %d came to nothing: %s", stage, error)
+                try:
+                    return network_use(self.agent, rollouts)
+                except ValueError as found:  # activations that are not finite
+                    error = found
+            _LOG.warning("metarl: the end of stage %d failed and is tried again: %s", stage, error)
             last = error
         self._give_up(last, rollouts)
 
-    def _evaluate(self, stage: int, metrics: Mapping[str, float] | None = None, finished: bool = False) -> None:
-        """Evaluate on held-out tasks: of this stage, or of all if there are several.
+    def _try_to_collect(
+        self, stage: int, number: int, rng: np.random.Generator, root: np.random.SeedSequence
+    ) -> tuple[Sequence[Task], Sequence[Rollout], Exception | None]:
+        """Sample the tasks of an iteration; collect and adapt. If too many episodes broke: what there is, and why."""
+        tasks = self.parts.managers[stage].sample(self.config.num_tasks, rng, number)
+        rollouts_per_task, steps = self.config.rollouts_per_task, self.agent.training_adaptation_steps
+        task_seeds = children(root, len(tasks))
+        try:
+            rollouts = adapt_and_collect(
+                self.collectors[stage], self.agent, tasks, rollouts_per_task, task_seeds, steps
+            )
+            return tasks, rollouts, None
+        except BrokenRolloutsError as error:
+            return tasks, [error.rollout], error
+        except NOT_FINITE as error:
+            return tasks, [], error
 
-        If the episodes break training goes on without.
-        """
+    def _evaluate_and_save_if_due(self, stage: int, done: int) -> None:
+        """Evaluate and save after an iteration, each as often as the config says."""
+        config, every = self.config, self.config.evaluation.every_iterations
+        evaluated = bool(every) and done % every == 0
+        if evaluated:
+            self._evaluate(stage)
+        due = done % config.checkpoint_every_iterations == 0
+        if (due or (evaluated and config.keep_best_checkpoints)) and not self.position.skipped:
+            self._save()
+
+    def _evaluate(self, stage: int, metrics: Mapping[str, float] | None = None, finished: bool = False) -> None:
+        """Evaluate on held-out tasks and track it; if the episodes break, training goes on without."""
         began = time.perf_counter()
         try:
-            reports = self._reports() if self.score_table is not None else [self._report(stage)]
+            result = self.evaluation.evaluate(self.agent, self.position, stage, finished)
         except NOT_FINITE as error:
             _LOG.warning("metarl: no evaluation after iteration %d: %s", self.position.iteration, error)
             if metrics:
                 with self._writing():
                     self.tracker.write(self.position, metrics)
             return
-        self.report = reports[stage if self.score_table is not None else 0]
-        self.score = _score(reports)
-        found = {**(metrics or {}), **held_out_metrics(self.report)}
-        if self.score_table is not None:
-            place = {"iteration": self.position.iteration, "stage": stage, "env_steps": self.position.env_steps}
-            found |= self.score_table.add(place, reports, stage + finished)
+        self.report, self.score = result.report, result.score
+        with self._writing():
             if finished:
-                with self._writing():
-                    continual = self.score_table.write(self.run_dir / "evaluation" / "continual.json", stage + 1)
-                self.report = {**self.report, "continual": continual}
-                for phase, name in (("post", "continual/score_matrix"), ("pre", "continual/score_matrix_pre")):
-                    image = score_matrix_image(self.score_table.matrix(stage + 1, phase), self.score_table.names)
-                    with self._writing():
-                        self.tracker.write_image(self.position, name, image)
-        self._track(found | {"time/evaluation_seconds": time.perf_counter() - began})
+                self.report = self.evaluation.write(self.run_dir, result.report, stage + 1)
+            for name, image in result.images.items():
+                self.tracker.write_image(self.position, name, image)
+        seconds = {"time/evaluation_seconds": time.perf_counter() - began}
+        self._track({**(metrics or {}), **result.metrics, **seconds})
 
-    def _reports(self) -> list[Report]:
-        """Evaluate all stages; those of the same tasks once."""
-        found: dict[int, Report] = {}
-        reports = []
-        for stage, distribution in enumerate(self.distributions):
-            if id(distribution) not in found:
-                found[id(distribution)] = self._report(stage)
-            reports.append(found[id(distribution)])
-        return reports
+    def _restarts(self) -> int:
+        return sum(collector.restarts for collector in {id(each): each for each in self.collectors}.values())
 
-    def _report(self, stage: int) -> Report:
-        """Evaluate in the training environments, but from random streams of its own."""
-        config = self.config
-        rng = np.random.default_rng(seeds(config.seed, Purpose.EVALUATION_TASKS, stage))
-        tasks = select_tasks(self.distributions[stage].test_tasks, config.evaluation.num_tasks, rng)
-        return evaluate_agent(
-            self.agent,
-            self.envs[stage],
-            tasks,
-            config.evaluation.rollouts_per_task or config.rollouts_per_task,
-            seed=config.seed,
-            env_steps=self.position.env_steps,
-        )
+    def _give_up(self, error: Exception, rollouts: Sequence[Rollout]) -> NoReturn:
+        """Stop, with the run as it was at its last checkpoint."""
+        with self._writing():
+            path = write_statistics(self.run_dir, self.position, error, self.agent, rollouts)
+        raise RunError(
+            f"stopped at iteration {self.position.iteration}: {error}; this was so {MAX_SKIPPED} times in a row. "
+            f"{path} has the statistics of the batch. The run stays at its last checkpoint: use --resume "
+            "--allow-config-change and smaller steps"
+        ) from error
 
     def _track(self, metrics: Mapping[str, float]) -> None:
         with self._writing():
@@ -404,21 +393,26 @@ class _Trainer:
     def _save(self) -> None:
         states = {
             "agent": self.agent.state_dict(),
-            "stability": stability.state_dict(self.methods),
+            "stability": stability.state_dict(self.parts.methods),
             "random": random_state(),
         }
+        checkpoints, stores_data = self.run_dir / "checkpoints", isinstance(self.agent, StoresData)
         with self._writing():
+            data = self.store.entries(self.agent.save_data(self.store)) if isinstance(self.agent, StoresData) else {}
             save(
-                self.run_dir / "checkpoints",
+                checkpoints,
                 states,
                 self.position,
-                self.spaces,
+                self.parts.spaces,
                 self.config.keep_checkpoints,
                 keep_best=self.config.keep_best_checkpoints,
                 score=self.score,
                 config_sha256=hash_of(self.start.config_text.encode()),
                 logs=self.tracker.sync(),
+                data=data,
             )
+            if stores_data:
+                self.store.remove_unused(checkpoints)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -426,8 +420,7 @@ class _Trainer:
             yield
         except (OSError, SafetensorError) as error:
             raise RunError(
-                f"cannot write to {self.run_dir}: {error}; its checkpoints are as they were: make room and go on with "
-                "--resume"
+                f"cannot write to {self.run_dir}: {error}; its checkpoints are as they were: make room and use --resume"
             ) from error
 
 
@@ -450,17 +443,6 @@ def _env_steps(rollouts: Sequence[Rollout]) -> int:
 
 def _dropped(rollout: Rollout) -> int:
     return int(rollout.episode_returns().isnan().sum())
-
-
-def _score(reports: Sequence[Report]) -> float | None:
-    """Return by what checkpoints are compared: success after adaptation, or return without it; of stages their mean.
-
-    None: episodes of an evaluation broke, so that there is neither.
-    """
-    for kind in ("success_post", "return_post"):
-        if all(kind in report["aggregate"] for report in reports):
-            return float(np.mean([report["aggregate"][kind]["mean"] for report in reports]))
-    return None
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

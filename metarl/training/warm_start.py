@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from metarl.config.schema import load_config
 from metarl.deploy.policy import Policy, load
 from metarl.errors import UserError
 from metarl.protocols import Agent
@@ -37,10 +38,17 @@ def stage_starts(policy: Policy, position: Position, run_dir: Path) -> dict[int,
         try:
             if Path(stage.init_from).resolve() == run_dir.resolve():
                 raise UserError(f"{run_dir} is where this run goes; name another run")
-            starts[number] = taken_over(policy, load(stage.init_from), stage.init_from)
+            source = load(stage.init_from, agent=policy.builder if _is_custom(stage.init_from) else None)
+            starts[number] = taken_over(policy, source, stage.init_from)
         except UserError as error:
             raise UserError(f"stages.{number}.init_from: {error}") from error
     return starts
+
+
+def _is_custom(run_dir: str) -> bool:
+    """Whether a run has a custom agent; of what is no run, False: loading says so."""
+    config = Path(run_dir) / "config.yaml"
+    return config.is_file() and load_config(config).agent.name == "custom"
 
 
 def taken_over(policy: Policy, source: Policy, name: str) -> dict[str, Tensor]:

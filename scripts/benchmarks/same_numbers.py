@@ -5,7 +5,7 @@ iterations, evaluates each run on held-out tasks, and hashes
 
     metrics   metrics.jsonl without its `time/…` scalars
     tensors   every tensor of the last checkpoint, by name
-    report    the report of `metarl evaluate`
+    report    the numbers in the report of `metarl evaluate`
 
     python -m scripts.benchmarks.same_numbers record --metarl ../before/.venv/bin/metarl   # before a change
     python -m scripts.benchmarks.same_numbers compare                                      # after it
@@ -27,6 +27,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import yaml
 from safetensors import safe_open
@@ -93,13 +94,28 @@ def hash_metrics(path: Path) -> str:
 
 
 def hash_tensors(folder: Path) -> str:
-    """Return the hash of a checkpoint's tensors, each with its name and shape."""
+    """Return the hash of a checkpoint's tensors, each with its name and shape; the global streams start anywhere."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(set(folder.glob("*.safetensors")) - {folder / "random.safetensors"}):
         with safe_open(path, "numpy") as tensors:
             for name in sorted(tensors.keys()):
                 value = tensors.get_tensor(name)
                 digest.update(f"{path.stem}/{name} {value.dtype} {value.shape}\n".encode() + value.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def hash_report(path: Path) -> str:
+    """Return the hash of all numbers of a JSON report, each with its place."""
+    digest = hashlib.sha256()
+
+    def add(place: str, value: Any) -> None:
+        if isinstance(value, dict | list):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                add(f"{place}/{key}", item)
+        elif not isinstance(value, str):
+            digest.update(f"{place} {value!r}\n".encode())
+
+    add("", json.loads(path.read_text()))
     return digest.hexdigest()[:16]
 
 
@@ -127,7 +143,7 @@ def numbers_of(metarl: Path, name: str) -> dict[str, str]:
         return {
             "metrics": hash_metrics(run_dir / "metrics.jsonl"),
             "tensors": hash_tensors(newest),
-            "report": hashlib.sha256(report.read_bytes()).hexdigest()[:16],
+            "report": hash_report(report),
         }
 
 
