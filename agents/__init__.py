@@ -69,8 +69,9 @@ INNER_METHODS: dict[str, Any] = {
 
 
 def agent_configs() -> dict[str, type[Any]]:
-    """Return the config class of each agent by its name."""
-    return {config.model_fields["name"].default: config for config in get_args(get_args(AgentConfig)[0])}
+    """Return the config class of each built-in agent by its name."""
+    members = get_args(get_args(AgentConfig)[0])
+    return {config.model_fields["name"].default: config for config in members if config is not CustomAgentConfig}
 
 
 def adapts_by(config: Any) -> AdaptsBy | None:

@@ -300,14 +300,17 @@ class Spaces:
 
     def misfit(self, observation_space: Any, action_space: Any) -> str | None:
         """Return in a line why an environment with these spaces does not fit; None if it does."""
-        if observation_space.shape != (self.observation_size,):
-            return (
-                f"observations of the environment are {observation_space}; the policy's are {(self.observation_size,)}"
-            )
         low, high = self.action_bounds
-        bounds = [*getattr(action_space, "low", ()), *getattr(action_space, "high", ())]
-        if action_space.shape != low.shape or bounds != [*low, *high]:
-            return f"actions of the environment are {action_space}; the policy's are bounded by {low} and {high}"
+        for kind, space, expected in (
+            ("observations", observation_space, (self.observation_size,)),
+            ("actions", action_space, low.shape),
+        ):
+            if space.shape != expected:
+                return f"the environment's {kind} have shape {space.shape}; the agent was trained for {expected}"
+        for bound, ours in (("low", low), ("high", high)):
+            found = np.asarray(getattr(action_space, bound, []))
+            if found.tolist() != ours.tolist():
+                return f"the environment's actions have {bound} {found}; the agent was trained for {ours}"
         return None
 
 

@@ -9,10 +9,11 @@ import torch
 
 from metarl.agents import build
 from metarl.agents.maml.maml import MamlPpoConfig
-from metarl.collect import BrokenRolloutsError, adapt_and_collect, collect, per_phase, scale_actions
+from metarl.collect import BrokenRolloutsError, LocalCollector, adapt_and_collect, collect, per_phase, scale_actions
 from metarl.envs import custom, distribution
 from metarl.envs.vector.serial import SerialEnvs, make_envs
 from metarl.seeding import children
+from tests.agents.specs import spec
 
 LOW, HIGH = np.array([-2.0, 0.0]), np.array([4.0, 1.0])
 NAN = float("nan")
@@ -58,7 +59,8 @@ class Scripted:
     """Acts with its noise, or always alike; log_prob is the number of adaptations plus 0.01 a step that it acted."""
 
     device = torch.device("cpu")
-    adaptation_steps = 2
+    adapts_by = "gradient"
+    adaptation_steps = noise_size = 2
     trial_episodes = 1
 
     def __init__(self, action=None):
@@ -297,7 +299,9 @@ def test_the_number_of_threads_is_restored_even_after_an_error():
 def test_each_adaptation_step_gets_fresh_data():
     tasks, train = lines(2)
     agent = Scripted()
-    rollouts = adapt_and_collect(SerialEnvs(tasks, 4), agent, train, 2, children(np.random.SeedSequence(0), len(train)))
+    rollouts = adapt_and_collect(
+        LocalCollector(SerialEnvs(tasks, 4)), agent, train, 2, children(np.random.SeedSequence(0), len(train))
+    )
     assert len(rollouts) == 3
     assert len(agent.adapted_on) == 2
     assert all(seen is rollout for seen, rollout in zip(agent.adapted_on, rollouts[:-1], strict=True))
@@ -314,7 +318,7 @@ def test_the_number_of_adaptation_steps_may_be_given(steps):
     tasks, train = lines(2)
     agent, envs = Scripted(), SerialEnvs(tasks, 4)
     rollouts = adapt_and_collect(
-        envs, agent, train, 2, children(np.random.SeedSequence(0), len(train)), adaptation_steps=steps
+        LocalCollector(envs), agent, train, 2, children(np.random.SeedSequence(0), len(train)), adaptation_steps=steps
     )
     assert (len(rollouts), len(agent.adapted_on)) == (steps + 1, steps)
 
@@ -324,14 +328,20 @@ def test_adapt_and_collect_repeats_itself_for_equal_seeds():
 
     def rollouts(seed):
         return adapt_and_collect(
-            SerialEnvs(tasks, 8), Scripted(), train, 8, children(np.random.SeedSequence(seed), len(train))
+            LocalCollector(SerialEnvs(tasks, 8)),
+            Scripted(),
+            train,
+            8,
+            children(np.random.SeedSequence(seed), len(train)),
         )
 
     for left, right in zip(rollouts(3), rollouts(3), strict=True):
         assert_same(left, right)
     assert not torch.equal(rollouts(3)[0].actions, rollouts(4)[0].actions)
     with pytest.raises(ValueError, match="2 tasks do not fit into 1 environments"):
-        adapt_and_collect(SerialEnvs(tasks, 1), Scripted(), train, 1, children(np.random.SeedSequence(0), len(train)))
+        adapt_and_collect(
+            LocalCollector(SerialEnvs(tasks, 1)), Scripted(), train, 1, children(np.random.SeedSequence(0), len(train))
+        )
 
 
 @pytest.mark.slow
@@ -349,9 +359,8 @@ def test_the_number_of_workers_does_not_change_a_rollout(tasks):
     rollouts = []
     for workers in (0, 1, 2, 4):
         envs = make_envs(tasks, 6, workers)
-        agent = build(
-            MamlPpoConfig(), *(space.shape[0] for space in (envs.observation_space, envs.action_space)), CPU, 0
-        )
+        sizes = (space.shape[0] for space in (envs.observation_space, envs.action_space))
+        agent = build(MamlPpoConfig(), spec(*sizes))
         seeds = children(np.random.SeedSequence(1), 3)
         rollouts.append(collect(envs, agent, agent.initial_state(3), chosen, 5, seeds))
         envs.close()
@@ -367,7 +376,8 @@ class Diary:
     """Remembers how many steps it has lived (its log_prob), and writes down what it was told."""
 
     device = torch.device("cpu")
-    adaptation_steps = 0
+    adapts_by = "memory"
+    adaptation_steps, noise_size = 0, 2
 
     def __init__(self, trial_episodes=3):
         self.trial_episodes = trial_episodes

@@ -204,7 +204,7 @@ class Policy:
         if adapts_by == "nothing":
             raise ValueError(f"{name} does not adapt; use the policy as it is")
         if adapts_by != "gradient" and (steps != 1 or inner_lr is not None):
-            raise ValueError(f"{name} adapts by {adapts_by}, reading the episodes; it has no steps and no inner_lr")
+            raise ValueError(f"{name} adapts by {adapts_by}: it reads the episodes, and has no steps and no inner_lr")
         rollout, state = self._rollout(trajectories), self.state
         for _ in range(steps):
             state = self.agent.adapt(state, rollout) if inner_lr is None else self.agent.adapt(state, rollout, inner_lr)

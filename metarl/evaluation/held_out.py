@@ -29,6 +29,9 @@ from metarl.types import FloatArray, Rollout, Task
 Report = dict[str, Any]
 """JSON: see `evaluate`."""
 
+HOW = {"memory": "in its memory", "inference": "by inference", "nothing": "to nothing"}
+"""How agents adapt that make no steps, in words."""
+
 MAX_ENVS = 200
 """Environments of an evaluation; rollouts and then tasks beyond are run in turn."""
 
@@ -92,8 +95,8 @@ def evaluate(
     config, adapts_by = policy.config, policy.agent.adapts_by
     if adapts_by != "gradient" and adaptation_steps is not None:
         raise UserError(
-            f"{config.agent.name} adapts by {adapts_by}, in trials of {policy.agent.trial_episodes} episodes; there "
-            "is no number of adaptation steps to choose"
+            f"{config.agent.name} adapts {HOW[adapts_by]}, within trials of {policy.agent.trial_episodes} episodes; "
+            "there is no number of adaptation steps to choose"
         )
     if ablate is not None and adapts_by != "memory":
         raise UserError(f"{config.agent.name} has no memory; only agents with one, e.g. rl2, can be ablated")

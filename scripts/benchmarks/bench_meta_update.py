@@ -27,6 +27,7 @@ from metarl.agents.maml import meta_objective
 from metarl.agents.maml.inner import Batch
 from metarl.agents.maml.maml import MamlPpoConfig
 from metarl.rl.surrogates import likelihood_ratio_loss, ppo_clip_loss
+from tests.agents.specs import spec
 
 SIZES = (  # tasks, samples a task, observation size, action size, hidden sizes
     (20, 500, 39, 4, (64, 64)),
@@ -42,7 +43,7 @@ CLIP_EPS = 0.3
 def make_agent(observation_size: int, action_size: int, hidden_sizes: tuple[int, ...], device: str) -> Any:
     """Return a MAML-PPO agent."""
     config = MamlPpoConfig(hidden_sizes=hidden_sizes)
-    return build(config, observation_size, action_size, torch.device(device), seed=0)
+    return build(config, spec(observation_size, action_size, device, 0))
 
 
 def make_batch(agent: Any, tasks: int, samples: int, generator: torch.Generator) -> Batch:

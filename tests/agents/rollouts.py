@@ -7,6 +7,7 @@ import torch
 from metarl.agents import agent_configs, build
 from metarl.agents.maml import outer
 from metarl.types import Rollout, TimeStep
+from tests.agents.specs import spec
 
 OBSERVATIONS, ACTIONS = 3, 2
 
@@ -16,7 +17,7 @@ def make_agent(seed=0, name="maml_ppo", device="cpu", **settings):
     ppo = {key: settings.pop(key) for key in list(settings) if key in outer.PpoConfig.model_fields}
     plain = {} if name in ("maml_trpo", "maml_vpg") else {"epochs": 1, "max_kl": 1e9}
     config = agent_configs()[name](**{"hidden_sizes": (8, 8), "outer": plain | ppo, **settings})
-    return build(config, OBSERVATIONS, ACTIONS, torch.device(device), seed)
+    return build(config, spec(OBSERVATIONS, ACTIONS, device, seed))
 
 
 def collect(agent, state, tasks=3, rollouts=4, steps=6, seed=0):

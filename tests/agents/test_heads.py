@@ -10,12 +10,14 @@ from metarl.build import distribution_of
 from metarl.config.schema import load_config
 from metarl.deploy.policy import load
 from metarl.errors import UserError
-from metarl.nn.mlp import GaussianMlp
+from metarl.nn.distributions import GaussianHead
+from metarl.nn.mlp import MlpPolicy
 from metarl.nn.normalizer import Normalizer
 from metarl.rl.surrogates import saturation
 from metarl.training.loop import train
 from metarl.types import TimeStep
 from tests.agents.rollouts import iteration, make_agent
+from tests.agents.specs import spec
 from tests.stability import agents as with_memory
 
 STAGES, PLAIN, ACTIONS = 3, 2, 2
@@ -27,7 +29,7 @@ KINDS = {
 
 
 def agent_with_heads(kind):
-    return build(KINDS[kind], SIZE, ACTIONS, torch.device("cpu"), 0, STAGES, True)
+    return build(KINDS[kind], spec(SIZE, ACTIONS, "cpu", 0, STAGES, True))
 
 
 def time_step(stage, observations):
@@ -60,12 +62,17 @@ def test_a_stage_has_an_output_layer_of_its_own(kind):
 
 
 def test_a_head_says_what_a_policy_with_that_layer_alone_says():
-    several, one = GaussianMlp(SIZE, ACTIONS, (8,), heads=STAGES), GaussianMlp(SIZE, ACTIONS, (8,))
+    several, one = (
+        MlpPolicy(SIZE, GaussianHead(ACTIONS), (8,), heads=STAGES),
+        MlpPolicy(SIZE, GaussianHead(ACTIONS), (8,)),
+    )
     params = several.init(torch.Generator().manual_seed(0))
     params["bias_1"] = torch.arange(6.0)
     observations = time_step(2, torch.randn(4, PLAIN)).observations[:, 0]
     chosen = {**params, "weight_1": params["weight_1"][4:], "bias_1": params["bias_1"][4:]}
-    torch.testing.assert_close(several.distribution(params, observations)[0], one.distribution(chosen, observations)[0])
+    torch.testing.assert_close(
+        several.distribution(params, observations).mode, one.distribution(chosen, observations).mode
+    )
 
 
 def test_entries_that_stay_raw_are_not_normalised():
@@ -105,13 +112,13 @@ def test_a_run_that_is_told_its_stage_is_loaded_and_evaluated_as_such(tmp_path, 
 def test_a_head_needs_the_inputs_that_choose_it():
     config = Rl2Config(memory={"size": 8}, encoder_sizes=(8,), skip_inputs=False)
     with pytest.raises(UserError, match=r"agent\.skip_inputs must be true"):
-        build(config, SIZE, ACTIONS, torch.device("cpu"), 0, STAGES, True)
+        build(config, spec(SIZE, ACTIONS, "cpu", 0, STAGES, True))
 
 
 def test_a_policy_may_see_the_memory_alone():
     """The features are the memory's 8 numbers, not those and the inputs."""
     config = Rl2Config(memory={"size": 8}, encoder_sizes=(8,), skip_inputs=False)
-    agent = build(config, PLAIN, ACTIONS, torch.device("cpu"), 0)
+    agent = build(config, spec(PLAIN, ACTIONS, "cpu", 0))
     assert agent.parameters()["policy.head.mean.0.weight"].shape == (ACTIONS, 8)
     with torch.no_grad():
         agent.policy.trunk.encoder[0][0].weight.zero_()
@@ -135,7 +142,7 @@ def test_the_penalty_on_saturation_pulls_adapted_means_back():
         with torch.no_grad():
             agent.meta.theta["bias_2"].fill_(3.0)
     rollouts = iteration(agents[0])
-    losses = [agent.update(rollouts)["train/loss"] for agent in agents]
+    losses = [agent.update((), rollouts)["train/loss"] for agent in agents]
     # Means are 3 but for some hundredths: 2 · 2 · (3 − 1)² = 16.
     assert losses[1] - losses[0] == pytest.approx(16.0, rel=0.05)
     pulled = [agent.meta.theta["bias_2"].mean().item() for agent in agents]
@@ -148,6 +155,6 @@ def test_the_penalty_on_saturation_pulls_means_of_an_agent_with_a_memory_back():
         agent = with_memory.make("gru", saturation_coef=coef, lr=0.01, max_kl=1e9)
         with torch.no_grad():
             agent.policy.head.mean[0].bias.fill_(3.0)
-        agent.update(with_memory.iteration(agent))
+        agent.update((), with_memory.iteration(agent))
         biases.append(agent.policy.head.mean[0].bias.mean().item())
     assert biases[1] < 2.98 and biases[1] < biases[0]

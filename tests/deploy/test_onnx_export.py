@@ -132,10 +132,10 @@ def test_the_file_tells_what_it_is(tmp_path):
     with pytest.raises(ValueError, match="names 1 entries of its actions; the policy has 2"):
         policy.export(tmp_path / "wrong.onnx", env)
     for wrong, message in (
-        (gymnasium.make("HalfCheetah-v5"), "observations of the environment are Box"),
+        (gymnasium.make("HalfCheetah-v5"), "the environment's observations have shape"),
         (
             gymnasium.wrappers.RescaleAction(env, np.float32(-0.5), np.float32(0.5)),
-            "actions of the environment are Box",
+            "the environment's actions have",
         ),
     ):
         with pytest.raises(ValueError, match=message):

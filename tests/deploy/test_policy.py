@@ -84,7 +84,7 @@ def test_adapting_to_a_recorded_trial_leads_to_the_state_that_recording_it_did(p
     env = metarl.envs.make(goals.test_tasks[0])
     state, reward, trajectories = policy.state, np.nan, []
     for _ in range(2):
-        trajectory, state = policy._episode(env, state, reward)
+        trajectory, state = policy._record_episode(env, state, reward)
         reward = float(trajectory.rewards[-1])
         trajectories.append(trajectory)
     torch.manual_seed(0)

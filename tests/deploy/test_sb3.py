@@ -22,7 +22,7 @@ from metarl.config.schema import RunConfig
 from metarl.deploy.policy import Policy
 from metarl.deploy.sb3 import EpisodeSuccess, NormalizedObservations, TrialEnv, TrialPolicy, to_sb3
 from metarl.errors import UserError
-from metarl.nn.distributions import gaussian_log_prob
+from metarl.nn.distributions import DiagonalGaussian
 from metarl.runtime import OnnxPolicy
 from metarl.types import Spaces
 
@@ -88,7 +88,7 @@ def small(**settings):
 def own_distribution(policy, observations):
     """Mean and deviation of the policy's actions in the units of the environment, `[B, A]`, before clipping."""
     inputs = policy.agent.normalizer(torch.from_numpy(observations).float()[None])
-    mean, log_std = policy.agent.policy.distribution(policy.state, inputs)
+    mean, log_std = policy.agent.policy.distribution(policy.state, inputs).parameters().values()
     low, high = policy.spaces.action_bounds
     half = torch.from_numpy((high - low) / 2)
     return mean[0] * half + torch.from_numpy((high + low) / 2), log_std[0].exp() * half
@@ -113,7 +113,7 @@ def assert_acts_alike(policy, ppo):
     distribution = ppo.policy.get_distribution(tensor).distribution
     torch.testing.assert_close(distribution.stddev.double(), std.expand_as(mean), rtol=1e-6, atol=0)
     _, log_probs, _ = ppo.policy.evaluate_actions(tensor, drawn.float())
-    expected = gaussian_log_prob(mean, std.log(), drawn)
+    expected = DiagonalGaussian(mean, std.log()).log_prob(drawn)
     torch.testing.assert_close(log_probs.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -237,11 +237,11 @@ def test_what_cannot_be_copied_is_named():
     own = make_policy(Line(), small(), {"family": "custom"})
     with pytest.raises(UserError, match=r"custom tasks.*to_sb3\(policy, env\)"):
         to_sb3(own)
-    with pytest.raises(UserError, match=r"observations of the environment are Box.*\(3,\)"):
+    with pytest.raises(UserError, match=r"observations have shape .*; the agent was trained for \(3,\)"):
         to_sb3(own, env)
     wider = Line()
     wider.action_space = gymnasium.spaces.Box(-4.0, 4.0, (2,))
-    with pytest.raises(UserError, match=r"actions of the environment are Box.*bounded by \[-1"):
+    with pytest.raises(UserError, match=r"actions have low .*; the agent was trained for \[-1"):
         to_sb3(own, wider)
 
 

@@ -12,6 +12,7 @@ class Scripted:
     """Its memory is the list of rewards that it was told in this trial."""
 
     device, trial_episodes, adaptation_steps = torch.device("cpu"), 2, 0
+    adapts_by, noise_size = "memory", 1
 
     def initial_state(self, num_tasks):
         return ()

@@ -111,6 +111,7 @@ class Counting:
     """Adapts between rollouts: its state is the number of adaptations, and the mean of its actions."""
 
     device, trial_episodes, adaptation_steps, training_adaptation_steps = torch.device("cpu"), 1, 2, 2
+    adapts_by, noise_size = "gradient", 2
 
     def __init__(self):
         self.time_steps, self.draws, self.rollouts = [], [], []
@@ -133,6 +134,7 @@ class Remembering:
     """Adapts in its memory: its state is all that it was told, as tuples (step, reward, episode_start)."""
 
     device, trial_episodes, adaptation_steps, training_adaptation_steps = torch.device("cpu"), 3, 0, 0
+    adapts_by, noise_size = "memory", 2
 
     def __init__(self, observation_size=2):
         self.memories = {}  # of each environment, after every step

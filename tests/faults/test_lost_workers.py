@@ -21,6 +21,7 @@ from metarl.envs import distribution
 from metarl.envs.vector.serial import SerialEnvs
 from metarl.envs.vector.workers import WorkerEnvs
 from metarl.seeding import children
+from tests.agents.specs import spec
 from tests.faults import processes
 from tests.faults.fragile import BREAK_AT, HORIZON, Exploding, Tasks, Unreadable, walks
 
@@ -110,7 +111,7 @@ def test_a_worker_killed_from_outside_changes_no_number_of_real_physics(workers)
     """One of them in the first of three waves of six environments, and both in the third."""
     hopper = distribution("mujoco", name="HopperRandParams", horizon=30)
     tasks = hopper.train_tasks[:3]
-    agent = build(MamlPpoConfig(hidden_sizes=(8,)), 11, 3, torch.device("cpu"), 0)
+    agent = build(MamlPpoConfig(hidden_sizes=(8,)), spec(11, 3, "cpu", 0))
     serial = Noisy(agent=agent)
     expected = rollout_of(SerialEnvs(hopper, 6), tasks, 5, serial)
     envs = workers(hopper, 6, 2)

@@ -149,7 +149,7 @@ def test_a_run_stopped_between_the_end_of_a_stage_and_its_evaluation_has_each_li
     tmp_path, monkeypatch, stage, where
 ):
     """It has saved, and is about to collect for the methods, to evaluate, or to track what it has found."""
-    settings, original, calls = config(methods=ALL), getattr(metarl.training.loop._Trainer, where), [0]
+    settings, original, calls = config(methods=ALL), getattr(metarl.training.loop._Loop, where), [0]
     reached = {"_consolidate": (1, 2), "_report": (3, 5), "_track": (5, 9)}[where][stage]
 
     def stopping(*args):
@@ -160,7 +160,7 @@ def test_a_run_stopped_between_the_end_of_a_stage_and_its_evaluation_has_each_li
 
     train(settings, run_dir=tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(metarl.training.loop._Trainer, where, stopping)
+        patch.setattr(metarl.training.loop._Loop, where, stopping)
         with pytest.raises(Stopped):
             train(settings, run_dir=tmp_path / "parts")
     position = load_latest(tmp_path / "parts" / "checkpoints").position

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal
 
-from metarl.nn.mlp import GaussianMlp, apply_mlp, init_mlp
+from metarl.nn.distributions import GaussianHead
+from metarl.nn.mlp import MlpPolicy, apply_mlp, init_mlp
 
-POLICY = GaussianMlp(observation_size=3, action_size=2, hidden_sizes=(5, 4))
+POLICY = MlpPolicy(3, GaussianHead(2), hidden_sizes=(5, 4))
 
 
 def drawn(policy=POLICY, seed=0):
@@ -32,7 +33,7 @@ def test_log_prob_by_hand():
 
 def test_log_prob_equals_torch_distributions():
     params, (observations, actions) = drawn(), data(7)
-    mean, log_std = POLICY.distribution(params, observations)
+    mean, log_std = POLICY.distribution(params, observations).parameters().values()
     expected = Independent(Normal(mean, log_std.exp()), 1).log_prob(actions)
     assert expected.shape == (7,)
     torch.testing.assert_close(POLICY.log_prob(params, observations, actions), expected)
@@ -54,7 +55,7 @@ def test_mlp_by_hand():
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 def test_stacked_parameters_equal_one_task_at_a_time(activation):
-    policy = GaussianMlp(3, 2, (5, 4), activation)
+    policy = MlpPolicy(3, GaussianHead(2), (5, 4), activation)
     tasks = [drawn(policy, seed) for seed in range(3)]
     observations, actions = data(3, 6)
     stacked = {name: torch.stack([task[name] for task in tasks]).requires_grad_() for name in tasks[0]}
@@ -87,8 +88,8 @@ def test_vmap_over_tasks_equals_stacking():
 def test_the_standard_deviation_stays_within_its_bounds(log_std, std):
     params = drawn() | {"log_std": torch.full((2,), log_std, requires_grad=True)}
     observations, actions = data(4)
-    _, found = POLICY.distribution(params, observations)
-    torch.testing.assert_close(found.exp(), torch.full((1, 2), std))
+    found = POLICY.distribution(params, observations)
+    torch.testing.assert_close(found.log_std.exp(), torch.full((1, 2), std))
     (gradient,) = torch.autograd.grad(POLICY.log_prob(params, observations, actions).sum(), params["log_std"])
     assert bool((gradient == 0).all()) == (std in (0.05, 2.0))
 
@@ -104,7 +105,7 @@ def test_init_is_a_function_of_the_generator():
 
 
 def test_init_is_orthogonal_with_the_mean_near_0():
-    params = GaussianMlp(3, 2, (5,), init_std=0.6).init(torch.Generator().manual_seed(0))
+    params = MlpPolicy(3, GaussianHead(2, init_std=0.6), (5,)).init(torch.Generator().manual_seed(0))
     weight = params["weight_0"]  # [5, 3], gain √2: WᵀW = 2 I
     torch.testing.assert_close(weight.T @ weight, 2 * torch.eye(3), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(params["weight_1"] @ params["weight_1"].T, 1e-4 * torch.eye(2), atol=1e-8, rtol=1e-5)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from metarl.nn.distributions import gaussian_kl
+from metarl.nn.distributions import DiagonalGaussian
 from metarl.rl.surrogates import approximate_kl, likelihood_ratio_loss, ppo_clip_loss, weighted_mean
 
 
@@ -120,10 +120,12 @@ def test_gaussian_kl_by_hand():
     mean, log_std = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]).log()
     other_mean, other_log_std = torch.tensor([0.3, 1.0]), torch.tensor([1.2, 1.0]).log()
     first = math.log(1.2) + (1 + 0.09) / (2 * 1.44) - 0.5
-    found = gaussian_kl(mean, log_std, other_mean, other_log_std)
+    found = DiagonalGaussian(mean, log_std).kl(DiagonalGaussian(other_mean, other_log_std))
     torch.testing.assert_close(found, torch.tensor(first - math.log(2.0) + 1.5))
-    assert gaussian_kl(other_mean, other_log_std, mean, log_std).item() != pytest.approx(found.item(), abs=0.01)
-    assert gaussian_kl(mean, log_std, mean, log_std).item() == 0.0
+    assert DiagonalGaussian(other_mean, other_log_std).kl(DiagonalGaussian(mean, log_std)).item() != pytest.approx(
+        found.item(), abs=0.01
+    )
+    assert DiagonalGaussian(mean, log_std).kl(DiagonalGaussian(mean, log_std)).item() == 0.0
 
 
 def test_gaussian_kl_is_that_of_torch_s_distributions():
@@ -131,6 +133,6 @@ def test_gaussian_kl_is_that_of_torch_s_distributions():
     mean, log_std, other_mean, other_log_std = (torch.randn(3, 4, 2, generator=generator) for _ in range(4))
     normals = (torch.distributions.Normal(m, s.exp()) for m, s in ((mean, log_std), (other_mean, other_log_std)))
     expected = torch.distributions.kl_divergence(*normals).sum(-1)
-    found = gaussian_kl(mean, log_std, other_mean, other_log_std)
+    found = DiagonalGaussian(mean, log_std).kl(DiagonalGaussian(other_mean, other_log_std))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert found.shape == (3, 4) and (found > 0).all()

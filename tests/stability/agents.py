@@ -9,6 +9,7 @@ from metarl.agents.rl2.networks import EpisodicConfig, GruConfig, LearnedCriticC
 from metarl.nn.memory import rows
 from metarl.types import Rollout, TimeStep
 from tests.agents import rollouts as gradient_agents
+from tests.agents.specs import spec
 
 MEMORIES = {
     "gru": GruConfig(size=4),
@@ -28,7 +29,7 @@ def make(kind, seed=0, **settings):
     else:
         small = {"encoder_sizes": (4,), "critic": LearnedCriticConfig(sizes=(4,)), "epochs": 2, "minibatches": 2}
         config = Rl2Config(memory=MEMORIES[kind], **{**small, **settings})
-        agent = Rl2(config, OBSERVATIONS, ACTIONS, torch.device("cpu"), seed)
+        agent = Rl2(config, spec(OBSERVATIONS, ACTIONS, torch.device("cpu"), seed))
         head = agent.policy.head.mean[0].weight
     with torch.no_grad():
         head.mul_(50.0)
@@ -38,7 +39,7 @@ def make(kind, seed=0, **settings):
 def learned(kind, seed=0, **settings):
     """An agent that has learned once: its inputs are scaled, its log σ differ."""
     agent = make(kind, seed, **settings)
-    agent.update(iteration(agent, seed=99))
+    agent.update((), iteration(agent, seed=99))
     return agent
 
 
@@ -121,7 +122,7 @@ def explicit_outputs(agent, rollout):
         for t in itertools.takewhile(lambda t, trial=trial: flat.valid[trial, t], range(T)):
             state = rows(state, torch.arange(1))  # in memory of its own, for the gradient
             features, state = policy.trunk.step(inputs[trial, t][None], state)
-            mean, log_std = policy.head(features)
+            mean, log_std = policy.head(features).parameters().values()
             steps.append((mean[0], log_std[0]))
         outputs.append(steps)
     return outputs

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from metarl.nn.distributions import gaussian_log_prob
+from metarl.nn.distributions import DiagonalGaussian
 from metarl.stability import build
 from metarl.stability.ewc import EwcConfig, fisher, fisher_sums
 from tests.stability.agents import (
@@ -33,7 +33,7 @@ def generator(seed=0):
 
 def whole(sums):
     """Both parts of the Fisher information together."""
-    through_mean, through_std = sums
+    through_mean, through_std = sums.values()
     zero = torch.zeros(())
     names = through_mean.keys() | through_std.keys()
     return {name: through_mean.get(name, zero) + through_std.get(name, zero) for name in names}
@@ -80,7 +80,7 @@ def test_the_fisher_information_of_an_adapted_mlp_is_the_mean_squared_score():
         for task in range(2):
             own = {name: value[task] for name, value in params.items()}
             for observation in agent.normalizer(rollout.observations)[task][rollout.valid[task]]:
-                mean, log_std = agent.policy.distribution(own, observation[None])
+                mean, log_std = agent.policy.distribution(own, observation[None]).parameters().values()
                 actions = mean + log_std.exp() * torch.randn(draws, ACTIONS, generator=draw)
                 for name, part in score(own, observation, actions).items():
                     means[f"policy.{name}"] = means.get(f"policy.{name}", 0.0) + part.square().mean(0)
@@ -101,7 +101,7 @@ def test_the_fisher_information_of_a_gru_is_the_mean_squared_score_through_all_e
         for mean, log_std in steps:
             with torch.no_grad():
                 actions = mean + log_std.exp() * torch.randn(draws, ACTIONS, generator=draw)
-            log_probs = gaussian_log_prob(mean, log_std, actions)
+            log_probs = DiagonalGaussian(mean, log_std).log_prob(actions)
             with torch.backends.mkldnn.flags(enabled=False):
                 scores = torch.autograd.grad(
                     log_probs,
@@ -191,7 +191,7 @@ def test_a_deviation_that_depends_on_the_state_shares_its_trunk_with_the_mean():
     with torch.no_grad():
         agent.policy.head.deviation[0].weight.mul_(50.0)
     rollouts = iteration(agent)
-    through_mean, through_std = fisher_sums(agent, rollouts, ALL, generator())
+    through_mean, through_std = fisher_sums(agent, rollouts, ALL, generator()).values()
     recurrent = next(name for name in through_mean if "weight_hh" in name)
     assert through_std[recurrent].max() > 1e-4
     assert set(through_std) - set(through_mean) == {
@@ -223,9 +223,12 @@ def test_sensitivities_are_those_of_a_loop_of_steps(kind, state_dependent_std):
     rollouts = iteration(agent, tasks=2)
     parts, params = list(agent.policy_jacobians(rollouts, ALL, generator())), policy_of(agent)
     trials = explicit_outputs(agent, rollouts[0])
-    assert [len(part.mean) for part in parts] == [len(trial) for trial in trials] == [5, 4, 5, 4]
+    assert [len(part.distribution.mean) for part in parts] == [len(trial) for trial in trials] == [5, 4, 5, 4]
     for part, trial in zip(parts, trials, strict=True):
-        for outputs, slopes, which in ((part.mean, part.of_mean, 0), (part.log_std, part.of_log_std, 1)):
+        for outputs, slopes, which in (
+            (part.distribution.mean, part.slopes["mean"], 0),
+            (part.distribution.log_std, part.slopes["log_std"], 1),
+        ):
             for t, step in enumerate(trial):
                 torch.testing.assert_close(outputs[t], step[which].detach(), rtol=1e-5, atol=1e-5)
                 for dimension in range(ACTIONS):
@@ -237,7 +240,7 @@ def test_sensitivities_are_those_of_a_loop_of_steps(kind, state_dependent_std):
                         found = slopes[name][t, dimension] if name in slopes else torch.zeros_like(value)
                         torch.testing.assert_close(found, slope, rtol=1e-4, atol=1e-5, msg=f"{name}, step {t}")
     recurrent = next(name for name in params if "weight_hh" in name or "key_value" in name)
-    assert parts[0].of_mean[recurrent][4].abs().max() > 1e-3
+    assert parts[0].slopes["mean"][recurrent][4].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["maml", "gru"])
@@ -246,7 +249,7 @@ def test_the_number_of_states_and_the_generator_count(kind):
     rollouts = iteration(agent)
 
     def seen(states, seed):
-        return torch.cat([part.mean for part in agent.policy_jacobians(rollouts, states, generator(seed))])
+        return torch.cat([part.distribution.mean for part in agent.policy_jacobians(rollouts, states, generator(seed))])
 
     few, all_of_them = seen(12, 0), seen(ALL, 0)
     valid = sum(int(rollout.valid.sum()) for rollout in rollouts)

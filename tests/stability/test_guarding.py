@@ -22,7 +22,7 @@ def test_the_guard_counts_in_every_step_of_the_optimiser(kind):
             asked.append(fraction)
             return sum(v.square().sum() for v in policy_of(agent).values()) if len(asked) - 1 == speaks else None
 
-        agent.update(rollouts, auxiliary_loss)
+        agent.update((), rollouts, auxiliary_loss)
         assert asked == [1.0 if kind == "maml" else 0.5] * 4
         learned.append(torch.cat([value.flatten() for value in copy_of(policy_of(agent)).values()]))
     for one, other in itertools.combinations(learned, 2):
@@ -32,5 +32,5 @@ def test_the_guard_counts_in_every_step_of_the_optimiser(kind):
 def test_fewer_trials_than_minibatches_are_guarded_as_much():
     """What an epoch replays is as much as it learns from, in however many steps."""
     agent, asked = make("gru", epochs=1, minibatches=50, max_kl=1e9), []
-    agent.update(iteration(agent), lambda fraction, again=False: asked.append(fraction))
+    agent.update((), iteration(agent), lambda fraction, again=False: asked.append(fraction))
     assert 1 < len(asked) < 50 and sum(asked) == pytest.approx(1.0)

@@ -67,7 +67,10 @@ def test_the_importance_of_an_adapted_mlp_is_that_of_a_loop_over_states():
         for task in range(3):
             own = {name: value[task].clone().requires_grad_() for name, value in state.items()}
             observations = agent.normalizer(rollout.observations)[task][rollout.valid[task]]
-            outputs = [[part[0] for part in agent.policy.distribution(own, each[None])] for each in observations]
+            outputs = [
+                [part[0] for part in agent.policy.distribution(own, each[None]).parameters().values()]
+                for each in observations
+            ]
             for name, value in explicit(own, outputs).items():
                 totals[f"policy.{name}"] = totals.get(f"policy.{name}", 0.0) + value
     expected, found = scaled(totals), importance(agent, rollouts, ALL, generator())

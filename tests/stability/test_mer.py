@@ -87,7 +87,7 @@ def test_going_the_whole_way_is_replay(kind):
         for number in range(4):
             rollouts, before = iteration(agent, seed=number), copy_of(agent.parameters())
             auxiliary_loss = StabilityLoss([method], agent, np.random.default_rng([number, 0]))
-            agent.update(rollouts, auxiliary_loss)
+            agent.update((), rollouts, auxiliary_loss)
             method.observe(agent, rollouts, before, np.random.default_rng([number, 1]))
             if number == 1:
                 method.end_stage(agent, iteration(agent, seed=50), np.random.default_rng(2))

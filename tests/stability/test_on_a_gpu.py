@@ -6,6 +6,7 @@ import torch
 
 from metarl.agents.rl2.agent import Rl2
 from metarl.stability import StabilityLoss, build, stability_configs
+from tests.agents.specs import spec
 from tests.stability.agents import ACTIONS, KINDS, OBSERVATIONS, copy_of, iteration, make
 
 SETTINGS = {
@@ -21,7 +22,7 @@ def make_on(device, kind):
     """A new agent, which makes all its steps however far they lead."""
     if kind == "maml":
         return make(kind, device=device)
-    return Rl2(make(kind, max_kl=1e9).config, OBSERVATIONS, ACTIONS, torch.device(device), 0)
+    return Rl2(make(kind, max_kl=1e9).config, spec(OBSERVATIONS, ACTIONS, torch.device(device), 0))
 
 
 def two_stages(agent, config, collected):
@@ -29,13 +30,13 @@ def two_stages(agent, config, collected):
     rollouts = [[rollout.to(agent.device) for rollout in one] for one in collected]
     rng, method = np.random.default_rng, build(config)
     before = copy_of(agent.parameters())
-    agent.update(rollouts[0], StabilityLoss([method], agent, rng(0)))
+    agent.update((), rollouts[0], StabilityLoss([method], agent, rng(0)))
     method.observe(agent, rollouts[0], before, rng(1))
     method.end_stage(agent, rollouts[1], rng(2))
     resumed, before = build(config), copy_of(agent.parameters())
     resumed.load_state_dict({name: value.cpu() for name, value in method.state_dict().items()})
     auxiliary_loss = StabilityLoss([resumed], agent, rng(3))
-    metrics = agent.update(rollouts[2], auxiliary_loss) | auxiliary_loss.metrics()
+    metrics = agent.update((), rollouts[2], auxiliary_loss) | auxiliary_loss.metrics()
     resumed.observe(agent, rollouts[2], before, rng(4))
     resumed.end_stage(agent, rollouts[0], rng(5))
     units = agent.hidden_units(rollouts[2])

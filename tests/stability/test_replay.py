@@ -9,7 +9,7 @@ import torch
 
 from metarl.agents.maml.outer import likelihood_ratio
 from metarl.agents.rl2.networks import LearnedCriticConfig, LinearCriticConfig
-from metarl.nn.distributions import gaussian_kl, gaussian_log_prob
+from metarl.nn.distributions import DiagonalGaussian
 from metarl.rl.returns import discounted_returns
 from metarl.stability import StabilityLoss
 from metarl.stability.replay import Replay, ReplayConfig, effective_sample_size
@@ -157,7 +157,7 @@ def test_the_labels_are_what_the_agent_does_at_the_end_of_the_stage(kind):
     agent, method = learned(kind), Replay(ReplayConfig(capacity=50))
     for number in range(2):
         rollouts, before = iteration(agent, seed=number), copy_of(agent.parameters())
-        agent.update(rollouts)
+        agent.update((), rollouts)
         method.observe(agent, rollouts, before, rng(0, number))
         assert method.loss(agent, rng(1), 1.0) == {}
     method.end_stage(agent, iteration(agent), rng(2))
@@ -183,10 +183,16 @@ def test_labels_that_are_not_finite_leave_the_stage_as_it_was_until_it_is_asked_
 
     def broken_retrace(rollouts, advantages=False):
         found = replay_policy(rollouts, advantages)
-        found = found._replace(values=torch.zeros_like(found.mean[..., 0]))
+        found = found._replace(values=torch.zeros_like(found.distribution.mean[..., 0]))
         calls.append(len(rollouts[-1].valid))
-        if broken in found._fields and len(calls) == 2:
-            found = found._replace(**{broken: spoil(getattr(found, broken))})
+        if len(calls) == 2 and broken == "values":
+            found = found._replace(values=spoil(found.values))
+        elif len(calls) == 2 and broken in found.distribution.parameters():
+            found = found._replace(
+                distribution=found.distribution.with_parameters(
+                    {**found.distribution.parameters(), broken: spoil(getattr(found.distribution, broken))}
+                )
+            )
         return found
 
     def broken_log_prob(state, rollout):
@@ -228,7 +234,7 @@ def test_the_loss_written_out(kind):
         for k in range(agent.training_adaptation_steps + 1)
     ]
     now, labels, valid = agent.replay_policy(rollouts), then.replay_policy(rollouts), rollouts[-1].valid
-    kl = gaussian_kl(labels.mean, labels.log_std, now.mean, now.log_std)[valid].mean()
+    kl = labels.distribution.kl(now.distribution)[valid].mean()
     expected = 0.7 * kl
     if kind != "maml":
         errors = (now.values - labels.values) / agent.critic.scale[1]
@@ -257,7 +263,7 @@ def test_the_kl_is_that_of_then_from_now():
         def replay_policy(self, rollouts, advantages=False):
             shape = rollouts[-1].valid.shape
             mean, log_std = (part.expand(*shape, ACTIONS).clone().requires_grad_() for part in self.output)
-            return Prediction(mean, log_std, None, torch.zeros(shape), torch.ones(()))
+            return Prediction(DiagonalGaussian(mean, log_std), None, torch.zeros(shape), torch.ones(()))
 
     method, rollouts = Replay(ReplayConfig(cloning_coef=2.0)), iteration(make("gru"))
     method.observe(None, rollouts, NOTHING, rng(0))
@@ -301,7 +307,9 @@ class OneAction:
     def replay_policy(self, rollouts, advantages=False):
         shape = rollouts[-1].valid.shape
         mean = self.mean.expand(*shape, 1)
-        return Prediction(mean, torch.zeros(*shape, 1), None, self.advantages.expand(shape), self.scale)
+        return Prediction(
+            DiagonalGaussian(mean, torch.zeros(*shape, 1)), None, self.advantages.expand(shape), self.scale
+        )
 
 
 def one_trial(actions, log_probs):
@@ -327,7 +335,7 @@ def gated(min_sample_size, log_probs=None):
     """Two steps with actions 2 and −1, advantages 3 and 1, σ_R = 2, the mean at 0.5."""
     agent = OneAction(0.5, [3.0, 1.0], 2.0)
     actions = torch.tensor([2.0, -1.0])
-    now = gaussian_log_prob(torch.tensor([[0.5]]), torch.zeros(1, 1), actions[:, None])
+    now = DiagonalGaussian(torch.tensor([[0.5]]), torch.zeros(1, 1)).log_prob(actions[:, None])
     rollout = one_trial([2.0, -1.0], now.tolist() if log_probs is None else log_probs)
     config = ReplayConfig(cloning_coef=0.0, policy_coef=0.4, min_sample_size=min_sample_size, capacity=1)
     method = Replay(config)
@@ -367,7 +375,7 @@ def test_the_policy_gradient_of_an_agent_is_vtrace_s(kind):
     ]
     now, last = agent.replay_policy(rollouts, advantages=True), rollouts[-1]
     assert not now.advantages.requires_grad and not now.scale.requires_grad
-    log_probs = gaussian_log_prob(now.mean, now.log_std, last.actions)
+    log_probs = now.distribution.log_prob(last.actions)
     expected = -((now.advantages / now.scale * log_probs)[last.valid]).mean()
     losses = method.loss(agent, rng(5), 1.0)
     torch.testing.assert_close(losses["loss"], expected, rtol=1e-4, atol=1e-6)
@@ -452,10 +460,10 @@ def test_a_memory_retraced_does_what_it_did_step_by_step(kind, critic):
     agent = learned(kind, critic=critics()[critic], state_dependent_std=True)
     (rollout,) = rollouts = iteration(agent)
     found, valid = agent.replay_policy(rollouts, advantages=True), rollout.valid
-    log_probs = gaussian_log_prob(found.mean, found.log_std, rollout.actions)
+    log_probs = found.distribution.log_prob(rollout.actions)
     torch.testing.assert_close(log_probs[valid], rollout.log_probs[valid], rtol=1e-4, atol=1e-4)
     steps = [step for trial in explicit_outputs(agent, rollout) for step in trial]
-    for part, which in ((found.mean, 0), (found.log_std, 1)):
+    for part, which in ((found.distribution.mean, 0), (found.distribution.log_std, 1)):
         torch.testing.assert_close(part[valid], torch.stack([step[which] for step in steps]), rtol=1e-5, atol=1e-5)
     assert (found.values is None) == (critic == "linear")
     assert not found.advantages.requires_grad and found.advantages[valid].std() > 0
@@ -504,12 +512,12 @@ def test_maml_retraced_is_what_it_adapted_to(adaptation_steps, estimator):
         state = agent.adapt(state, rollout)
     query, found = rollouts[-1], agent.replay_policy(rollouts, advantages=True)
     inputs = agent.normalizer(query.observations).flatten(1, 2)
-    mean, log_std = agent.policy.distribution(state, inputs)
-    torch.testing.assert_close(found.mean.flatten(1, 2), mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.log_std.flatten(1, 2), log_std.expand_as(mean), rtol=1e-4, atol=1e-5)
-    log_probs = gaussian_log_prob(found.mean, found.log_std, query.actions)
+    mean, log_std = agent.policy.distribution(state, inputs).parameters().values()
+    torch.testing.assert_close(found.distribution.mean.flatten(1, 2), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.distribution.log_std.flatten(1, 2), log_std.expand_as(mean), rtol=1e-4, atol=1e-5)
+    log_probs = found.distribution.log_prob(query.actions)
     torch.testing.assert_close(log_probs[query.valid], query.log_probs[query.valid], rtol=1e-4, atol=1e-4)
-    unadapted, _ = agent.policy.distribution(agent.initial_state(3), inputs)
+    unadapted = agent.policy.distribution(agent.initial_state(3), inputs).mode
     assert (unadapted - mean).abs().max() > 0.01
     returns = discounted_returns(query.rewards, query.terminated | query.truncated, agent.config.gamma)
     assert found.values is None and float(found.scale) == pytest.approx(
@@ -531,7 +539,7 @@ def test_support_data_stands_for_the_agent_at_the_end_of_the_stage():
         assert not torch.allclose(expected, rollouts[k].log_probs, atol=1e-2)
         state = agent.adapt(state, replace(rollouts[k], log_probs=expected))
     assert torch.equal(stored["2.log_probs"], rollouts[2].log_probs)
-    mean, _ = agent.policy.distribution(state, agent.normalizer(rollouts[2].observations).flatten(1, 2))
+    mean = agent.policy.distribution(state, agent.normalizer(rollouts[2].observations).flatten(1, 2)).mode
     found = stored["mean"].flatten(1, 2)
     valid = rollouts[2].valid.flatten(1, 2)
     torch.testing.assert_close(found[valid], mean[valid], rtol=1e-4, atol=1e-5)
@@ -562,9 +570,9 @@ def test_the_gradient_goes_through_the_inner_step():
 
     def adapted():
         state = agent.adapt(agent.initial_state(3), support)
-        return loss_of(agent.policy.distribution(state, inputs)[0].view_as(target)).item()
+        return loss_of(agent.policy.distribution(state, inputs).mode.view_as(target)).item()
 
-    losses = [loss_of(each.replay_policy([support, query]).mean) for each in (agent, first_order)]
+    losses = [loss_of(each.replay_policy([support, query]).distribution.mode) for each in (agent, first_order)]
     torch.testing.assert_close(*losses)
     assert losses[0].item() == pytest.approx(adapted(), rel=1e-5)
     found, other = (gradient(loss, each) for loss, each in zip(losses, (agent, first_order), strict=True))
@@ -591,10 +599,10 @@ def test_every_meta_learner_can_be_asked(name):
     agent = make("maml", name=name)
     rollouts, before = iteration(agent), copy_of(agent.state_dict())
     found = agent.replay_policy(rollouts)
-    moved = gradient(found.mean[rollouts[-1].valid].square().sum(), agent)
+    moved = gradient(found.distribution.mean[rollouts[-1].valid].square().sum(), agent)
     assert all(part.abs().max() > 0 for key, part in moved.items() if key in ("policy.weight_0", "policy.weight_1"))
     parts = list(agent.policy_jacobians(rollouts, 10, torch.Generator().manual_seed(0)))
-    assert {key for part in parts for key in part.of_mean} == {
+    assert {key for part in parts for key in part.slopes["mean"]} == {
         f"policy.{key}" for key in agent.meta.theta if key != "log_std"
     }
     assert agent.hidden_units(rollouts)["layer_0"].shape == (int(rollouts[-1].valid.sum()), 4)

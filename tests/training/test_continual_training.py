@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import metarl
 import metarl.evaluation.held_out
 import metarl.training.loop
+import metarl.training.stage_evaluation
 from metarl.config.schema import as_config, load_config
 from metarl.errors import UserError
 from metarl.runs.checkpoint import load_latest
@@ -414,14 +415,14 @@ def test_a_run_stopped_between_stages_keeps_the_agent_that_it_has_trained(tmp_pa
 
 def evaluations(monkeypatch, settings, distribution=None, **where):
     """Train; returns which tasks were evaluated, in order."""
-    found, evaluate = [], metarl.training.loop.evaluate_agent
+    found, evaluate = [], metarl.training.stage_evaluation.evaluate_agent
 
     def spy(agent, envs, tasks, *args, **kwargs):
         found.append(tasks)
         return evaluate(agent, envs, tasks, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(metarl.training.loop, "evaluate_agent", spy)
+        patch.setattr(metarl.training.stage_evaluation, "evaluate_agent", spy)
         train(settings, distribution, **where)
     return found
 

@@ -11,6 +11,7 @@ import torch
 
 import metarl
 import metarl.training.loop
+import metarl.training.stage_evaluation
 from metarl.errors import RunError
 from metarl.runs.checkpoint import load_latest
 from metarl.runs.divergence import tensor_stats
@@ -176,7 +177,7 @@ def test_a_fisher_that_is_not_finite_is_measured_again_on_other_rollouts(tmp_pat
     run = train(config(iterations=1, stages=2), methods=[method, other], run_dir=tmp_path)
     assert run.finished and method.consolidated == 1 and other.consolidated == 1  # each once
     assert len(method.asked) == 3 and all(len(set(part)) == 3 for part in zip(*method.asked, strict=True))
-    assert caplog.text.count("the end of stage 0 came to nothing: the importance of parameters is not finite") == 2
+    assert caplog.text.count("the end of stage 0 failed and is tried again: the importance of parameters") == 2
     sound = train(config(iterations=1, stages=2), methods=[Poison()], run_dir=tmp_path / "sound")
     assert run.policy.env_steps == sound.policy.env_steps + 2 * 40  # those of the other rollouts count
 
@@ -248,14 +249,14 @@ def test_a_broken_environment_stops_the_run_with_its_statistics(tmp_path, broken
 
 
 def test_what_is_known_at_a_stages_end_is_tracked_though_its_evaluation_breaks(tmp_path, monkeypatch):
-    evaluate = metarl.training.loop.evaluate_agent
+    evaluate = metarl.training.stage_evaluation.evaluate_agent
 
     def broken(*args, env_steps, **kwargs):
         if env_steps:
             raise FloatingPointError("8 of 8 rollouts")
         return evaluate(*args, env_steps=env_steps, **kwargs)
 
-    monkeypatch.setattr(metarl.training.loop, "evaluate_agent", broken)
+    monkeypatch.setattr(metarl.training.stage_evaluation, "evaluate_agent", broken)
     assert train(config(iterations=1, stages=2), run_dir=tmp_path).finished
     lines = [line for line in read_metrics(tmp_path) if any(name.startswith("plasticity/") for name in line)]
     assert [line["iteration"] for line in lines] == [1, 2]

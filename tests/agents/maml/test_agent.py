@@ -82,8 +82,8 @@ def test_padding_has_no_influence(critic):
     assert not torch.equal(garbage[0].observations, rollouts[0].observations)
     state = clean.initial_state(3)
     assert_same(dirty.adapt(state, garbage[0]), clean.adapt(state, rollouts[0]), rtol=1e-5, atol=1e-6)
-    metrics = clean.update(rollouts)
-    assert dirty.update(garbage) == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    metrics = clean.update((), rollouts)
+    assert dirty.update((), garbage) == pytest.approx(metrics, rel=1e-4, abs=1e-6)
     assert_same(snapshot(dirty), snapshot(clean), rtol=1e-4, atol=1e-6)
     assert all(value.isfinite().all() for value in snapshot(dirty).values())
 
@@ -122,7 +122,7 @@ def test_densities_are_computed_where_the_rollout_is(device):
 def gradient(rollouts, **settings):
     """The meta-gradient and the metrics of the first epoch of an agent as it starts."""
     agent = make_agent(max_grad_norm=1e9, **settings)
-    metrics = agent.update(rollouts)
+    metrics = agent.update((), rollouts)
     rates = {name: value.grad for name, value in agent.meta.learned.items()}
     gradients = {name: value.grad for name, value in agent.meta.theta.items()} | rates
     return gradients | {name: torch.tensor(metrics[f"train/{name}"]) for name in ("loss", "kl", "clip_fraction")}
@@ -174,11 +174,11 @@ def test_the_ratio_is_1_in_the_first_epoch_only():
     """Re-adapting θ on the support data leads back to exactly what collected the query data."""
     settings = {"lr": 0.05, "clip_eps": 0.02}
     first = make_agent(**settings)
-    metrics = first.update(iteration(first))
+    metrics = first.update((), iteration(first))
     assert metrics["train/clip_fraction"] == 0
     assert metrics["train/kl"] == pytest.approx(0, abs=1e-6)
     later = make_agent(**settings, epochs=3)
-    metrics = later.update(iteration(later))
+    metrics = later.update((), iteration(later))
     assert metrics["train/clip_fraction"] > 0.1
     assert metrics["train/kl"] > 1e-4
     assert metrics["train/epochs"] == 3
@@ -195,10 +195,10 @@ def test_every_epoch_adapts_anew_from_the_current_parameters(monkeypatch):
         return step(self, loss, meta, params, *rest)
 
     monkeypatch.setattr(Maml, "step", spy)
-    three.update(rollouts)
+    three.update((), rollouts)
     monkeypatch.undo()
     start = one.meta.theta["bias_0"].detach().clone()
-    one.update(rollouts)
+    one.update((), rollouts)
     assert len(seen) == 3
     assert torch.equal(seen[0], start)
     torch.testing.assert_close(seen[1], one.meta.theta["bias_0"].detach())
@@ -209,20 +209,20 @@ def test_epochs_end_when_the_kl_exceeds_its_bound():
     bound, free = make_agent(lr=0.05, epochs=5, max_kl=1e-3), make_agent(lr=0.05, epochs=5)
     one = make_agent(lr=0.05)
     rollouts = iteration(one)
-    metrics = bound.update(rollouts)
+    metrics = bound.update((), rollouts)
     assert metrics["train/epochs"] == 1 and metrics["train/kl"] > 1e-3
-    assert free.update(rollouts)["train/epochs"] == 5
-    one.update(rollouts)
+    assert free.update((), rollouts)["train/epochs"] == 5
+    one.update((), rollouts)
     assert_same(policy_of(bound), policy_of(one))
 
 
 def test_the_outer_rate_shrinks_after_too_large_a_step_and_recovers():
     agent = make_agent(lr=0.05, epochs=3, max_kl=1e-3)
-    used = [agent.update(iteration(agent, seed=number))["train/outer_lr"] for number in range(2)]
+    used = [agent.update((), iteration(agent, seed=number))["train/outer_lr"] for number in range(2)]
     assert used == pytest.approx([0.05, 0.05 / outer.LR_STEP])
     calm = make_agent(lr=0.05, epochs=1)
     calm.load_state_dict(snapshot(agent))
-    used = [calm.update(iteration(calm, seed=number))["train/outer_lr"] for number in range(20)]
+    used = [calm.update((), iteration(calm, seed=number))["train/outer_lr"] for number in range(20)]
     assert used == sorted(used) and used[0] < used[-1] == 0.05
 
 
@@ -231,7 +231,7 @@ def test_a_step_does_not_carry_the_deviation_past_its_bounds():
     agent = make_agent(lr=0.5, epochs=1, min_std=0.9, max_std=1.1)
     bounds = torch.tensor([0.9, 1.1])
     for seed in range(3):
-        agent.update(iteration(agent, seed=seed))
+        agent.update((), iteration(agent, seed=seed))
         std = agent.meta.theta["log_std"].detach().exp()
         torch.testing.assert_close(std.clamp(*bounds), std)
         assert torch.isclose(std[:, None], bounds).any()
@@ -241,7 +241,7 @@ def test_two_inner_steps_are_differentiated_through_both():
     agent = make_agent(adaptation_steps=2)
     rollouts = iteration(agent)
     assert len(rollouts) == 3
-    assert agent.update(rollouts)["train/kl"] == pytest.approx(0, abs=1e-6)  # both steps are redone as they were
+    assert agent.update((), rollouts)["train/kl"] == pytest.approx(0, abs=1e-6)  # both steps are redone as they were
     other = replace(rollouts[0], rewards=-rollouts[0].rewards)  # the first support rollout alone is told otherwise
     found, expected = (gradient([first, *rollouts[1:]], adaptation_steps=2) for first in (other, rollouts[0]))
     assert not torch.allclose(found["bias_2"], expected["bias_2"], atol=1e-4)
@@ -253,7 +253,7 @@ def test_updates_improve_adaptation():
     shape = {"rollouts": 10, "steps": 5}
     before = iteration(agent, seed=1, **shape)[-1].episode_returns().mean()
     for number in range(40):
-        agent.update(iteration(agent, seed=number, **shape))
+        agent.update((), iteration(agent, seed=number, **shape))
     after = iteration(agent, seed=1, **shape)[-1].episode_returns().mean()
     assert before < -8 and after > -5
 
@@ -261,8 +261,8 @@ def test_updates_improve_adaptation():
 def test_inner_rates_are_learned_only_when_asked():
     fixed, learned = make_agent(), make_agent(name="meta_sgd")
     rollouts = iteration(fixed)
-    fixed.update(rollouts)
-    learned.update(rollouts)
+    fixed.update((), rollouts)
+    learned.update((), rollouts)
     for name in fixed.meta.theta:
         rate = learned.meta.learned[f"inner_lr.{name}"]
         assert rate.grad.abs().max() > 0
@@ -277,8 +277,8 @@ def test_inner_rates_are_learned_only_when_asked():
 def test_the_normaliser_learns_valid_observations_after_the_update():
     agent, off = make_agent(), make_agent(normalizer_iterations=0)
     rollouts = iteration(agent)
-    agent.update(rollouts)
-    off.update(rollouts)
+    agent.update((), rollouts)
+    off.update((), rollouts)
     seen = torch.cat([rollout.observations[rollout.valid] for rollout in rollouts])
     torch.testing.assert_close(agent.normalizer.mean.float(), seen.mean(0))
     torch.testing.assert_close(agent.normalizer.variance.float(), seen.var(0, correction=0))
@@ -309,7 +309,7 @@ def test_values_after_a_termination_are_0_and_after_a_truncation_those_of_the_la
 def test_a_truncated_episode_counts_on_the_value_of_its_normalised_last_observation():
     """A = r + γ V(last observation) − V at a truncation, A = r − V at a termination; γ = 0.99."""
     agent = make_agent(critic="learned")
-    agent.update(iteration(agent, seed=1))  # so that observations are scaled
+    agent.update((), iteration(agent, seed=1))  # so that observations are scaled
     rollout = collect(agent, agent.initial_state(3))
     observations, values, advantages = agent._advantages(rollout)
     torch.testing.assert_close(observations, agent.normalizer(rollout.observations))
@@ -355,10 +355,10 @@ def test_the_agent_fits_its_value_function_on_all_phases(monkeypatch):
     before = snapshot(agent)
     fit = LearnedValue.fit
     monkeypatch.setattr(LearnedValue, "fit", lambda *a: sizes.append(int(a[3].sum())) or fit(*a))
-    assert "train/value_loss" in agent.update(rollouts)
+    assert "train/value_loss" in agent.update((), rollouts)
     assert sizes == [rollouts[0].env_steps + rollouts[1].env_steps]
     assert not torch.equal(snapshot(agent)["value.weight_0"], before["value.weight_0"])
-    assert "train/value_loss" not in make_agent().update(rollouts)
+    assert "train/value_loss" not in make_agent().update((), rollouts)
 
 
 def test_every_fit_of_every_run_goes_through_the_data_in_an_order_of_its_own(monkeypatch):
@@ -367,7 +367,7 @@ def test_every_fit_of_every_run_goes_through_the_data_in_an_order_of_its_own(mon
     for seed in (0, 1, 0):
         agent = make_agent(seed=seed, critic="learned")
         for _ in range(2):
-            agent.update(iteration(agent))
+            agent.update((), iteration(agent))
     assert orders[:2] == orders[4:] and len(set(orders)) == 4
 
 
@@ -378,13 +378,13 @@ def test_every_fit_of_every_run_goes_through_the_data_in_an_order_of_its_own(mon
 def test_training_goes_on_bit_for_bit_from_a_saved_state(settings):
     agent = make_agent(epochs=2, **settings)
     for number in range(2):
-        agent.update(iteration(agent, seed=number))
+        agent.update((), iteration(agent, seed=number))
     restored = make_agent(seed=9, epochs=2, **settings)
     restored.load_state_dict(snapshot(agent))
     assert_same(snapshot(restored), snapshot(agent), rtol=0, atol=0)
     for number in range(2, 4):
-        metrics = agent.update(iteration(agent, seed=number))
-        assert restored.update(iteration(restored, seed=number)) == metrics
+        metrics = agent.update((), iteration(agent, seed=number))
+        assert restored.update((), iteration(restored, seed=number)) == metrics
     assert_same(snapshot(restored), snapshot(agent), rtol=0, atol=0)
 
 
@@ -394,10 +394,10 @@ def test_a_fresh_state_forgets_the_optimiser(critic):
     settings = {"critic": critic, "epochs": 2}
     used, fresh = make_agent(**settings), make_agent(**settings)
     start = snapshot(used)
-    used.update(iteration(used))
+    used.update((), iteration(used))
     used.load_state_dict(start)
     rollouts = iteration(fresh)
-    assert used.update(rollouts) == fresh.update(rollouts)
+    assert used.update((), rollouts) == fresh.update((), rollouts)
     assert_same(snapshot(used), snapshot(fresh), rtol=0, atol=0)
 
 
@@ -420,7 +420,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name(name):
 @pytest.mark.parametrize("name", ["optimizer.exp_avg.policy.weight_0", "value.optimizer.exp_avg_sq.weight_0"])
 def test_an_optimiser_state_that_does_not_fit_is_refused_by_name(name):
     agent = make_agent(critic="learned")
-    agent.update(iteration(agent))
+    agent.update((), iteration(agent))
     state = snapshot(agent)
     assert name in state
     missing = {key: value for key, value in state.items() if key != name}
@@ -436,6 +436,6 @@ def test_the_gpu_computes_what_the_cpu_does(critic):
     agents = [make_agent(device=name, epochs=3, critic=critic) for name in ("cpu", "cuda")]
     rollouts = iteration(agents[0])
     for agent in agents:
-        agent.update([rollout.to(agent.device) for rollout in rollouts])
+        agent.update((), [rollout.to(agent.device) for rollout in rollouts])
     on_cpu, on_gpu = (agent.state_dict() for agent in agents)
     assert_same(on_gpu, on_cpu, rtol=1e-3, atol=1e-5)

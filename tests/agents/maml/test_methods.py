@@ -42,13 +42,13 @@ def test_training_goes_on_bit_for_bit_from_a_saved_state(name, steps):
     settings = {"name": name, "adaptation_steps": steps}
     agent, restored = make_agent(**settings), make_agent(seed=9, **settings)
     for number in range(2):
-        agent.update(phases(agent, seed=number))
+        agent.update((), phases(agent, seed=number))
     restored.load_state_dict(snapshot(agent))
     for number in range(2, 4):
         rollouts = phases(agent, seed=number)
         for ours, theirs in zip(rollouts, phases(restored, seed=number), strict=True):
             assert torch.equal(ours.actions, theirs.actions)
-        assert restored.update(rollouts) == agent.update(rollouts)
+        assert restored.update((), rollouts) == agent.update((), rollouts)
     assert_same(snapshot(restored), snapshot(agent), rtol=0, atol=0)
 
 
@@ -57,7 +57,7 @@ def test_every_update_moves_all_that_is_trained(name):
     """θ and what is learned beside it. Fails when a learned tensor is cut off from the outer loss."""
     agent = make_agent(name=name, adaptation_steps=2)
     before = snapshot(agent)
-    agent.update(phases(agent))
+    agent.update((), phases(agent))
     after = snapshot(agent)
     for key in agent.meta.named():
         assert not torch.equal(after[key], before[key]), key
@@ -72,7 +72,7 @@ def test_recomputing_the_adaptation_leads_to_what_collected(name):
         rollouts = phases(agent, seed=number)
         objective = agent.objective([agent._prepare(rollout) for rollout in rollouts])
         assert objective.measure(likelihood_ratio)["kl"] == pytest.approx(0, abs=1e-6)
-        agent.update(rollouts)
+        agent.update((), rollouts)
 
 
 @pytest.mark.parametrize("name", INNER_METHODS)
@@ -107,7 +107,7 @@ def test_only_the_adapted_modules_adapt(name, estimator):
     adapted = agent.adapt(state, collect(agent, state))
     assert {key for key in state if not torch.equal(adapted[key], state[key])} == {"weight_1", "bias_1", "log_std"}
     before = snapshot(agent)
-    agent.update(phases(agent))
+    agent.update((), phases(agent))
     assert not torch.equal(snapshot(agent)["policy.weight_0"], before["policy.weight_0"])
 
 
@@ -163,7 +163,7 @@ def test_learned_rates_and_curvatures_begin_as_maml_bit_for_bit(name, steps):
     rollouts = phases(agents[0])
     state = agents[0].initial_state(3)
     assert_same(*(agent.adapt(state, rollouts[0]) for agent in agents), rtol=0, atol=0)
-    metrics = [agent.update(rollouts) for agent in agents]
+    metrics = [agent.update((), rollouts) for agent in agents]
     for key in ("train/loss", "train/kl", "train/clip_fraction"):
         assert metrics[0][key] == metrics[1][key]
     assert_same(*({key: value.grad for key, value in agent.meta.theta.items()} for agent in agents), rtol=0, atol=0)
@@ -190,7 +190,7 @@ def test_anil_adapts_the_head_alone():
     assert {key for key in state if not torch.equal(adapted[key], state[key])} == {"weight_2", "bias_2"}
     for number in range(2):
         rollouts = phases(agents[0], seed=number)
-        assert agents[0].update(rollouts) == agents[1].update(rollouts)
+        assert agents[0].update((), rollouts) == agents[1].update((), rollouts)
 
 
 def test_meta_dropout_perturbs_the_inner_loss_alone():
@@ -237,7 +237,7 @@ def test_multi_task_training_learns_from_unadapted_episodes():
 def test_rollouts_that_are_not_k_plus_1_are_refused():
     agent = make_agent(name="multi_task")
     with pytest.raises(ValueError, match="got 2 rollouts, expected 1"):
-        agent.update(iteration(agent))
+        agent.update((), iteration(agent))
 
 
 def test_settings_without_effect_are_refused():
@@ -281,13 +281,13 @@ def test_a_plain_gradient_step_by_each_optimiser(optimizer):
     outer = {"optimizer": optimizer, "lr": 1e-3, "max_grad_norm": 1e9}
     agent, restored = (make_agent(name="maml_vpg", outer=outer, seed=seed) for seed in (0, 9))
     before = snapshot(agent)["policy.bias_2"]
-    agent.update(phases(agent))
+    agent.update((), phases(agent))
     gradient = agent.meta.theta["bias_2"].grad
     expected = {"adam": gradient.sign(), "rmsprop": 10 * gradient.sign(), "sgd": gradient}[optimizer]
     torch.testing.assert_close(snapshot(agent)["policy.bias_2"] - before, -1e-3 * expected, rtol=1e-3, atol=1e-7)
     restored.load_state_dict(snapshot(agent))
     rollouts = phases(agent, seed=1)
-    assert restored.update(rollouts) == agent.update(rollouts)
+    assert restored.update((), rollouts) == agent.update((), rollouts)
     assert_same(snapshot(restored), snapshot(agent), rtol=0, atol=0)
 
 
@@ -312,7 +312,7 @@ def test_the_inner_kl_is_that_of_the_support_data():
     assert_same(found[1], expected, rtol=1e-4, atol=1e-6)
     free, held = make_agent(epochs=3, lr=0.05), make_agent(epochs=3, lr=0.05, inner_kl_coef=10.0)
     for one in (free, held):
-        one.update(rollouts)
+        one.update((), rollouts)
     assert not torch.equal(snapshot(held)["policy.bias_2"], snapshot(free)["policy.bias_2"])
 
 
@@ -322,7 +322,7 @@ def test_every_method_works_with_every_outer_step(name, outer):
     """Two inner steps; TRPO keeps its bound and gains."""
     agent = make_agent(name=name, outer={"name": outer}, adaptation_steps=2)
     for number in range(2):
-        metrics = agent.update(phases(agent, seed=number))
+        metrics = agent.update((), phases(agent, seed=number))
         assert metrics["train/kl"] <= 0.01
         if outer == "trpo":
             assert metrics["train/step_fraction"] > 0 and metrics["train/surrogate_gain"] > 0
@@ -340,7 +340,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name, monkeypatch):
     )
     before = snapshot(agent)
     with pytest.raises(FloatingPointError, match=r"not finite.*inner_lr"):
-        agent.update(rollouts)
+        agent.update((), rollouts)
     assert_same(snapshot(agent), before, rtol=0, atol=0)
 
 
@@ -352,5 +352,5 @@ def test_the_gpu_computes_what_the_cpu_does(name, outer):
     agents = [make_agent(name=name, outer={"name": outer}, adaptation_steps=2, device=d) for d in ("cpu", "cuda")]
     rollouts = phases(agents[0])
     for agent in agents:
-        agent.update([rollout.to(agent.device) for rollout in rollouts])
+        agent.update((), [rollout.to(agent.device) for rollout in rollouts])
     assert_same(*(agent.state_dict() for agent in reversed(agents)), rtol=1e-2, atol=1e-4)

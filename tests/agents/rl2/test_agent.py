@@ -13,21 +13,23 @@ from torch import nn
 from metarl.agents.rl2.agent import Rl2, Rl2Config
 from metarl.agents.rl2.networks import (
     EpisodicConfig,
-    GaussianHead,
     GruConfig,
     LearnedCriticConfig,
     LinearCriticConfig,
     LstmConfig,
+    PolicyHead,
     TransformerConfig,
 )
 from metarl.agents.rl2.trials import read_trials
 from metarl.collect import collect
 from metarl.envs import custom
 from metarl.errors import UserError
+from metarl.nn.distributions import GaussianHead
 from metarl.nn.memory import History, rows
 from metarl.seeding import children
 from metarl.types import Step, TimeStep
 from tests.agents.rollouts import assert_same, snapshot
+from tests.agents.specs import spec
 
 CPU = torch.device("cpu")
 
@@ -42,7 +44,7 @@ every_memory = pytest.mark.parametrize("memory", MEMORIES)
 
 def make_agent(memory="gru", observations=2, actions=2, seed=0, **changes):
     settings = {"encoder_sizes": (16,), "critic": LearnedCriticConfig(sizes=(16,)), "epochs": 2, "minibatches": 2}
-    return Rl2(Rl2Config(memory=MEMORIES[memory], **settings | changes), observations, actions, CPU, seed)
+    return Rl2(Rl2Config(memory=MEMORIES[memory], **settings | changes), spec(observations, actions, CPU, seed))
 
 
 class Points:
@@ -83,7 +85,7 @@ def learned(memory="gru", **changes):
     """An agent that has learned once, so that its inputs are normalised, and whose actions depend on its memory."""
     agent = make_agent(memory, **changes)
     strengthen(agent)
-    agent.update([rollout_of(agent, seed=99)])
+    agent.update((), [rollout_of(agent, seed=99)])
     return agent
 
 
@@ -112,7 +114,7 @@ class Altered:
     trial_episodes = 2
 
     def __init__(self, agent, forget=False):
-        self.agent, self.forget = agent, forget
+        self.agent, self.forget, self.noise_size = agent, forget, agent.noise_size
 
     def act(self, time_step, noise, state):
         if self.forget and time_step.episode_start.all():
@@ -173,7 +175,7 @@ def train(memory, iterations, told=True, horizon=6, seed=0, **changes):
     settings = {"init_std": 0.5, "lr": 5e-3, "epochs": 4, "max_kl": 0.1} | changes
     agent, tasks, envs = make_agent(memory, 1, 1, seed, **settings), cue_tasks(horizon), Cues(told, horizon)
     for iteration in range(iterations):
-        agent.update([rollout_of(agent, [seed, iteration], 8, tasks, envs)])
+        agent.update((), [rollout_of(agent, [seed, iteration], 8, tasks, envs)])
     return agent, tasks
 
 
@@ -380,7 +382,7 @@ def test_the_gradient_is_that_of_a_loop_of_steps(memory, critic, chunk):
         for parameter in agent.parameters().values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     batch = prepared(agent, rollout)
-    loss, metrics = agent._loss(batch.of(torch.arange(12)))
+    loss, metrics = agent._loss(batch.select(torch.arange(12)))
     expected, beyond = loss_by_steps(agent, batch, length, chunk or length)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     assert 0.05 < beyond < 0.95 and float(metrics["clip_fraction"]) == pytest.approx(float(beyond), abs=1e-6)
@@ -395,7 +397,7 @@ def test_one_chunk_that_covers_the_trial_is_no_chunk_at_all(memory):
     for steps in (None, length, length + 5, 1, 3):
         agent = learned(memory)
         agent.config = agent.config.model_copy(update={"bptt_steps": steps})
-        loss, _ = agent._loss(prepared(agent, rollout).of(torch.arange(12)))
+        loss, _ = agent._loss(prepared(agent, rollout).select(torch.arange(12)))
         found[steps] = {"loss": loss.detach(), **gradients_of(agent, loss)}
     assert_same(found[length], found[None], rtol=0, atol=0)
     assert_same(found[length + 5], found[None], rtol=0, atol=0)
@@ -411,14 +413,14 @@ def test_an_update_is_a_function_of_the_seed_and_the_rollout():
     agents = [make_agent() for _ in range(3)]
     agents[2].seed = 1  # of the order of minibatches alone
     torch.manual_seed(1)
-    first = agents[0].update([rollout])
+    first = agents[0].update((), [rollout])
     torch.manual_seed(2)
     generator_state = torch.get_rng_state()
-    assert agents[1].update([rollout]) == first
+    assert agents[1].update((), [rollout]) == first
     assert torch.equal(torch.get_rng_state(), generator_state)
     assert_same(snapshot(agents[0]), snapshot(agents[1]), rtol=0, atol=0)
     assert_same(vars(rollout), vars(previous), rtol=0, atol=0)
-    agents[2].update([rollout])
+    agents[2].update((), [rollout])
     name = "policy.head.mean.0.weight"
     assert not torch.equal(agents[2].parameters()[name], agents[0].parameters()[name])
     orders = [[part.targets[0, 0].item() for part in agent._minibatches(prepared(agent, rollout))] for agent in agents]
@@ -453,7 +455,7 @@ def test_the_order_of_minibatches_is_drawn_anew_in_each_epoch_and_iteration():
 def test_each_kind_of_agent_learns(changes):
     agent = make_agent(**changes, epochs=1)
     previous = {name: value.detach().clone() for name, value in agent.parameters().items()}
-    metrics = agent.update([rollout_of(agent)])
+    metrics = agent.update((), [rollout_of(agent)])
     assert all(np.isfinite(value) for value in metrics.values()), metrics
     assert metrics["train/optimizer_steps"] == 2
     still = [name for name, value in agent.parameters().items() if torch.equal(value, previous[name])]
@@ -470,7 +472,7 @@ def test_a_shared_critic_trains_the_memory_of_the_policy(critic):
     """With advantages of 0 and no entropy only the value loss is left."""
     agent = make_agent(critic=LearnedCriticConfig(name=critic, sizes=(16,)))
     batch = prepared(agent, rollout_of(agent))
-    loss, metrics = agent._loss(batch._replace(advantages=0.0 * batch.advantages).of(torch.arange(12)))
+    loss, metrics = agent._loss(batch._replace(advantages=0.0 * batch.advantages).select(torch.arange(12)))
     torch.testing.assert_close(loss.detach(), 0.5 * metrics["value_loss"])
     loss.backward()
     reached = [name for name, value in agent.policy.trunk.named_parameters() if value.grad.abs().max() > 1e-6]
@@ -486,8 +488,8 @@ def test_training_counts_the_bonus_and_leaves_out_free_episodes():
     rollout = rollout_of(agent)
     assert 0 < rollout.success.sum() < rollout.valid.sum()
     expected._prepare(read_trials(expected.inputs, rollout, 10.0, 1), 4)
-    agent.update([rollout])
-    plain.update([rollout])
+    agent.update((), [rollout])
+    plain.update((), [rollout])
     torch.testing.assert_close(agent.critic.scale, expected.critic.scale, rtol=1e-5, atol=1e-5)
     assert (agent.critic.scale - plain.critic.scale).abs().max() > 0.5
 
@@ -495,17 +497,17 @@ def test_training_counts_the_bonus_and_leaves_out_free_episodes():
 def test_updates_bring_the_values_closer_to_the_returns():
     agent = make_agent(lr=3e-3, epochs=4)
     rollouts = [rollout_of(agent, seed) for seed in range(2)]
-    explained = [agent.update([rollouts[0]])["train/explained_variance"] for _ in range(25)]
+    explained = [agent.update((), [rollouts[0]])["train/explained_variance"] for _ in range(25)]
     assert explained[0] < 0.3 and explained[-1] > 0.7
 
 
 def test_the_rate_falls_linearly_to_a_tenth():
     agent, rollout = make_agent(lr=0.01, lr_decay_iterations=4), rollout_of(make_agent())
-    rates = [agent.update([rollout])["train/lr"] for _ in range(6)]
+    rates = [agent.update((), [rollout])["train/lr"] for _ in range(6)]
     assert rates == pytest.approx([0.01, 0.00775, 0.0055, 0.00325, 0.001, 0.001])
     assert agent._optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
     constant = make_agent(lr=0.01)
-    assert [constant.update([rollout])["train/lr"] for _ in range(3)] == [0.01] * 3
+    assert [constant.update((), [rollout])["train/lr"] for _ in range(3)] == [0.01] * 3
 
 
 def test_steps_end_when_the_kl_exceeds_its_bound():
@@ -514,13 +516,13 @@ def test_steps_end_when_the_kl_exceeds_its_bound():
     bound, free, one = make_agent(**shape, epochs=6), make_agent(**shape, epochs=6, max_kl=1e9), None
     one = make_agent(**shape, epochs=1)
     rollout = rollout_of(bound)
-    metrics = bound.update([rollout])
+    metrics = bound.update((), [rollout])
     assert metrics["train/optimizer_steps"] == 1
     assert metrics["train/kl"] > 0.05 / 2  # the mean of 0 and what exceeded the bound
-    one.update([rollout])
+    one.update((), [rollout])
     assert_same(snapshot(bound), snapshot(one), rtol=0, atol=0)
-    assert free.update([rollout])["train/optimizer_steps"] == 6
-    assert bound.update([rollout_of(bound, 1)])["train/optimizer_steps"] >= 1
+    assert free.update((), [rollout])["train/optimizer_steps"] == 6
+    assert bound.update((), [rollout_of(bound, 1)])["train/optimizer_steps"] >= 1
 
 
 def test_the_ratio_is_1_before_the_first_step_of_every_iteration():
@@ -529,7 +531,7 @@ def test_the_ratio_is_1_before_the_first_step_of_every_iteration():
     counts = [0.0]
     for seed in range(3):
         rollout = rollout_of(agent, seed)
-        metrics = agent.update([rollout])
+        metrics = agent.update((), [rollout])
         assert metrics["train/clip_fraction"] == 0 and metrics["train/kl"] < 1e-7
         counts.append(counts[-1] + rollout.env_steps)
         assert float(agent.normalizer.count) == counts[-1]
@@ -571,11 +573,11 @@ def test_padding_and_dropped_trials_have_no_influence(critic, bptt_steps):
 
     garbage = replace(rollout, **{name: with_garbage(name, part) for name, part in vars(rollout).items()})
     nothing = garbage.map(lambda part: torch.cat([part, torch.zeros_like(part[:, :1])], 1))
-    metrics = clean.update([rollout])
-    assert dirty.update([garbage]) == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    metrics = clean.update((), [rollout])
+    assert dirty.update((), [garbage]) == pytest.approx(metrics, rel=1e-4, abs=1e-6)
     assert_same(snapshot(dirty), snapshot(clean), rtol=1e-4, atol=1e-6)
     clean, dirty = (make_agent(critic=critic, bptt_steps=bptt_steps, minibatches=1, epochs=1) for _ in range(2))
-    assert dirty.update([nothing]) == pytest.approx(clean.update([rollout]), rel=1e-4, abs=1e-5)
+    assert dirty.update((), [nothing]) == pytest.approx(clean.update((), [rollout]), rel=1e-4, abs=1e-5)
     assert_same(gradients(dirty), gradients(clean), rtol=1e-3, atol=1e-5)
 
 
@@ -588,7 +590,7 @@ def test_a_minibatch_of_dropped_trials_alone_changes_nothing_that_it_should_not(
     agent = make_agent(minibatches=4)
     rollout = rollout_of(agent, rollouts=1)
     dropped = rollout.map(lambda part: torch.cat([torch.zeros_like(part[:1]), part[1:]]))
-    metrics = agent.update([dropped])
+    metrics = agent.update((), [dropped])
     assert all(np.isfinite(value) for value in metrics.values())
     assert all(value.isfinite().all() for value in snapshot(agent).values())
 
@@ -600,7 +602,7 @@ def test_a_reward_that_is_not_finite_stops_the_run_before_a_step(value):
     rollout.rewards[1, 2, 0] = value
     previous = {name: part.detach().clone() for name, part in agent.parameters().items()}
     with pytest.raises(FloatingPointError, match="gradient is not finite"):
-        agent.update([rollout])
+        agent.update((), [rollout])
     assert_same({name: part.detach() for name, part in agent.parameters().items()}, previous, rtol=0, atol=0)
 
 
@@ -608,7 +610,7 @@ def test_gradients_are_scaled_down_to_their_greatest_norm():
     norms = []
     for greatest in (1e6, 0.01):
         agent = make_agent(max_grad_norm=greatest, epochs=1, minibatches=1)
-        agent.update([rollout_of(agent)])
+        agent.update((), [rollout_of(agent)])
         norms.append(float(nn.utils.get_total_norm(gradients(agent).values())))
     assert norms[0] > 0.02 and norms[1] == pytest.approx(0.01, rel=1e-3)
 
@@ -618,28 +620,28 @@ def test_gradients_are_scaled_down_to_their_greatest_norm():
 
 @pytest.mark.parametrize("state_dependent", [False, True])
 def test_the_deviation_stays_within_its_bounds(state_dependent):
-    head = GaussianHead(3, 2, (1.0, 0.1, 1.5), state_dependent, torch.Generator().manual_seed(0))
+    head = PolicyHead(3, GaussianHead(2, 1.0, 0.1, 1.5), state_dependent, torch.Generator().manual_seed(0))
     features = torch.randn(100, 3, generator=torch.Generator().manual_seed(1))
-    mean, log_std = head(features)
+    mean, log_std = head(features).parameters().values()
     assert mean.shape == log_std.shape == (100, 2)
     torch.testing.assert_close(log_std.exp(), torch.ones(100, 2), rtol=0, atol=0.1)
     assert (log_std.std(0).min() > 0) == state_dependent
     if state_dependent:
         with torch.no_grad():
             head.deviation[0].weight.mul_(1000.0)
-        std = head(features)[1].exp().detach()
+        std = head(features).log_std.exp().detach()
         assert std.min() == pytest.approx(0.1) and std.max() == pytest.approx(1.5)
     for shift, bound in ((-9.0, 0.1), (9.0, 1.5)):
         with torch.no_grad():
             head.log_std.fill_(1000.0 * shift)
-        std = head(features)[1].exp()
+        std = head(features).log_std.exp()
         torch.testing.assert_close(std, torch.full((100, 2), bound))
 
 
 def test_a_step_does_not_carry_the_deviation_past_its_bound():
     """Beyond it the gradient is 0, and the deviation would stay there for good. Entropy drives it up to 1.5."""
     agent = make_agent(lr=0.2, entropy_coef=10.0, max_kl=1e9)
-    agent.update([rollout_of(agent)])
+    agent.update((), [rollout_of(agent)])
     assert agent.policy.head.log_std.max().item() == pytest.approx(math.log(1.5))
 
 
@@ -651,22 +653,22 @@ def test_a_loaded_agent_goes_on_exactly(critic):
     chosen = LinearCriticConfig() if critic == "linear" else LearnedCriticConfig(name=critic, sizes=(16,))
     changes = {"critic": chosen, "lr_decay_iterations": 5}
     agent, other = make_agent(**changes), make_agent(**changes, seed=3)
-    agent.update([rollout_of(agent, 0)])
+    agent.update((), [rollout_of(agent, 0)])
     other.load_state_dict(snapshot(agent))
     assert_same(snapshot(other), snapshot(agent), rtol=0, atol=0)
     rollout = rollout_of(agent, 1)
     assert_same(vars(rollout_of(other, 1)), vars(rollout), rtol=0, atol=0)
     for _ in range(2):
-        assert other.update([rollout]) == agent.update([rollout])
+        assert other.update((), [rollout]) == agent.update((), [rollout])
     assert_same(snapshot(other), snapshot(agent), rtol=0, atol=0)
 
 
 def test_a_state_before_the_first_update_can_be_loaded():
     agent, other = make_agent(), make_agent(seed=1)
-    other.update([rollout_of(other)])
+    other.update((), [rollout_of(other)])
     other.load_state_dict(snapshot(agent))
     rollout = rollout_of(agent, 1)
-    assert other.update([rollout]) == agent.update([rollout])
+    assert other.update((), [rollout]) == agent.update((), [rollout])
     assert_same(snapshot(other), snapshot(agent), rtol=0, atol=0)
 
 
@@ -684,7 +686,7 @@ def test_a_state_before_the_first_update_can_be_loaded():
 )
 def test_an_entry_that_does_not_fit_is_named_and_nothing_is_loaded(name):
     agent, other = make_agent(), make_agent(seed=1)
-    agent.update([rollout_of(agent)])
+    agent.update((), [rollout_of(agent)])
     state, previous = snapshot(agent), snapshot(other)
     for wrong in ({k: v for k, v in state.items() if k != name}, {**state, name: torch.zeros(7, 7)}):
         with pytest.raises(ValueError, match=rf"cannot load '{name}': expected shape .*, found "):
@@ -732,11 +734,11 @@ def test_a_memory_is_chosen_by_its_name():
 @every_memory
 def test_the_gpu_computes_what_the_cpu_does(memory):
     config = make_agent(memory).config
-    agents = [Rl2(config, 2, 2, torch.device(name), 0) for name in ("cpu", "cuda")]
+    agents = [Rl2(config, spec(2, 2, torch.device(name), 0)) for name in ("cpu", "cuda")]
     rollouts = [rollout_of(agent) for agent in agents]
     torch.testing.assert_close(rollouts[1].log_probs.cpu(), rollouts[0].log_probs, rtol=1e-4, atol=1e-5)
     for agent in agents:
-        agent.update([rollouts[0].to(agent.device)])
+        agent.update((), [rollouts[0].to(agent.device)])
     on_cpu, on_gpu = (agent.state_dict() for agent in agents)
     for name, value in on_cpu.items():
         torch.testing.assert_close(on_gpu[name], value, rtol=1e-3, atol=1e-4, msg=name)

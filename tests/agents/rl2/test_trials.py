@@ -26,6 +26,7 @@ from metarl.envs import custom
 from metarl.envs.vector.serial import SerialEnvs
 from metarl.seeding import children
 from metarl.types import Rollout
+from tests.agents.specs import spec
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -219,7 +220,7 @@ def test_there_are_as_many_minibatches_as_asked_for_of_nearly_equal_size(trials,
 
 def make_agent(observations=2, actions=1, seed=0, memory="gru", **changes):
     defaults = {"encoder_sizes": (8,), "critic": LearnedCriticConfig(sizes=(8,))}
-    return Rl2(Rl2Config(memory=MEMORIES[memory], **defaults | changes), observations, actions, CPU, seed)
+    return Rl2(Rl2Config(memory=MEMORIES[memory], **defaults | changes), spec(observations, actions, CPU, seed))
 
 
 def value_is_the_observation(agent):
@@ -369,7 +370,7 @@ def walker(memory, **changes):
     with torch.no_grad():
         agent.policy.head.mean[0].weight.mul_(50.0)
         agent.policy.head.deviation[0].weight.mul_(20.0)
-    agent.update([walk(agent, 3, 0)])
+    agent.update((), [walk(agent, 3, 0)])
     assert float(agent.normalizer.count) > 100
     return agent
 

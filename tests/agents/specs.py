@@ -1,0 +1,12 @@
+"""What agents in tests are built for: actions within ±1, on the CPU."""
+
+import torch
+
+from metarl.types import AgentSpec, Spaces
+
+
+def spec(observations, actions, device="cpu", seed=0, stages=0, heads=False):
+    """An `AgentSpec` by its sizes."""
+    bounds = (1.0,) * actions
+    spaces = Spaces(observations, tuple(-bound for bound in bounds), bounds)
+    return AgentSpec(spaces, torch.device(device), seed, stages, heads)
