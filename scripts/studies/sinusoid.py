@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from metarl.agents.maml.fomaml import Fomaml, FomamlConfig
-from metarl.agents.maml.inner import MetaParams, Method, inner_loop
+from metarl.agents.maml.inner import InnerMethod, MetaParams, inner_loop
 from metarl.agents.maml.maml import Maml, MamlPpoConfig
 from metarl.agents.maml.meta_sgd import MetaSgd, MetaSgdConfig
 from metarl.agents.maml.multi_task import MultiTask, MultiTaskConfig
@@ -87,7 +87,7 @@ class Learner(NamedTuple):
     """What is trained, and how."""
 
     label: str
-    method: Method
+    method: InnerMethod
     inner_steps: int  # in training
 
 
@@ -140,13 +140,13 @@ def meta_train(learner: Learner, iterations: int, shots: int, seed: int) -> Meta
     return meta
 
 
-def adapt(method: Method, meta: MetaParams, support: Points) -> list[Params]:
+def adapt(method: InnerMethod, meta: MetaParams, support: Points) -> list[Params]:
     """Return the parameters after 0, 1, …, 10 steps, `[M, ...]`, all on the same points."""
     supports = [support] * TEST_STEPS
     return inner_loop(method, mse, stacked(meta, len(support.inputs)), supports, create_graph=False)
 
 
-def test_errors(method: Method, meta: MetaParams, tasks: Sinusoids, support: Points) -> Tensor:
+def test_errors(method: InnerMethod, meta: MetaParams, tasks: Sinusoids, support: Points) -> Tensor:
     """Return the error over the grid after 0, 1, …, 10 steps, `[11, M]`."""
     path = adapt(method, meta, support)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def cell(errors: Tensor) -> str:
 
 
 def draw_picture(
-    shown: Sequence[tuple[str, Method, MetaParams]], tasks: Sinusoids, support: Points, path: Path
+    shown: Sequence[tuple[str, InnerMethod, MetaParams]], tasks: Sinusoids, support: Points, path: Path
 ) -> None:
     """Draw the paper's Fig. 2: a row for each task, a column for each method."""
     import matplotlib
