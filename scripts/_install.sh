@@ -1,5 +1,5 @@
-# Sourced, not run: install_metarl ROOT makes ROOT/.venv and installs metarl with its development tools into it.
-# Does nothing when the last install succeeded and neither pyproject.toml nor constraints.txt has changed since.
+# Source this file. `install_metarl ROOT` creates ROOT/.venv and installs metarl with its development tools into it.
+# It does nothing when the last install succeeded and neither pyproject.toml nor constraints.txt has changed since.
 
 install_metarl() {
     local root="$1"
@@ -9,14 +9,14 @@ install_metarl() {
 
     # A venv whose creation was interrupted has no working pip.
     if [[ -e "$venv" ]] && ! { _is_supported "$venv/bin/python" && "$venv/bin/python" -m pip --version >/dev/null 2>&1; }; then
-        echo "metarl: $venv is incomplete or its Python is not 3.11 to 3.13; making it anew" >&2
+        echo "metarl: $venv is incomplete, or its Python is not 3.11 to 3.13; creating it again" >&2
         rm -rf "$venv"
     fi
     if [[ ! -e "$venv" ]]; then
         python="$(_find_python)" || return 1
         if ! "$python" -m venv "$venv"; then
             rm -rf "$venv"
-            echo "metarl: $python could not make a virtual environment; install its venv module" \
+            echo "metarl: $python could not create a virtual environment; install its venv module" \
                 "(on Debian and Ubuntu: apt install python3-venv) and run this again" >&2
             return 1
         fi
@@ -26,12 +26,12 @@ install_metarl() {
     if [[ -f "$stamp" && "$(<"$stamp")" == "$expected" ]]; then
         return 0
     fi
-    echo "metarl: installing into $venv (the first time this takes some minutes)" >&2
+    echo "metarl: installing into $venv (takes some minutes the first time)" >&2
     rm -f "$stamp"
     # pip reads -e ".[dev]" relative to the working directory.
     if ! (cd "$root" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         -c constraints.txt -e ".[dev]"); then
-        echo "metarl: the installation failed; mend the cause shown above and run this again" >&2
+        echo "metarl: the installation failed; fix the error shown above and run this again" >&2
         return 1
     fi
     # Written last and moved into place: a stamp means a complete install.
@@ -39,7 +39,7 @@ install_metarl() {
     mv "$stamp.new" "$stamp"
 }
 
-# mujoco 3.3.0, which metaworld 3.1.1 demands, has no wheels for Python 3.14.
+# mujoco 3.3.0, which metaworld 3.1.1 requires, has no wheels for Python 3.14.
 _is_supported() {
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1
 }
@@ -56,7 +56,7 @@ _find_python() {
     return 1
 }
 
-# The root is part of it: an editable install points to where the repository lay.
+# The fingerprint includes the root: an editable install breaks when the repository moves.
 _fingerprint() {
     "$1/.venv/bin/python" - "$1" <<'PYTHON'
 import hashlib, pathlib, sys

@@ -1,9 +1,9 @@
-"""What README.md and docs/*.md show runs as it stands there: every command, every Python block, every config.
+"""Every command, Python block and config in README.md and docs/*.md runs as it is written.
 
-The sections of a page are tests of their own. Each runs in a folder that looks like a clone of the repository after the
-runs in `RUNS` were trained. Commands run as written, with flags appended that make them small; the few that cannot run
-here have the nearest form that can in `STAND_INS`. A command that nothing here knows fails. Code between other words is
-read by the same parsers, without doing the work.
+Each section of a page is one test. It runs in a folder that looks like a clone of the repository in which the runs in
+`RUNS` were trained. Commands run as written, with flags appended that make them small. A few cannot run here; the
+nearest form that can is in `STAND_INS`. A command without an entry fails. Inline code is parsed by the real parsers,
+without doing the work.
 """
 
 import argparse
@@ -42,10 +42,10 @@ RUNS = {
     "runs/ml1_reach_rl2": "train ml1_reach_rl2",
     "runs/continual_cued_wedges_rl2": "train continual_cued_wedges_rl2 --stability replay",
 }
-"""Runs that pages speak of, and how they come about."""
+"""Runs that the pages mention → the command that trains them."""
 
 NOT_RUN: set[tuple[str, str]] = set()
-"""Page and first line of each block below `<!-- not run: reason -->`; being slow is no reason."""
+"""Page and first line of each block below `<!-- not run: reason -->`. Slowness is not a reason."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Block:
     """A fenced block of a page."""
 
     language: str
-    title: str  # the file that it stands for
+    title: str  # the file that it is saved as
     text: str
     line: int
     not_run: bool
@@ -61,7 +61,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Section:
-    """What stands between two headings of the second level."""
+    """The part of a page between two headings of the second level."""
 
     page: str
     heading: str
@@ -72,7 +72,7 @@ class Section:
 
 
 def read_sections(page):
-    """Split a page at its headings; a fence begins at the margin and names its language."""
+    """Split a page at its headings. A fence begins at the margin and names its language."""
     found, heading, blocks, lines = [], "", [], page.read_text(encoding="utf-8").splitlines()
     name, i = page.relative_to(ROOT).as_posix(), 0
     while i < len(lines):
@@ -92,24 +92,24 @@ def read_sections(page):
 
 
 SECTIONS = {page: read_sections(page) for page in PAGES}
-SHOWN = [section for sections in SECTIONS.values() for section in sections if section.blocks]
+RUNNABLE = [section for sections in SECTIONS.values() for section in sections if section.blocks]
 
 
 def commands(text):
-    """The commands of a bash block as lists of words."""
+    """Return the commands of a bash block as lists of words."""
     lines = text.replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-# How a command is made small
+# Making commands small
 
 
 def small(words):
-    """The words of a metarl command with flags that make it small; what the page says stays, but for `baseline`."""
+    """Append flags to a metarl command that make it small. The page's flags win, except for `baseline`."""
     verb, *rest = words
     if "--help" in rest:
         return words
-    if verb == "baseline":  # its flags are costs alone; the last one counts
+    if verb == "baseline":  # all of its flags are costs; the last one counts
         forced = "--env-steps 120 --num-tasks 1 --eval-episodes 1 --stages.0.tasks.horizon 20"
         return [*words, *forced.split()]
     added = {}
@@ -127,7 +127,7 @@ def small(words):
 
 
 def small_training(config, *flags):
-    """Flags for one iteration, or two where a run goes on; one of each stage, if there are several."""
+    """Return flags for one iteration, two if a run resumes, or one in each of several stages."""
     tree = yaml.safe_load(find_config(config).read_text(encoding="utf-8"))
     stages = range(len(tree["stages"]))
     added = {"--num-tasks": 2, "--rollouts-per-task": 1, "--evaluation.num-tasks": 1, "--num-workers": 0}
@@ -139,12 +139,12 @@ def small_training(config, *flags):
     return added | {"--max-iterations": 2 if "--resume" in flags else 1}
 
 
-# How a command runs
+# Running commands
 
 
 @pytest.fixture(autouse=True)
 def whole_names(monkeypatch):
-    """Let flags be written out: argparse takes a part of a name, which is a slip of the pen on a page."""
+    """Require whole flag names: argparse accepts a prefix, which on a page is a mistake."""
     begin = argparse.ArgumentParser.__init__
 
     def begin_strictly(self, *arguments, **more):
@@ -155,7 +155,7 @@ def whole_names(monkeypatch):
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
-    """Where the workers of a test run keep the runs that they have trained."""
+    """Return the folder in which the workers of a test run keep trained runs."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "documented"
     folder.mkdir(exist_ok=True)
@@ -164,7 +164,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch, store):
-    """A folder like a clone of the repository, installed, to run commands in."""
+    """Return a folder like an installed clone of the repository, to run commands in."""
     folder = tmp_path / "clone"
     (folder / "scripts").mkdir(parents=True)
     for path in (ROOT / "scripts").iterdir():
@@ -179,12 +179,12 @@ def clone(tmp_path, monkeypatch, store):
 
 
 def provide(text, clone, store):
-    """Put runs that a command or a script speaks of, and that are not there yet, where it looks for them."""
+    """Copy the missing runs that a command or script mentions to where it looks for them."""
     for run_dir, command in RUNS.items():
         if not re.search(rf"{run_dir}\b", text) or (clone / run_dir).exists():
             continue
         with (store / "lock").open("w", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of all workers one trains it
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one of the workers trains it
             if not (store / run_dir).exists():
                 unfinished = store / "unfinished" / run_dir
                 metarl([*small(command.split()), "--run-dir", str(unfinished), "--overwrite"])
@@ -201,14 +201,14 @@ def metarl(words, status=0):
 
 
 def can_draw():
-    """Whether MuJoCo can draw here; where it cannot, `metarl play` says so and exits with status 2."""
+    """Return whether MuJoCo can draw here; if not, `metarl play` says so and exits with status 2."""
     with contextlib.suppress(UserError):
         return gl_works(choose_gl())
     return False
 
 
 def process(words, **more):
-    """Run a program to its end; returns what it printed."""
+    """Run a program to its end and return its output."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     env |= {"OMP_NUM_THREADS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     settings = {"env": env, "capture_output": True, "text": True, "timeout": 120, "check": False}
@@ -218,7 +218,7 @@ def process(words, **more):
 
 
 def pip_install(_, verb, *rest):
-    """`pip install` without a network: everything that is asked for, extras included, is there already."""
+    """Check `pip install` without a network: all requested packages and extras must be installed already."""
     assert verb == "install"
     offline = ["--dry-run", "--no-index", "--no-build-isolation"]
     printed = process([sys.executable, "-m", "pip", "install", *offline, *rest], cwd=ROOT)
@@ -226,18 +226,18 @@ def pip_install(_, verb, *rest):
 
 
 def script(program, *rest):
-    """A script of the repository, whose installer finds everything installed."""
+    """Run a script of the repository; its installer does nothing."""
     flags = []
     if program.endswith("quickstart"):
         flags = [*small(["train", "quickstart", *rest])[2:], "--agent.hidden-sizes", "8"]
     elif program.endswith("test"):
         flags = ["--collect-only", "-q", *rest, "tests/test_statistics.py"]
-    assert flags, f"how is {program} made small?"
+    assert flags, f"{program}: no flags make it small; add them to script()"
     process([program, *flags])
 
 
 def tensorboard(program, *rest):
-    """TensorBoard, until it lists the runs."""
+    """Run TensorBoard until it lists the runs."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -257,7 +257,7 @@ def tensorboard(program, *rest):
 
 
 def activate(program, path):
-    """`source .venv/bin/activate`, after which metarl is a command."""
+    """Check that `metarl` is a command after `source .venv/bin/activate`."""
     assert path.endswith("activate")
     process(["bash", "-c", f"source {path} && metarl --version"])
 
@@ -269,10 +269,10 @@ STAND_INS = {
     "source": activate,
     "tensorboard": tensorboard,
 }
-"""What a program of a page is here, if it is neither metarl nor Python."""
+"""Program of a page → the function that runs it here; metarl and Python need none."""
 
 SMALL_SCRIPTS = {"docs/examples/control_loop.py": "--seconds 1"}
-"""Flags that make a Python script of a page small; its last ones count."""
+"""Python script of a page → flags that make it small; the last ones count."""
 
 
 def run_command(words, clone, store):
@@ -288,14 +288,14 @@ def run_command(words, clone, store):
         provide(text, clone, store)
         run_here(*rest, *SMALL_SCRIPTS.get(rest[0], "").split())
     else:
-        assert program in STAND_INS, f"{text}: nothing here knows how to run {program}; see STAND_INS"
+        assert program in STAND_INS, f"{text}: add a way to run {program} to STAND_INS"
         if program == "tensorboard":
             provide("runs/quickstart", clone, store)
         STAND_INS[program](program, *rest)
 
 
 def run_python(block, clone, store, capsys):
-    """Run a Python block as a script; returns what it printed. It is a process of its own if it starts others."""
+    """Run a Python block as a script and return its output; in a separate process if it starts others."""
     provide(block.text, clone, store)
     path = clone / (block.title or "example.py")
     path.write_text(block.text, encoding="utf-8")
@@ -307,7 +307,7 @@ def run_python(block, clone, store, capsys):
 
 
 def run_here(path, *arguments):
-    """Run a Python script in this process, which has imported most of what it needs."""
+    """Run a Python script in this process, where most imports are done."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(path), *arguments])
         patch.syspath_prepend(Path.cwd())
@@ -319,15 +319,15 @@ def run_here(path, *arguments):
         finally:
             for name in set(sys.modules) - before:
                 if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == Path.cwd():
-                    del sys.modules[name]  # a file of this page
+                    del sys.modules[name]  # it is a file of this page
 
 
 def joined(blocks):
-    """Blocks in turn; Python that imports nothing of metarl goes on where the Python block before it stopped."""
+    """Join blocks: Python that does not import metarl continues the previous Python block."""
     found = []
     for block in blocks:
-        goes_on = block.language == "python" and not re.search(r"^(import|from) .*\bmetarl\b", block.text, re.MULTILINE)
-        if goes_on:
+        follows = block.language == "python" and not re.search(r"^(import|from) .*\bmetarl\b", block.text, re.MULTILINE)
+        if follows:
             assert found and found[-1].language == "python", f"line {block.line}: it imports nothing of metarl"
             found[-1] = replace(found[-1], text=f"{found[-1].text}\n{block.text}")
         else:
@@ -335,7 +335,7 @@ def joined(blocks):
     return found
 
 
-# What a block must have led to, beyond an end without errors
+# Results that a block must have, beyond ending without errors
 
 
 def reach_1d_learned(clone, printed):
@@ -352,15 +352,15 @@ def earlier_stages_were_held(clone, printed):
 
 
 OUTCOMES = {"class Reach1D": reach_1d_learned, "class HoldStill": earlier_stages_were_held}
-"""By what a Python block contains."""
+"""Text in a Python block → check of its result."""
 
 
 # Tests
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("section", SHOWN, ids=str)
-def test_what_a_section_shows_runs(section, clone, store, capsys):
+@pytest.mark.parametrize("section", RUNNABLE, ids=str)
+def test_a_section_runs(section, clone, store, capsys):
     for other in SECTIONS[ROOT / section.page]:
         for block in other.blocks:
             if block.title:
@@ -379,12 +379,12 @@ def test_what_a_section_shows_runs(section, clone, store, capsys):
 
 
 class Read(BaseException):
-    """Arguments were understood; raised before the work begins."""
+    """Raised when the arguments have been parsed, before the work begins."""
 
 
 @pytest.fixture
 def only_read(monkeypatch):
-    """Stop commands when they have read their arguments."""
+    """Stop commands when they have parsed their arguments."""
     parse = argparse.ArgumentParser.parse_args
 
     def stop(*_, **__):
@@ -401,7 +401,7 @@ def only_read(monkeypatch):
 
 @pytest.fixture
 def helps(capsys):
-    """What `metarl --help` says, and the help of each verb by its name."""
+    """Return `metarl --help` and the help of each verb by its name."""
     found = {}
     for verb in ("", "train", "evaluate", "export", "play", "inspect", "list", "doctor", "plot", "baseline"):
         with pytest.raises(SystemExit):
@@ -412,13 +412,13 @@ def helps(capsys):
 
 
 def code_in_text(page):
-    """Code between other words of a page, each in one line."""
+    """Return the inline code of a page, each in one line."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
 
 
 def fits_a_config(words):
-    """Whether flags are settings of some config, perhaps with a stability method."""
+    """Return whether flags are settings of some config, perhaps with a stability method."""
     for config in ("quickstart", "ml1_reach_rl2", "continual_cued_wedges_rl2"):
         for before in ([], ["--stability", "replay"]):
             with contextlib.suppress(UserError):
@@ -428,7 +428,7 @@ def fits_a_config(words):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_between_other_words_are_understood(page, helps, request):
+def test_inline_commands_parse(page, helps, request):
     request.getfixturevalue("only_read")  # once the help has been read
     flags = set(re.findall(r"--[a-z][\w.-]*", " ".join(helps.values())))
     for code in code_in_text(page):
@@ -440,7 +440,7 @@ def test_commands_between_other_words_are_understood(page, helps, request):
             found = [word for word in code.split() if word.startswith("--")]
             assert set(found) <= flags or fits_a_config(code.split()), code
         elif program == "metarl":
-            with pytest.raises(Read):  # the run that it is about may be left out
+            with pytest.raises(Read):  # inline code may leave out the run directory
                 main([rest[0], "RUN_DIR", *rest[1:]] if rest[1].startswith("--") else rest)
         elif re.fullmatch(r"scripts/\w+/\w+\.py", program) and rest:
             with pytest.raises(Read), pytest.MonkeyPatch.context() as patch:
@@ -451,7 +451,7 @@ def test_commands_between_other_words_are_understood(page, helps, request):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_nothing_escapes(page):
+def test_every_block_is_checked(page):
     text = page.read_text(encoding="utf-8")
     blocks = [block for section in SECTIONS[page] for block in section.blocks]
     assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(blocks), "a fence that is not at the margin"
@@ -472,5 +472,5 @@ def test_nothing_escapes(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
-        path = target.partition("#")[0]  # mkdocs knows the headings
+        path = target.partition("#")[0]  # mkdocs checks the headings
         assert path.startswith("http") or (page.parent / path).exists(), target

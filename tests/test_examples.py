@@ -1,4 +1,4 @@
-"""The examples run as their first lines say, and do what they print."""
+"""The examples run with the commands in their docstrings and print what they promise."""
 
 import importlib.util
 import os
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Returns the folder with a run `KIND` and its export `KIND.onnx` of each kind of agent."""
+    """Return a folder with a run `KIND` and its export `KIND.onnx` for each kind of agent."""
     folder = tmp_path_factory.mktemp("runs")
     for kind, agent in AGENTS.items():
         stage = {"tasks": {"family": "navigation", "name": "goals", "horizon": 10}, "iterations": 1}
@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
 
 
 def run(*arguments, cwd, before="", path=None):
-    """Run an example as a user does; `before` is executed first."""
+    """Run an example as a user does, after the code in `before`."""
     name, *rest = map(str, arguments)
     code = f"import runpy, sys; sys.argv[0] = {name!r}\n{before}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code] if before else [sys.executable, name]
@@ -63,7 +63,7 @@ def load(name):
 
 
 WITHOUT = "sys.modules.update(dict.fromkeys(('torch', 'gymnasium', 'mujoco', 'metaworld', 'pydantic', 'lerobot')))"
-"""Whoever imports one of them now gets an ImportError."""
+"""Code that makes an import of any of these raise ImportError."""
 
 ON_A_ROBOT = ("control_loop.py", "ros2_node.py", "lerobot_runner.py")
 
@@ -90,19 +90,19 @@ def test_the_control_loop_keeps_its_policy_when_the_new_file_is_bad(runs, tmp_pa
 def test_the_control_loop_begins_episodes_as_long_as_those_of_training(runs, monkeypatch, arguments, length):
     example, starts = load("control_loop"), []
 
-    class Told(OnnxPolicy):
+    class RecordingPolicy(OnnxPolicy):
         def predict(self, observation, state, episode_start, *rest):
             starts.append(bool(episode_start[0]))
             return super().predict(observation, state, episode_start, *rest)
 
-    monkeypatch.setattr(example, "OnnxPolicy", Told)
+    monkeypatch.setattr(example, "OnnxPolicy", RecordingPolicy)
     command = ["control_loop.py", runs / "rl2.onnx", "--seconds", "0.25", "--rate", "100", "--fault-every", "0"]
     monkeypatch.setattr(sys, "argv", [*map(str, command), *arguments])
     example.main()
     assert len(starts) == 25 and np.flatnonzero(starts).tolist() == list(range(0, 25, length))
 
 
-def test_ticks_are_due_at_absolute_times_and_missed_ones_are_left_out(monkeypatch):
+def test_ticks_are_due_at_absolute_times_and_missed_ones_are_skipped(monkeypatch):
     example, now, waited = load("control_loop"), [100.0], []
 
     def sleep(seconds):
@@ -120,17 +120,17 @@ def test_ticks_are_due_at_absolute_times_and_missed_ones_are_left_out(monkeypatc
     loop = SimpleNamespace(step=lambda observation, reward: None)
     # Due at 0, 1, 2: the third ends at 5.25, where those of 3 and 4 are missed and that of 5 is late by 0.25; it ends
     # at 5.75.
-    seconds, left_out = example.run(loop, robot, 1.0, 4)
-    assert (seconds, left_out) == (5.75, 2)
+    seconds, skipped = example.run(loop, robot, 1.0, 4)
+    assert (seconds, skipped) == (5.75, 2)
     assert waited == [1.0, 0.5]
 
 
-def test_the_ros_nodes_commands_go_to_zero_as_it_says(runs):
+def test_the_ros_nodes_commands_go_to_zero_without_observations(runs):
     core = load("ros2_node").PolicyNode(str(runs / "maml.onnx"), lambda line: None)
     policy = OnnxPolicy(runs / "maml.onnx")
     ends = np.array([policy.action_high[0], policy.action_low[1]], np.float32)
     core.loop.swap(stand_in(policy, lambda observation, state, *_: (ends, state)))
-    for _ in range(5):  # as many ticks to the ends of the range, while observations come
+    for _ in range(5):  # five ticks reach the ends of the range while observations come
         core.on_observation(SimpleNamespace(data=[0.1, 0.2]))
         core.tick()
     commands = np.array([core.tick() for _ in range(7)])  # and none comes
@@ -139,20 +139,20 @@ def test_the_ros_nodes_commands_go_to_zero_as_it_says(runs):
 
 
 def stand_in(policy, predict):
-    """A policy with a memory of one number that takes over from the node's."""
+    """Return a policy with a memory of one number, to swap in for that of the node."""
     ends = {"action_low": policy.action_low, "action_high": policy.action_high}
     return SimpleNamespace(observation_size=2, action_size=2, reset=lambda: np.zeros(1), predict=predict, **ends)
 
 
-def test_the_ros_node_is_told_of_episodes_and_trials(runs):
-    example, told = load("ros2_node"), []
+def test_the_ros_node_receives_episodes_and_trials(runs):
+    example, calls = load("ros2_node"), []
     core = example.PolicyNode(str(runs / "rl2.onnx"), lambda line: None)
     node = example.DryNode()
     kinds = dict.fromkeys(("Empty", "Float32", "Float32MultiArray", "Float64MultiArray", "String"), SimpleNamespace)
     example.connect(core, node, SimpleNamespace(**kinds), 0.02, qos=1)
 
     def predict(observation, state, episode_start, *_):
-        told.append((bool(episode_start[0]), float(state[0])))
+        calls.append((bool(episode_start[0]), float(state[0])))
         return np.zeros(2, np.float32), state + 1.0
 
     core.loop.swap(stand_in(OnnxPolicy(runs / "rl2.onnx"), predict))
@@ -162,7 +162,7 @@ def test_the_ros_node_is_told_of_episodes_and_trials(runs):
             node.callbacks[topic](SimpleNamespace())
             node.callbacks["observation"](SimpleNamespace(data=[0.1, 0.2]))
         node.callbacks["tick"]()
-    assert told == [(True, 0.0), (False, 1.0), (True, 2.0), (False, 3.0), (True, 0.0), (False, 1.0)]
+    assert calls == [(True, 0.0), (False, 1.0), (True, 2.0), (False, 3.0), (True, 0.0), (False, 1.0)]
 
 
 def test_the_ros_node_runs_dry(runs):
@@ -250,7 +250,7 @@ RCLPY = {
         class String(SimpleNamespace): ...
         """,
 }
-"""As much of rclpy as the node calls, with the signatures of ROS 2 Jazzy."""
+"""The part of rclpy that the node calls, with the signatures of ROS 2 Jazzy."""
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_the_ros_node_calls_rclpy(runs, rclpy_folder):
     assert lines[4:] == ["command Float64MultiArray 2", "destroyed", "shut down"]
 
 
-def test_the_ros_node_says_what_is_missing(runs, rclpy_folder):
+def test_the_ros_node_names_the_missing_package(runs, rclpy_folder):
     done = run(EXAMPLES / "ros2_node.py", cwd=runs)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
@@ -305,8 +305,8 @@ def test_a_file_without_names_is_one_line(runs, tmp_path):
     goals = metarl.envs.distribution("navigation", name="goals")
     metarl.load(runs / "maml").export(tmp_path / "nameless.onnx", Nameless(metarl.envs.make(goals.test_tasks[0])))
     done = run(EXAMPLES / "lerobot_runner.py", "nameless.onnx", cwd=tmp_path)
-    said = "the file does not name observations and actions; export it with an environment that does"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"lerobot_runner.py: {said}\n")
+    message = "the file does not name observations and actions; export it with an environment that does"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"lerobot_runner.py: {message}\n")
 
 
 def test_lerobots_tensors_and_arrays_are_treated_alike(runs):
@@ -314,12 +314,12 @@ def test_lerobots_tensors_and_arrays_are_treated_alike(runs):
     arrays, tensors = example.LeRobotPolicy(exported), example.LeRobotPolicy(exported)
     rng, state, plain = np.random.default_rng(0), None, []
     for step in range(6):
-        if step == 3:  # LeRobot's beginning of an episode: the memory lives on
+        if step == 3:  # LeRobot begins an episode: the memory is kept
             arrays.reset()
             tensors.reset()
         observations, rewards = rng.standard_normal((2, 2), np.float32), rng.standard_normal(2).astype(np.float32)
         action = arrays.select_action({"observation.state": observations, "next.reward": rewards, "task": "reach"})
-        parameter = torch.nn.Parameter(torch.from_numpy(observations))  # as if it came from a policy in training
+        parameter = torch.nn.Parameter(torch.from_numpy(observations))  # requires a gradient
         tensor = tensors.select_action({"observation.state": parameter, "next.reward": torch.from_numpy(rewards)})
         assert isinstance(tensor, torch.Tensor) and tensor.shape == (2, 2) and not tensor.requires_grad
         np.testing.assert_array_equal(tensor.numpy(), action)
@@ -339,7 +339,7 @@ def test_a_robot_with_other_joints_is_refused(runs):
     example = load("lerobot_runner")
     policy = example.LeRobotPolicy(OnnxPolicy(runs / "maml.onnx"))
     robot = example.FakeRobot(policy.observation_keys, [*policy.action_keys, "gripper.pos"])
-    with pytest.raises(ValueError, match=r"do not have in common: gripper\.pos"):
+    with pytest.raises(ValueError, match=r"only the policy has gripper\.pos"):
         example.run_episode(robot, policy, 1, 0.0)
 
 
@@ -349,7 +349,7 @@ def test_recording_and_adapting_ends_in_a_file_for_the_robot(runs, tmp_path):
     done = run(*command, "--adapt-on", "recorded", "--save", "adapted", "--export", "new.onnx", cwd=tmp_path)
     line, *rest = printed(done).splitlines()
     assert re.fullmatch(r"return on goals 3: -\d+\.\d before, -\d+\.\d after adapting", line)
-    assert rest == ["saved in adapted: metarl.load reads it", "exported to new.onnx"]
+    assert rest == ["saved in adapted; load it with metarl.load", "exported to new.onnx"]
     exported, saved = OnnxPolicy(tmp_path / "new.onnx"), metarl.load(tmp_path / "adapted")
     assert exported.metadata["adapted"] and exported.metadata["task"]["index"] == 3 and saved.adapted
     expected, _ = metarl.load(runs / "maml").adapt(recorded(tmp_path)).predict(np.ones(2), deterministic=True)
@@ -363,7 +363,7 @@ def recorded(folder):
 
 @pytest.fixture
 def adapt_on_recordings(tmp_path, monkeypatch, capsys):
-    """Returns what runs the example in a folder of its own, and gives status, output and errors."""
+    """Return a function that runs the example in a new folder and returns status, output and errors."""
     example = load("adapt_on_recordings")
     monkeypatch.chdir(tmp_path)
 
@@ -378,12 +378,12 @@ def adapt_on_recordings(tmp_path, monkeypatch, capsys):
 def test_an_agent_adapts_to_recordings(runs, kind, adapt_on_recordings, tmp_path):
     torch.manual_seed(0)
     status, out, _ = adapt_on_recordings(runs / kind, "--record", "recorded", "--task", 3)
-    assert (status, out) == (0, "2 episodes of goals 3 in recorded\n")  # of a step, or of a trial of 3 but the last
+    assert (status, out) == (0, "2 episodes of goals 3 in recorded\n")  # one step's, or a trial's without the last
     episodes = recorded(tmp_path)
     assert [episode.actions.shape for episode in episodes] == [(10, 2)] * 2
     assert all(episode.log_probs is None for episode in episodes)
     actions = np.concatenate([episode.actions for episode in episodes])
-    assert np.abs(actions).max() <= 1.0 and len(np.unique(actions)) > 20  # as sent, and exploring
+    assert np.abs(actions).max() <= 1.0 and len(np.unique(actions)) > 20  # in the units that were sent, and exploring
 
     status, out, _ = adapt_on_recordings(runs / kind, "--adapt-on", "recorded", "--task", 3)
     agent = metarl.load(runs / kind)
@@ -403,31 +403,31 @@ def test_an_agent_adapts_to_recordings(runs, kind, adapt_on_recordings, tmp_path
 
 @pytest.mark.parametrize("name", ON_A_ROBOT)
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(None, "No such file or directory: 'bad.onnx'"), (b"", "bad.onnx is no complete file of `metarl export`")],
 )
-def test_a_bad_model_is_one_line(name, content, said, tmp_path):
+def test_a_bad_model_is_one_line(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / "bad.onnx").write_bytes(content)
     arguments = ["--dry-run", "bad.onnx"] if name == "ros2_node.py" else ["bad.onnx"]
     done = run(EXAMPLES / name, *arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith(f"{name}: ") and said in done.stderr
+    assert done.stderr.startswith(f"{name}: ") and message in done.stderr
 
 
 REST = {"rewards": np.zeros(1), "terminated": np.zeros(1, bool), "truncated": np.ones(1, bool)}
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
-        (None, "it is not what numpy.savez writes"),
+        (None, "it is no archive of numpy.savez"),
         ({"observations": np.zeros((1, 2)), **REST}, "'actions'"),
         ({"observations": np.full((1, 2), np.nan), "actions": np.zeros((1, 2)), **REST}, "observations holds NaN"),
         ({"observations": np.array([{}]), "actions": np.zeros((1, 2)), **REST}, "allow_pickle=False"),
     ],
 )
-def test_a_bad_recording_is_one_line(runs, fields, said, adapt_on_recordings, tmp_path):
+def test_a_bad_recording_is_one_line(runs, fields, message, adapt_on_recordings, tmp_path):
     (tmp_path / "recorded").mkdir()
     path = tmp_path / "recorded" / "episode.npz"
     if fields is None:
@@ -436,14 +436,15 @@ def test_a_bad_recording_is_one_line(runs, fields, said, adapt_on_recordings, tm
         np.savez(path, **fields)
     status, out, error = adapt_on_recordings(runs / "maml", "--adapt-on", "recorded")
     assert (status, out, error.count("\n")) == (2, "", 1)
-    assert error.startswith("adapt_on_recordings.py: recorded/episode.npz is no recorded episode: ") and said in error
+    start = "adapt_on_recordings.py: recorded/episode.npz is not a recorded episode: "
+    assert error.startswith(start) and message in error
 
 
-def test_what_cannot_be_found_is_one_line(runs, adapt_on_recordings):
-    for arguments, said in (
-        ((runs / "maml", "--adapt-on", "none"), "none holds no .npz files; record some with --record none"),
+def test_a_missing_path_or_task_is_one_line(runs, adapt_on_recordings):
+    for arguments, message in (
+        ((runs / "maml", "--adapt-on", "none"), "none has no .npz files; record some with --record none"),
         (("none", "--record", "recorded"), "none holds no run"),
         ((runs / "maml", "--record", "recorded", "--task", 1000), "--task 1000: the run has 100 held-out tasks"),
     ):
         status, out, error = adapt_on_recordings(*arguments)
-        assert (status, out, error.count("\n")) == (2, "", 1) and said in error
+        assert (status, out, error.count("\n")) == (2, "", 1) and message in error

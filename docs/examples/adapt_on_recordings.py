@@ -1,10 +1,10 @@
 """Adapt a trained agent to recorded episodes of a new task, save the result, and export it for the robot.
 
-    python docs/examples/adapt_on_recordings.py runs/reach --record recordings/      # stands for what a robot recorded
+    python docs/examples/adapt_on_recordings.py runs/reach --record recordings/      # stands in for a robot's recording
     python docs/examples/adapt_on_recordings.py runs/reach --adapt-on recordings/ --save runs/adapted --export new.onnx
 
 A recording is one .npz file an episode, with the fields of `metarl.Trajectory`: observations `[T, O]`, actions `[T, A]`
-as they were sent, rewards `[T]`, terminated `[T]`, truncated `[T]`; log-probabilities are not needed. Record with the
+as they were sent, rewards `[T]`, terminated `[T]`, truncated `[T]`. It needs no log-probabilities. Record with the
 agent's exploring actions, as here, and as many episodes as it adapts to in training: it learns from what was tried.
 """
 
@@ -23,7 +23,7 @@ from metarl.errors import UserError
 
 
 def act(policy: metarl.Policy, env: gymnasium.Env, episodes: int, deterministic: bool) -> list[metarl.Trajectory]:
-    """Act for some episodes, those of one trial for a policy with a memory, and return what a robot would record."""
+    """Act for some episodes and return them as recordings. With a memory, they are the episodes of one trial."""
     trajectories, state, reward = [], None, None  # a trial begins
     for _ in range(episodes):
         observation, _ = env.reset()
@@ -39,12 +39,12 @@ def act(policy: metarl.Policy, env: gymnasium.Env, episodes: int, deterministic:
 
 
 def mean_return(policy: metarl.Policy, env: gymnasium.Env, episodes: int = 5) -> float:
-    """Return the mean return of single episodes without exploring."""
+    """Return the mean return of single episodes without exploration."""
     return float(np.mean([act(policy, env, 1, deterministic=True)[0].rewards.sum() for _ in range(episodes)]))
 
 
 def write(folder: Path, trajectories: list[metarl.Trajectory]) -> None:
-    """Write one file an episode."""
+    """Write one file for each episode."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, trajectory in enumerate(trajectories):
         fields = {name: value for name, value in vars(trajectory).items() if value is not None}
@@ -52,23 +52,23 @@ def write(folder: Path, trajectories: list[metarl.Trajectory]) -> None:
 
 
 def read(folder: Path) -> list[metarl.Trajectory]:
-    """Read all episodes of a folder, in the order of their names; nothing in them is executed."""
+    """Read all episodes of a folder, in the order of their names. Executes nothing in them."""
     trajectories = []
     for path in sorted(folder.glob("*.npz")):
         if not zipfile.is_zipfile(path):
-            raise UserError(f"{path} is no recorded episode: it is not what numpy.savez writes")
+            raise UserError(f"{path} is not a recorded episode: it is no archive of numpy.savez")
         try:
             with np.load(path) as fields:
                 trajectories.append(metarl.Trajectory(**fields))
         except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is no recorded episode: {error}") from error
+            raise UserError(f"{path} is not a recorded episode: {error}") from error
     if not trajectories:
-        raise UserError(f"{folder} holds no .npz files; record some with --record {folder}")
+        raise UserError(f"{folder} has no .npz files; record some with --record {folder}")
     return trajectories
 
 
 def run(options: argparse.Namespace) -> None:
-    """Record, or adapt and compare."""
+    """Record episodes, or adapt to recorded ones and compare."""
     agent = metarl.load(options.run_dir)
     tasks = metarl.evaluation.distribution_of(agent.config)
     held_out = tasks.test_tasks
@@ -77,8 +77,8 @@ def run(options: argparse.Namespace) -> None:
     task = held_out[options.task]
     env = tasks.make(task)
     if options.record:
-        as_trained = agent.agent.trial_episodes - 1 if agent.has_memory else agent.config.rollouts_per_task
-        episodes = act(agent, env, options.episodes or as_trained, deterministic=False)
+        num_episodes = agent.agent.trial_episodes - 1 if agent.has_memory else agent.config.rollouts_per_task
+        episodes = act(agent, env, options.episodes or num_episodes, deterministic=False)
         write(options.record, episodes)
         print(f"{len(episodes)} episodes of {task.name} {task.index} in {options.record}")
         return
@@ -87,23 +87,23 @@ def run(options: argparse.Namespace) -> None:
     print(f"return on {task.name} {task.index}: {before:.1f} before, {after:.1f} after adapting")
     if options.save:
         adapted.save(options.save)
-        print(f"saved in {options.save}: metarl.load reads it")
+        print(f"saved in {options.save}; load it with metarl.load")
     if options.export:
         adapted.export(options.export, env, task=task)
         print(f"exported to {options.export}")
 
 
 def main() -> int:
-    """Return the exit status."""
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(description="Adapt a trained agent to recorded episodes of a new task.")
-    parser.add_argument("run_dir", help="what `metarl train` wrote")
+    parser.add_argument("run_dir", help="run directory of `metarl train`")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--record", type=Path, metavar="DIR", help="act on a held-out task and write what happened")
-    which.add_argument("--adapt-on", type=Path, metavar="DIR", help="recorded episodes")
+    which.add_argument("--record", type=Path, metavar="DIR", help="act on a held-out task and record it there")
+    which.add_argument("--adapt-on", type=Path, metavar="DIR", help="folder of recorded episodes to adapt to")
     parser.add_argument("--task", type=int, default=0, help="number of the held-out task (0)")
-    parser.add_argument("--episodes", type=int, help="to record (as many as it adapts to in training)")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="where the adapted agent goes")
-    parser.add_argument("--export", type=Path, metavar="FILE.onnx", help="where it goes for metarl.runtime")
+    parser.add_argument("--episodes", type=int, help="episodes to record (as many as the agent adapts to in training)")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="save the adapted agent there")
+    parser.add_argument("--export", type=Path, metavar="FILE.onnx", help="export the adapted agent for metarl.runtime")
     try:
         run(parser.parse_args())
     except (UserError, ValueError, OSError) as error:

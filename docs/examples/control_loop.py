@@ -1,15 +1,14 @@
-"""A 50 Hz control loop: an exported policy with guard rails, and a newly adapted one that takes over while it runs.
+"""A 50 Hz control loop with guard rails around an exported policy, and a policy swap while it runs.
 
     metarl export runs/reach policy.onnx
     python docs/examples/control_loop.py policy.onnx --watch adapted.onnx --seconds 10
 
-`--watch` names a file that another process writes when it has adapted, e.g. docs/examples/adapt_on_recordings.py. It is
-loaded beside the loop as soon as it is there, and whenever it changes. The robot is a stand-in: put a driver of your
-own, with the same `read` and `write`, in its place. Needs numpy, onnxruntime and metarl/runtime.py alone.
+`--watch` names a file that another process writes after adapting, such as docs/examples/adapt_on_recordings.py. A
+second thread loads it as soon as it exists, and whenever it changes. The robot is a stand-in: replace it with your
+driver, with the same `read` and `write`. Needs only numpy, onnxruntime and metarl/runtime.py.
 
-For a policy with a memory the loop begins an episode of the same task whenever the trained horizon is over. A driver
-that puts the robot back to where it starts calls `loop.begin_episode()` then, and `loop.begin_trial()` for another
-task.
+For a policy with a memory the loop begins a new episode of the same task after each horizon of training. A driver that
+puts the robot back to where it starts calls `loop.begin_episode()` then, and `loop.begin_trial()` for another task.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ class Robot:
     """A stand-in for a driver: joints that follow commanded velocities, sensors with noise and faults.
 
     Args:
-        num_sensors: O, each of which sees one of the joints.
+        num_sensors: O; each sensor measures one joint.
         num_joints: A.
         period_s: time between two commands.
-        fault_every: every so many readings one is broken, by turns NaN and out of range; 0: none.
+        fault_every: every Nth reading is broken, alternately out of range and NaN; 0: none.
     """
 
     def __init__(self, num_sensors: int, num_joints: int, period_s: float, fault_every: int) -> None:
@@ -43,7 +42,7 @@ class Robot:
         self._num_sensors, self._readings, self.broken_readings = num_sensors, 0, 0
 
     def read(self) -> tuple[NDArray[np.float64], float]:
-        """Return what is sensed, `[O]`, and the reward of the command that led here: minus the distance to the goal."""
+        """Return the sensor readings `[O]` and the reward of the last command: minus the distance to the goal."""
         sensed = np.resize(self._positions, self._num_sensors) + self._rng.normal(0.0, 1e-3, self._num_sensors)
         self._readings += 1
         if self._fault_every and self._readings % self._fault_every == 0:
@@ -52,20 +51,20 @@ class Robot:
         return sensed, -float(np.linalg.norm(self._positions - self._goal))
 
     def write(self, commands: NDArray[np.float32]) -> None:
-        """Command velocities `[A]`, which joints reach with a time constant of 0.1 s."""
+        """Command velocities `[A]`. The joints reach them with a time constant of 0.1 s."""
         self._commands = np.asarray(commands, np.float64)
         self._velocities += (self._commands - self._velocities) * (1.0 - np.exp(-self._period_s / 0.1))
         self._positions += self._velocities * self._period_s
 
 
 def watch(path: Path, loop: ControlLoop, stop: threading.Event) -> None:
-    """Let the policy in `path` take over whenever there is a new one; a bad file is reported and changes nothing."""
+    """Swap in the policy in `path` whenever the file changes. A bad file is reported and changes nothing."""
     seen = None
     while not stop.is_set():
         found = path.stat().st_mtime_ns if path.is_file() else None
         if found not in (None, seen):
             try:
-                loop.swap(OnnxPolicy(path))  # takes over at the next tick, as a whole
+                loop.swap(OnnxPolicy(path))  # takes over at the next tick, atomically
             except (OSError, ValueError) as error:
                 print(f"kept the old policy: {error}", file=sys.stderr)
         seen = found
@@ -73,30 +72,28 @@ def watch(path: Path, loop: ControlLoop, stop: threading.Event) -> None:
 
 
 def run(loop: ControlLoop, robot: Robot, period_s: float, num_ticks: int) -> tuple[float, int]:
-    """Run ticks at absolute times; returns how long it took in s, and how many ticks were left out."""
-    began, tick, left_out = time.perf_counter(), 0, 0
+    """Run ticks at absolute times. Return the seconds that they took, and the number of skipped ticks."""
+    began, tick, skipped = time.perf_counter(), 0, 0
     for _ in range(num_ticks):
-        wait_s = began + tick * period_s - time.perf_counter()  # of the clock, not of the last tick: nothing adds up
+        wait_s = began + tick * period_s - time.perf_counter()  # relative to the start, so that delays do not add up
         if wait_s > 0:
             time.sleep(wait_s)
-        late = int(-wait_s / period_s)  # whole periods: they are left out, not made up for in a burst
-        left_out, tick = left_out + max(0, late), tick + max(0, late) + 1
+        late = int(-wait_s / period_s)  # whole periods late: skip them, no burst to catch up
+        skipped, tick = skipped + max(0, late), tick + max(0, late) + 1
         observation, reward = robot.read()
         robot.write(loop.step(observation, reward))
-    return time.perf_counter() - began, left_out
+    return time.perf_counter() - began, skipped
 
 
 def main() -> None:
-    """Run the loop and print what happened."""
+    """Run the loop and print its counts."""
     parser = argparse.ArgumentParser(description="An exported policy in a control loop, with guard rails.")
-    parser.add_argument("policy", type=Path, help="what `metarl export` wrote")
-    parser.add_argument("--watch", type=Path, help="a file with a policy that takes over when it is there or changes")
+    parser.add_argument("policy", type=Path, help="file of `metarl export`")
+    parser.add_argument("--watch", type=Path, help="file of a policy that takes over when it appears or changes")
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--rate", type=float, help="in Hz; that of the file if not given, or 50")
-    parser.add_argument(
-        "--episode-ticks", type=int, help="of an episode; for a memory its trained horizon if not given"
-    )
-    parser.add_argument("--fault-every", type=int, default=25, help="readings; 0: none is broken")
+    parser.add_argument("--rate", type=float, help="ticks per second (that of the file, or 50)")
+    parser.add_argument("--episode-ticks", type=int, help="ticks in an episode (for a memory: its horizon of training)")
+    parser.add_argument("--fault-every", type=int, default=25, metavar="N", help="break one reading in N (0: none)")
     options = parser.parse_args()
     try:
         policy = OnnxPolicy(options.policy)
@@ -119,14 +116,14 @@ def main() -> None:
     if watcher:
         watcher.start()
     try:
-        seconds, left_out = run(loop, robot, period_s, round(options.seconds / period_s))
-    finally:  # also upon Ctrl-C: stand still
+        seconds, skipped = run(loop, robot, period_s, round(options.seconds / period_s))
+    finally:  # also after Ctrl-C: stand still
         robot.write(np.zeros(policy.action_size, np.float32))
         stop.set()
         if watcher:
             watcher.join()
     counts = loop.counts
-    print(f"{counts.ticks} ticks in {seconds:.2f} s: {counts.ticks / seconds:.1f} Hz, {left_out} left out")
+    print(f"{counts.ticks} ticks in {seconds:.2f} s: {counts.ticks / seconds:.1f} Hz, {skipped} skipped")
     print(f"faults {counts.faults} of {robot.broken_readings} broken readings; the last: {loop.last_fault or 'none'}")
     print(f"limited {counts.limited}, deadline misses {counts.deadline_misses}, swaps {counts.swaps}")
 

@@ -1,19 +1,23 @@
-"""A ROS 2 node that runs an exported policy; with --dry-run it runs where there is no ROS.
+"""A ROS 2 node that runs an exported policy; --dry-run runs it without ROS.
 
     metarl export runs/reach policy.onnx
     python docs/examples/ros2_node.py --ros-args -p model:=policy.onnx
     python docs/examples/ros2_node.py --dry-run policy.onnx --new-model adapted.onnx
 
-It subscribes to `observation` (std_msgs/Float32MultiArray, in the order of the model's `observation_names`), `reward`
-(Float32, of the last command) and `new_model` (String, the path of a file that takes over, e.g. adapted to a new task),
-and publishes `command` (Float64MultiArray, as the forward controllers of ros2_control take it) once a control period:
-the model's, or the parameter `period_s`. Nothing is published before the first observation. When none has come for
-three ticks commands go to zero, by a fifth of half their range a tick: from the end of a symmetric range that takes
-five ticks. When the node stops nothing is published: let the controller below time out.
+It subscribes to
 
-A model with a memory needs `reward`, and two topics more (Empty): `begin_episode`, after the robot was put back to
-where it starts, with the same task, and `begin_trial`, for another task. Without them an episode begins whenever the
-horizon that the model was trained with is over.
+- `observation` (std_msgs/Float32MultiArray, in the order of the model's `observation_names`),
+- `reward` (Float32, of the last command),
+- `new_model` (String, the path of a model that takes over, for example one adapted to a new task),
+
+and publishes `command` (Float64MultiArray, for the forward controllers of ros2_control) once a control period: that of
+the model, or the parameter `period_s`. It publishes nothing before the first observation. After three ticks without a
+new one, commands go to zero by a fifth of half their range a tick: from the end of a symmetric range this takes five
+ticks. A stopped node publishes nothing: let the controller below time out.
+
+A model with a memory needs `reward` and two more topics (Empty): `begin_episode`, after the robot was put back to where
+it starts, with the same task, and `begin_trial`, for another task. Without them, an episode begins after each horizon
+of training.
 """
 
 from __future__ import annotations
@@ -33,15 +37,15 @@ MAX_AGE_TICKS = 3
 
 
 class PolicyNode:
-    """What the node does, without ROS; takes messages, returns commands. Reports a model that it cannot take over.
+    """The node without ROS: takes messages, returns commands, and reports a model that it cannot load.
 
     Args:
-        model: path of the file.
+        model: path of the model.
         report: prints or logs one line.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no exported policy.
+        ValueError: the file is not an exported policy.
     """
 
     def __init__(self, model: str, report: Callable[[str], Any]) -> None:
@@ -62,18 +66,18 @@ class PolicyNode:
         self._reward = message.data
 
     def on_new_model(self, message: Any) -> None:
-        """Let another model take over at the next tick; called from a thread of its own."""
+        """Swap in another model at the next tick; called from a separate thread."""
         try:
             self.loop.swap(OnnxPolicy(Path(message.data)))
         except (OSError, ValueError) as error:
             self._report(f"kept the old model: {error}")
 
     def on_begin_episode(self, _message: Any) -> None:
-        """Let an episode of the same task begin with the next tick."""
+        """Begin an episode of the same task with the next tick."""
         self.loop.begin_episode()
 
     def on_begin_trial(self, _message: Any) -> None:
-        """Let a trial of another task begin with the next tick: a memory begins anew."""
+        """Begin a trial of another task with the next tick: resets a memory."""
         self.loop.begin_trial()
 
     def tick(self) -> list[float] | None:
@@ -87,12 +91,12 @@ class PolicyNode:
         fault = "" if self.loop.counts.faults == faults else "no new observation" if stale else self.loop.last_fault
         if fault and fault != self._fault:
             self._report(fault)
-        self._age_ticks, self._reward, self._fault = self._age_ticks + 1, None, fault  # a reward is told once
+        self._age_ticks, self._reward, self._fault = self._age_ticks + 1, None, fault  # a reward counts once
         return [float(value) for value in command]
 
 
 def connect(core: PolicyNode, node: Any, messages: Any, period_s: float, qos: Any, load_group: Any = None) -> None:
-    """Tie the core to the topics and the timer of a ROS node, or of a stand-in for one."""
+    """Connect the core to the topics and the timer of a ROS node, or of a stand-in."""
     publisher = node.create_publisher(messages.Float64MultiArray, "command", 1)
 
     def tick() -> None:
@@ -124,7 +128,7 @@ def run_node() -> None:
         model = node.declare_parameter("model", "policy.onnx").value
         core = PolicyNode(model, node.get_logger().warning)
         period_s = node.declare_parameter("period_s", core.period_s or 0.02).value
-        # Loading has a callback group of its own, and so a thread: ticks go on meanwhile.
+        # Loading has its own callback group and thread, so that ticks continue meanwhile.
         connect(core, node, msg, period_s, qos_profile_sensor_data, MutuallyExclusiveCallbackGroup())
         executor = MultiThreadedExecutor(num_threads=2)
         executor.add_node(node)
@@ -140,7 +144,7 @@ def run_node() -> None:
 
 
 class DryNode:
-    """A stand-in for a ROS node: hands on what is sent to a topic, keeps what is published, ticks when told to."""
+    """A stand-in for a ROS node: keeps the callbacks of topics and timer, and the published commands."""
 
     def __init__(self) -> None:
         self.published: list[Any] = []
@@ -151,16 +155,16 @@ class DryNode:
         return SimpleNamespace(publish=self.published.append)
 
     def create_subscription(self, _kind: Any, topic: str, callback: Callable[..., None], _qos: Any, **_: Any) -> None:
-        """Listen to a topic."""
+        """Keep the callback of a topic."""
         self.callbacks[topic] = callback
 
     def create_timer(self, _period_s: float, callback: Callable[..., None]) -> None:
-        """Keep what a tick does."""
+        """Keep the callback of the timer."""
         self.callbacks["tick"] = callback
 
 
 def dry_run(model: str, new_model: str | None) -> None:
-    """Run 100 ticks on made-up observations; half-way another model takes over, and in the last ten none comes."""
+    """Run 100 ticks on random observations. Half-way another model takes over; the last ten get no observation."""
     try:
         core = PolicyNode(model, lambda line: print(line, file=sys.stderr))
     except (OSError, ValueError, ImportError) as error:
@@ -183,15 +187,15 @@ def dry_run(model: str, new_model: str | None) -> None:
 
 
 def stop(message: str) -> None:
-    """End the program upon the user's mistake."""
+    """Exit with status 2 and one line."""
     print(f"ros2_node.py: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A ROS 2 node that runs an exported policy; see the top of the file.")
-    parser.add_argument("--dry-run", metavar="MODEL", help="without ROS, on made-up observations")
-    parser.add_argument("--new-model", metavar="MODEL", help="takes over half-way through a dry run")
+    parser.add_argument("--dry-run", metavar="MODEL", help="run without ROS, on random observations")
+    parser.add_argument("--new-model", metavar="MODEL", help="model that takes over half-way through a dry run")
     options, _ = parser.parse_known_args()  # the rest is for ROS
     if options.dry_run:
         dry_run(options.dry_run, options.new_model)

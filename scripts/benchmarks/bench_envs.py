@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Steps and resets of Meta-World: the official environment, ours, and the physics alone, on one core.
+"""Time steps and resets of Meta-World: the official environment, ours, and the physics alone, on one core.
 
-For each task the three take turns in blocks of 50 steps with the same random actions, so that a machine that slows down
-slows all of them down. "Physics alone" is what no reimplementation that returns the same bits can leave out: in the
-official model five substeps and the forward pass after them, without observation and reward. Every step and reset of
+For each task the three alternate in blocks of 50 steps with the same random actions, so that a slowdown of the machine
+affects all three. "Physics alone" is the part that a reimplementation with the same bits cannot leave out: five
+substeps of the official model and the forward pass after them, without observation and reward. Every step and reset of
 ours is compared with the official one, bit for bit. Reset times are those of a task's second and later resets.
 
     .venv/bin/python scripts/benchmarks/bench_envs.py [--tasks reach-v3 push-v3] [--steps 500] [--json FILE]
@@ -28,7 +28,7 @@ BLOCK = 50
 
 
 def official_env(task: Any, like: Any) -> Any:
-    """Return the untouched environment of a task, its goal set and hidden as in ours."""
+    """Return the official environment of a task, with its goal set and hidden as in ours."""
     env = ALL_V3_ENVIRONMENTS[task.name]()
     env._last_rand_vec, env._freeze_rand_vec, env._set_task_called = like._official._last_rand_vec.copy(), True, True
     env.reset()
@@ -36,7 +36,7 @@ def official_env(task: Any, like: Any) -> Any:
 
 
 def physics_step(env: Any, action: np.ndarray[Any, Any]) -> None:
-    """What a step does in MuJoCo, and nothing else."""
+    """Do only the MuJoCo part of a step."""
     data = env.data
     data.mocap_pos[0] = np.clip(data.mocap_pos[0] + action[:3] * env.action_scale, env.mocap_low, env.mocap_high)
     data.ctrl[:] = action[3], -action[3]
@@ -81,8 +81,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(ALL_V3_ENVIRONMENTS), metavar="NAME")
-    parser.add_argument("--steps", type=int, default=500, help="of each task, a multiple of 50")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--steps", type=int, default=500, help="steps of each task, a multiple of 50")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args()
     if arguments.steps < BLOCK or arguments.steps % BLOCK:
         parser.error(f"--steps {arguments.steps}: expected a multiple of {BLOCK}")

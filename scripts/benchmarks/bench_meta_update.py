@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Time and memory of one meta-gradient (inner and outer step, second order): ours against a plain loop over tasks.
 
-The loop is what is usually written: for each task `torch.autograd.grad(..., create_graph=True)`, then `backward`.
-Both are timed alternately in one process and their gradients are compared; the median of the ratios is printed. Then
-the peak memory of ours over the number of tasks: as it comes, in chunks, and with all tasks in one chunk. A
-Fisher-vector product, of which TRPO makes ten or so an iteration, is measured beside the gradient.
+The loop is the usual implementation: for each task `torch.autograd.grad(..., create_graph=True)`, then `backward`. Both
+are timed alternately in one process and their gradients are compared. The script prints the median of the ratios, and
+then the peak memory of ours over the number of tasks: by default, in chunks, and with all tasks in one chunk. It also
+measures a Fisher-vector product, of which TRPO makes about ten an iteration.
 
     .venv/bin/python scripts/benchmarks/bench_meta_update.py [--device cuda] [--repeats 7]
 """
@@ -47,7 +47,7 @@ def make_agent(observation_size: int, action_size: int, hidden_sizes: tuple[int,
 
 
 def make_batch(agent: Any, tasks: int, samples: int, generator: torch.Generator) -> Batch:
-    """Return random data `[M, S, ...]` whose log-probs are those of the agent."""
+    """Return random data `[M, S, ...]` with the agent's log-probs."""
     policy = agent.policy
     observations = torch.randn(tasks, samples, policy.observation_size, generator=generator)
     actions = torch.randn(tasks, samples, policy.action_size, generator=generator)
@@ -61,7 +61,7 @@ def make_batch(agent: Any, tasks: int, samples: int, generator: torch.Generator)
 
 
 def loop_over_tasks(agent: Any, support: Batch, query: Batch) -> None:
-    """The reference: one task after another."""
+    """Compute the reference: one task after another."""
     theta, inner_lr = agent.meta.theta, agent.config.inner_lr
     for task in range(len(query.weights)):
         s, q = support.tasks(task), query.tasks(task)
@@ -75,14 +75,14 @@ def loop_over_tasks(agent: Any, support: Batch, query: Batch) -> None:
 
 
 def ours(agent: Any, support: Batch, query: Batch) -> None:
-    """What the agent does in an epoch."""
+    """Compute the gradient as the agent does in an epoch."""
     agent.objective([support, query]).backward(
         lambda log_probs, batch: ppo_clip_loss(log_probs, batch.log_probs, batch.advantages, batch.weights, CLIP_EPS)
     )
 
 
 def fisher(agent: Any, support: Batch, query: Batch) -> None:
-    """A Fisher-vector product."""
+    """Compute a Fisher-vector product."""
     vector = {name: torch.ones_like(value) for name, value in agent.meta.named().items()}
     agent.objective([support, query]).fisher_product(vector)
 
@@ -91,7 +91,7 @@ MetaGradient = Callable[[Any, Batch, Batch], None]
 
 
 def timed(function: MetaGradient, agent: Any, support: Batch, query: Batch) -> tuple[float, list[torch.Tensor]]:
-    """Return seconds and the gradient."""
+    """Return the seconds that a call takes, and the gradient."""
     for value in agent.meta.theta.values():
         value.grad = None
     if agent.device.type == "cuda":
@@ -105,7 +105,7 @@ def timed(function: MetaGradient, agent: Any, support: Batch, query: Batch) -> t
 
 
 def time_table(device: str, repeats: int) -> None:
-    """Print times for each size."""
+    """Print the times for each size."""
     print(f"{'tasks × samples':>16} {'net':>12} {'loop ms':>9} {'ours ms':>9} {'loop / ours':>12} {'Fisher ms':>10}")
     for tasks, samples, observation_size, action_size, hidden_sizes in SIZES:
         agent = make_agent(observation_size, action_size, hidden_sizes, device)
@@ -130,7 +130,7 @@ def time_table(device: str, repeats: int) -> None:
 
 
 def peak_megabytes(function: MetaGradient, device: str, tasks: int, whole: bool) -> float:
-    """Return how much more memory a meta-update of `tasks` × 2000 samples takes at its peak than its data."""
+    """Return the peak memory in MB of a meta-update of `tasks` × 2000 samples, beyond its data."""
     if whole:
         meta_objective.CPU_CHUNK_BYTES, meta_objective.GPU_CHUNK_FRACTION = 1 << 60, 1e6
         meta_objective.FISHER_SHARE = 1
@@ -143,7 +143,7 @@ def peak_megabytes(function: MetaGradient, device: str, tasks: int, whole: bool)
         before = torch.cuda.memory_allocated()
         timed(function, agent, support, query)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    ctypes.CDLL(None).malloc_trim(0)  # what making the data took and freed must not hide what the update takes
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory of the data must not hide that of the update
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from what is resident now
     before = resident("VmRSS")
     timed(function, agent, support, query)
@@ -151,13 +151,13 @@ def peak_megabytes(function: MetaGradient, device: str, tasks: int, whole: bool)
 
 
 def resident(entry: str) -> float:
-    """Return megabytes of memory of this process: VmRSS now, VmHWM at its peak (Linux)."""
+    """Return this process's memory in MB: VmRSS is the current, VmHWM the peak (Linux)."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return float(status.partition(f"{entry}:")[2].split()[0]) / 1e3
 
 
 def memory_table(device: str) -> None:
-    """Print peaks, each measured in a process of its own."""
+    """Print the peaks, each measured in a separate process."""
     print(f"\n{'peak MB beyond the data':>24} {'in chunks':>10} {'whole':>10}")
     for name, function in (("gradient", ours), ("Fisher product", fisher)):
         for tasks in MEMORY_TASKS:

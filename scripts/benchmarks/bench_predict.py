@@ -1,7 +1,7 @@
-"""How long choosing one action takes: exported, in torch, and in stable-baselines3, of the same size.
+"""Time one action: exported policy, torch policy and stable-baselines3, with networks of the same size.
 
-Batch 1, one thread, deterministic, observations in float64 as environments give them. All are timed in turns, call by
-call, in one process; the ratios are those of the medians to stable-baselines3's PPO.
+Batch 1, one thread, deterministic, observations in float64 as environments return them. The calls of all policies
+alternate in one process. The ratios are those of the medians to stable-baselines3's PPO.
 
     python scripts/benchmarks/bench_predict.py --calls 20000
 """
@@ -29,14 +29,14 @@ OBSERVATIONS, ACTIONS = 39, 4  # those of Meta-World
 
 
 class Nothing(gymnasium.Env):  # type: ignore[type-arg]
-    """Spaces alone."""
+    """An environment with spaces and nothing else."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBSERVATIONS,), np.float64)
     action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTIONS,), np.float32)
 
 
 def make_policy(agent: dict[str, object]) -> Policy:
-    """Return an untrained policy: how long it takes does not depend on its weights."""
+    """Return an untrained policy; its speed does not depend on its weights."""
     stages = [{"tasks": {"family": "metaworld", "name": "reach-v3"}}]
     config = RunConfig.model_validate({"agent": agent, "stages": stages})
     spaces = Spaces(OBSERVATIONS, (-1.0,) * ACTIONS, (1.0,) * ACTIONS)
@@ -45,14 +45,14 @@ def make_policy(agent: dict[str, object]) -> Policy:
 
 
 def exported(policy: Policy, folder: Path) -> OnnxPolicy:
-    """Return the policy as a robot runs it."""
+    """Return the policy as it runs on a robot."""
     path = folder / "policy.onnx"
     policy.export(path)
     return OnnxPolicy(path)
 
 
 def stepping(policy: Policy | OnnxPolicy, observation: np.ndarray) -> Callable[[], None]:
-    """Return a call that goes on with a trial."""
+    """Return a function that makes the next step of a trial."""
     state = None
 
     def step() -> None:
@@ -63,9 +63,9 @@ def stepping(policy: Policy | OnnxPolicy, observation: np.ndarray) -> Callable[[
 
 
 def main() -> None:
-    """Print a line for each way."""
+    """Print one line for each policy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=20_000, help="of each")
+    parser.add_argument("--calls", type=int, default=20_000, help="calls of each policy")
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 128], help="widths of the MLPs")
     parser.add_argument("--memory", type=int, default=256, help="units of the GRU")
     options = parser.parse_args()

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Sampling with one and with several worker processes, policy included, and the memory that it takes.
+"""Speed and memory of sampling with one and with several worker processes, policy included.
 
-Speed: episodes of 20 ML10 tasks, as `metarl train` collects them, alternately with 1 worker and with `--num-workers`.
-The policy acts in the main process, so the workers never have all cores. Beside it stands the most that the machine
-gives: the same environments in as many processes that neither wait for each other nor for a policy, against one.
+Speed: episodes of 20 ML10 tasks, collected as in `metarl train`, alternately with 1 worker and with `--num-workers`.
+The policy acts in the main process, so the workers never have all cores. The script also prints the upper limit of the
+machine: the same environments in as many processes that wait neither for each other nor for a policy, against one.
 
-Memory: 45 ML45 tasks in flight, summed over all processes; pages that processes share are counted once (PSS, Linux).
+Memory: 45 ML45 tasks in flight, summed over all processes. Pages that processes share are counted once (PSS, Linux).
 
     .venv/bin/python scripts/benchmarks/bench_sampling.py [--num-workers 2] [--repeats 9]
 """
@@ -48,7 +48,7 @@ def make_agent() -> Agent:
 
 
 def sample(envs: WorkerEnvs, tasks: list[Task], repeat: int) -> float:
-    """Return environment steps a second of one call of `collect`."""
+    """Return the environment steps per second of one call of `collect`."""
     agent = make_agent()
     state = agent.initial_state(len(tasks))
     seeds = children(np.random.SeedSequence(repeat), len(tasks))
@@ -58,7 +58,7 @@ def sample(envs: WorkerEnvs, tasks: list[Task], repeat: int) -> float:
 
 
 def step_alone(connection: Any, tasks: list[Task]) -> None:
-    """A process that steps environments with random actions each time that it is told to, and says how long it took."""
+    """Step environments with random actions whenever the parent asks, and send back the seconds that it took."""
     from metarl.envs import make
 
     envs = [make(task) for task in tasks]
@@ -75,7 +75,7 @@ def step_alone(connection: Any, tasks: list[Task]) -> None:
 
 
 def ceiling(num_workers: int, repeats: int) -> list[float]:
-    """Return how many times faster independent processes are together than one alone, `repeats` times."""
+    """Return the speed-up of independent processes over a single one, measured `repeats` times."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(num_workers)]
     tasks = tasks_of("ML10", 20)
@@ -100,7 +100,7 @@ def ceiling(num_workers: int, repeats: int) -> list[float]:
 
 
 def resident_gib(pids: list[int]) -> float:
-    """Return the memory of processes in GiB, shared pages divided among those that share them."""
+    """Return the memory of processes in GiB; shared pages are divided among their processes."""
     kib = 0
     for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():

@@ -1,10 +1,10 @@
-"""What stability methods add to the time of an iteration: ratios to the same iteration without any.
+"""Cost of stability methods: the time of an iteration relative to the same iteration without any.
 
     scripts/benchmarks/bench_stability.py                                    two sequences, EWC, replay and both
     scripts/benchmarks/bench_stability.py --configs cw10_rl2 --rounds 3 --set="--stages.0.tasks.horizon 100"
 
-The second stage of a sequence is trained with each method, so that all have something to guard. Rounds of a few
-iterations alternate between the methods, in one process and one thread; the figure is the ratio of medians.
+Each method trains in the second stage of a sequence, where it has an earlier stage to protect. Rounds of a few
+iterations alternate between the methods, in one process and one thread. The figure is the ratio of medians.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ METHODS = {"none": "[]", "ewc": "ewc", "replay": "replay", "ewc + replay": "ewc 
 
 
 class Arm:
-    """A run that goes on a few iterations at a time."""
+    """A run that trains a few iterations at a time."""
 
     def __init__(self, config: str, flags: list[str], methods: str, folder: Path) -> None:
         loaded = load_config(config, [*QUIET, *flags, "--stability", *methods.split()])
@@ -41,7 +41,7 @@ class Arm:
         self.seconds: list[float] = []
 
     def go_on(self, iterations: int, measured: bool) -> None:
-        """Train; the first iteration of each round warms up."""
+        """Train some more iterations; the first of each round is a warm-up."""
         seconds: list[float] = []
         train(
             self._config,
@@ -56,14 +56,14 @@ class Arm:
 
 
 def main() -> None:
-    """Print a line for each config and method."""
+    """Print one line for each config and method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--configs", nargs="+", default=["continual_cued_wedges_rl2", "continual_rotated_cued_wedges_maml_ppo"]
     )
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--iterations", type=int, default=5, help="of a round, the first of which is left out")
-    parser.add_argument("--set", default="", help="flags of metarl train")
+    parser.add_argument("--iterations", type=int, default=5, help="iterations in a round; the first is not measured")
+    parser.add_argument("--set", default="", help="flags of `metarl train`")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.configs:

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Environment steps a second of a whole training run, update included, against the official `env.step`.
+"""Environment steps per second of a whole training run, update included, against the official `env.step`.
 
-Trains with an embedded config as `metarl train` does; every setting of the config is a flag here as well. Before the
-first and after each iteration the official environment of its first task is stepped alone in this process with random
-actions, so that both rates are taken under the same conditions. Then it shows where the time of the last iteration
-went: its update as measured in it; acting, and stepping the environments, each done alone again as often as in it; of
-the latter the share of physics as one environment alone has it. What is left is waiting and recording.
+The script trains with an embedded config as `metarl train` does; every setting of the config is a flag here, too.
+Before the first and after each iteration it steps the official environment of the first task alone in this process,
+with random actions, so that both rates are measured under the same conditions.
+
+Then it prints where the time of the last iteration went: the update as measured in the iteration; acting, and stepping
+the environments, each repeated alone as often as in the iteration; and of the latter the share of physics, as measured
+on one environment alone. The rest is waiting and recording.
 
     .venv/bin/python scripts/benchmarks/bench_train.py [CONFIG] [--iterations 3] [--SETTING=VALUE ...]
     .venv/bin/python scripts/benchmarks/bench_train.py --reference-rl2     # the published setting of RL² on ML1 reach
@@ -42,11 +44,11 @@ REFERENCE_RL2 = [
     *("--agent.max-kl=1000", "--evaluation.num-tasks=1"),
 ]
 """Meta-World+ (2505.11289) on ML1: 10 tasks × 10 episodes × 500 steps, encoder 256², GRU 256, deviation by state,
-linear baseline, chunks of 250 steps, 10 epochs, none of which ends early here."""
+linear baseline, chunks of 250 steps, 10 epochs; here none of them ends early."""
 
 
 class Official:
-    """The official environment of a task, stepped with random actions, as long as its episodes last."""
+    """The official environment of a task, stepped with random actions for whole episodes."""
 
     def __init__(self, task: Any) -> None:
         self.env = ALL_V3_ENVIRONMENTS[task.name]()
@@ -55,11 +57,11 @@ class Official:
         self.actions = np.random.default_rng(0).uniform(-1, 1, (500, 4)).astype(np.float32)
 
     def steps_per_second(self, episodes: int = 4) -> float:
-        """Rate of `env.step` alone: resets are not counted."""
+        """Return the rate of `env.step`, without resets."""
         return episodes * len(self.actions) / self._seconds(self.env.step, episodes)
 
     def physics_steps_per_second(self, episodes: int = 4) -> float:
-        """Rate of what a step does in MuJoCo, and nothing else."""
+        """Return the rate of the MuJoCo part of a step."""
         env = self.env
 
         def step(action: Any) -> None:
@@ -83,7 +85,7 @@ class Official:
 
 
 def acting_seconds(config: RunConfig, agent: Any, steps: int) -> float:
-    """Return how long the agent takes to act `steps` times for all environments, on one thread as in training."""
+    """Return the seconds that the agent takes for `steps` steps of all environments, on one thread as in training."""
     shape = (config.num_tasks, config.rollouts_per_task)
     task = task_distribution(config.stages[0]).train_tasks[0]
     env = metarl.envs.make(task)
@@ -103,7 +105,7 @@ def acting_seconds(config: RunConfig, agent: Any, steps: int) -> float:
 
 
 def stepping_seconds(config: RunConfig, steps: int) -> float:
-    """Return how long the environments of an iteration take to make `steps` steps without an agent, resets included."""
+    """Return the seconds that the environments of an iteration take for `steps` steps without an agent, with resets."""
     distribution = task_distribution(config.stages[0])
     envs = make_envs(distribution, max_envs(config, 0), num_workers(config))
     parallel = envs.max_envs // config.num_tasks
@@ -127,7 +129,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="an embedded config of Meta-World tasks (ml1_reach_meta_sgd)")
-    parser.add_argument("--reference-rl2", action="store_true", help="ml1_reach_rl2 with the published settings")
+    parser.add_argument("--reference-rl2", action="store_true", help="use ml1_reach_rl2 with the published settings")
     parser.add_argument("--iterations", type=int, default=3)
     arguments, flags = parser.parse_known_args()
     name = arguments.config or ("ml1_reach_rl2" if arguments.reference_rl2 else "ml1_reach_meta_sgd")

@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Meta-learners and controls with the same number of environment steps: returns on held-out tasks, over seeds.
+"""Compare meta-learners and controls with equal environment steps: returns on held-out tasks, over seeds.
 
-Every agent trains with the settings of the embedded MAML-PPO config of its tasks, but for what names it; so none is
-tuned, and MAML-PPO has the advantage that the settings were chosen for it. `pretrained` trains one policy on all tasks
-and adapts it at evaluation as the others do; `from scratch` is PPO on ONE held-out task with the whole budget for it
-alone: what adaptation in a few episodes competes with, not an equal. A seed's score is its mean over tasks; intervals
-are 95 % t-intervals over seeds, wide as they are with few. A run that is already there is not trained again; `table.md`
-and `curves.png` hold the results.
+Every agent trains with the settings of the embedded MAML-PPO config of its tasks; only the settings that make it that
+agent differ. So no agent is tuned, and MAML-PPO has the advantage that the settings were chosen for it.
+
+`pretrained` trains one policy on all tasks and adapts at evaluation like the others. `from scratch` is PPO on ONE
+held-out task with the whole budget for that task alone: the reference for adaptation in a few episodes, not its equal.
+
+The score of a seed is its mean over tasks. Intervals are 95 % t-intervals over seeds, wide if there are few. Runs that
+exist are not trained again. Results go to `table.md` and `curves.png`.
 
     .venv/bin/python scripts/studies/compare_agents.py [half_cheetah_dir] [navigation] [--seeds 3] [--processes 2]
 """
@@ -36,26 +38,26 @@ AGENTS: dict[str, dict[str, Any]] = {
     "pretrained": {"name": "multi_task"},
     "from scratch": {"name": "multi_task"},
 }
-"""What each agent changes in the config; `outer: None` leaves out the outer step of the config."""
+"""The changes of each agent to the config; `outer: None` drops the config's outer step."""
 
 BUDGETS = {"half_cheetah_dir": 1_000_000, "navigation": 1_000_000}
-"""Environment steps of training."""
+"""Environment steps of a training run."""
 
 EVALUATED_STEPS = 3
 """Gradient steps at evaluation, each on fresh episodes."""
 
 EVALUATED_TASKS = 40
-"""Held-out tasks, at most."""
+"""Largest number of held-out tasks in an evaluation."""
 
 SCRATCH_TASKS = 4
-"""Held-out tasks, at most, that `from scratch` is trained on, one by one."""
+"""Largest number of held-out tasks that `from scratch` trains on, one by one."""
 
 
 RETURNS = ("returns", "untrained_returns")
-"""In the rows of a report."""
+"""Keys in the rows of a report."""
 
 T_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""Of Student's t distribution at 97.5 %, by the number of seeds."""
+"""97.5 % quantiles of Student's t distribution, by the number of seeds."""
 
 
 class Job(NamedTuple):
@@ -70,7 +72,7 @@ class Job(NamedTuple):
 
     @property
     def run_dir(self) -> Path:
-        """Where the run goes."""
+        """The run directory."""
         suffix = "" if self.held_out is None else f"_task{self.held_out}"
         return self.folder / self.tasks / f"{self.agent.replace(' ', '_')}_seed{self.seed}_{self.env_steps}{suffix}"
 
@@ -84,7 +86,7 @@ class Only(NamedTuple):
 
 
 def settings(job: Job) -> dict[str, Any]:
-    """Return the config of a run as a mapping, with as many iterations as its budget allows."""
+    """Return the config of a run as a mapping; its iterations spend the budget."""
     from metarl.config.schema import load_config
 
     config = load_config(f"{job.tasks}_maml_ppo").model_dump(mode="json")
@@ -104,7 +106,7 @@ def settings(job: Job) -> dict[str, Any]:
 
 
 def run(job: Job) -> None:
-    """Train and evaluate, unless the report is there."""
+    """Train and evaluate, unless the report exists."""
     import torch
 
     import metarl
@@ -133,7 +135,7 @@ def run(job: Job) -> None:
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """Yield the runs, seed by seed."""
+    """Yield the runs, one seed after another."""
     from metarl.build import task_distribution
     from metarl.config.schema import RunConfig
 
@@ -150,15 +152,15 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
 
 
 class Scores(NamedTuple):
-    """Returns of one agent: a row for each seed, the mean over its tasks; a column for each step of adaptation."""
+    """Mean returns of one agent over its tasks: a row for each seed, a column for each adaptation step."""
 
     by_step: np.ndarray  # [seeds, 1 + EVALUATED_STEPS]
-    untrained: np.ndarray  # the same of an untrained agent
+    untrained: np.ndarray  # the same for an untrained agent
     env_steps: int
 
 
 def scores(finished: Sequence[Job]) -> Scores:
-    """Gather the reports of one agent."""
+    """Read the reports of one agent."""
     by_seed: dict[int, list[dict[str, Any]]] = {}
     env_steps = 0
     for job in finished:
@@ -178,7 +180,7 @@ def cell(values: np.ndarray) -> str:
 
 
 def table(tasks: str, by_agent: dict[str, list[Job]]) -> str:
-    """Return one Markdown table."""
+    """Return the results on one family of tasks as a Markdown table."""
     lines = [
         f"### {tasks}",
         "",
@@ -234,12 +236,12 @@ def plot(results: dict[str, dict[str, list[Job]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Run what is missing, and print the tables."""
+    """Train the missing runs and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=list(BUDGETS), help=f"any of {', '.join(BUDGETS)}")
     parser.add_argument("--agents", nargs="+", default=list(AGENTS), choices=list(AGENTS), metavar="AGENT")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--env-steps", type=int, help="of every run, 1M if left out")
+    parser.add_argument("--env-steps", type=int, help="of every run (1M)")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     options = parser.parse_args()

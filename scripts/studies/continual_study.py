@@ -1,14 +1,14 @@
-"""Forgetting shown and cured: sequences of stages with and without stability methods, over several seeds.
+"""Show forgetting and its cure: sequences of stages with and without stability methods, over several seeds.
 
     scripts/studies/continual_study.py cued_rl2                  every arm, seeds 0 1 2; some minutes on 2 cores
     scripts/studies/continual_study.py cued_rl2 --sweep          EWC's coefficient: stability against plasticity
     scripts/studies/continual_study.py rotated_rl2 --arms fine_tuning replay --seeds 5 6
     scripts/studies/continual_study.py cued_rl2 --set="--stages.0.iterations 10"      flags for all arms
 
-An arm is `metarl train CONFIG` with some flags; each run is printed as the command that repeats it, and one that has
-finished is not repeated. Beside the runs it writes study.json, study.md and study.png (or sweep.…). Scores are
-those of the account of a run: 0 an untrained agent, 1 one that was just trained on the first stage. Intervals are 95 %
-bootstrap intervals of the mean over seeds.
+An arm is `metarl train CONFIG` with some flags. The script prints the command of each run, and does not repeat a run
+that has finished. It writes study.json, study.md and study.png (or sweep.…) next to the runs. Scores are those of the
+run's score table: 0 is an untrained agent, 1 one that was just trained on the first stage. Intervals are 95 % bootstrap
+intervals of the mean over seeds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CONTROLS = {"joint": "--control joint", "scratch": "--control scratch"}
 
 
 class Study(NamedTuple):
-    """A config that comes with metarl, the flags of each arm beside the controls, and EWC's coefficient to sweep."""
+    """An embedded config, the flags of each arm except the controls, and the coefficients of EWC in a sweep."""
 
     config: str
     arms: dict[str, str]
@@ -91,7 +91,7 @@ STUDIES = {
             "replay": "--stages.0.for-each.wedges [0] [2] [0] --stability replay",
         },
     ),
-    "negative": Study(  # nothing tells the stages apart: no cue, no adaptation, one head, contradictory dynamics
+    "negative": Study(  # no cue, no adaptation, one head, contradictory dynamics
         "continual_rotated_cued_wedges_maml_ppo",
         {
             arm: f"--agent.name multi_task --stages.0.tasks.name rotated_wedges {flags}"
@@ -113,21 +113,21 @@ STUDIES = {
 
 
 class Result(NamedTuple):
-    """What one run led to."""
+    """Scores of one run."""
 
     average: float
-    forgetting: float  # mean over all stages, the last of which counts as 0
+    forgetting: float  # mean over all stages; the last counts as 0
     lost: float  # mean over the earlier stages: minus the backward transfer
     last: float
     average_before: float  # the same before adaptation
     forgetting_before: float
     minutes: float
-    curves: list[Curve]  # of each stage, while it was trained
-    again: list[tuple[int, int | None, int | None]]  # stage, iterations to relearn it at first and when it came again
+    curves: list[Curve]  # of each stage during its training
+    again: list[tuple[int, int | None, int | None]]  # stage, iterations to learn it at first and again
 
 
 def run(command: list[str], folder: Path) -> None:
-    """Train one arm with one seed, unless just that has been done."""
+    """Train one arm with one seed, unless the same command has finished before."""
     marker = folder / "finished.json"
     if marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["command"] == command:
         return
@@ -147,7 +147,7 @@ def run(command: list[str], folder: Path) -> None:
 
 
 def read(folder: Path) -> Result:
-    """Return what a run led to."""
+    """Return the scores of a run."""
     report = json.loads((folder / "evaluation" / "continual.json").read_text(encoding="utf-8"))
     config = load_config(folder / "config.yaml")
     stages, scratch = config.stages, config.control == "scratch"
@@ -169,7 +169,7 @@ def read(folder: Path) -> Result:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Return mean and interval over seeds as text."""
+    """Return the mean and its interval over seeds as text."""
     mean = f"{np.mean(values):.2f}"
     if len(values) < 2:
         return mean
@@ -178,7 +178,7 @@ def interval(values: Sequence[float]) -> str:
 
 
 def table(results: dict[str, list[Result]]) -> str:
-    """Return a markdown table, an arm a row."""
+    """Return a Markdown table with one row an arm."""
     columns = "arm", "average performance", "forgetting", "lost by earlier stages", "last stage", "forward transfer"
     rows = [f"| {' | '.join(columns)} | average, forgetting before adaptation | minutes |"]
     rows.append("|" + "---|" * 8)
@@ -205,13 +205,13 @@ def table(results: dict[str, list[Result]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run a study; returns the figures of each arm, by name, a list over seeds."""
+    """Run a study. Return its figures by arm, as a list over seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--arms", nargs="+", help="some of the arms (all)")
-    parser.add_argument("--sweep", action="store_true", help="EWC's coefficient instead of the arms")
+    parser.add_argument("--arms", nargs="+", help="arms to run (all)")
+    parser.add_argument("--sweep", action="store_true", help="sweep EWC's coefficient instead of running the arms")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--set", default="", help="flags of metarl train for all runs")
+    parser.add_argument("--set", default="", help="flags of `metarl train` for all runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
     parser.add_argument("--out", type=Path, default=Path("runs/continual"))
     options = parser.parse_args(arguments)
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         arms = {"fine_tuning": "", **arms, "frozen": "--stability l2 --stability.0.coef 10000"}
     for arm in options.arms or ():
         if arm not in arms:
-            parser.error(f"no arm {arm!r}; there are {', '.join(arms)}")
+            parser.error(f"no arm {arm!r}; choose from {', '.join(arms)}")
     arms = {arm: flags for arm, flags in arms.items() if arm in (options.arms or arms)}
     folder: Path = options.out / options.study
     began = time.perf_counter()

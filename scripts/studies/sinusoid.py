@@ -1,20 +1,22 @@
 #!/usr/bin/env python
-"""Few-shot regression of sinusoids (Finn et al. 2017, 5.1): the inner steps of the RL agents with another loss.
+"""Few-shot regression of sinusoids (Finn et al. 2017, 5.1): the inner loop of the RL agents with another loss.
 
-A task is y = a sin(x − φ) with a ~ U[0.1, 5], φ ~ U[0, π], x ~ U[−5, 5], as in the paper's code; a network of two
-hidden layers of 40 ReLU adapts to it from 10 points. `meta_train` below is the whole of meta-learning. The control,
-`pretrained`, fits all tasks jointly, so that it learns their mean, and is fine-tuned by gradient descent. Errors are
-mean squared errors on a grid over [−5, 5], on the same held-out tasks and points for all methods; all gradient steps of
-a test use the same points, at the inner step size of training. Intervals: 95 %, over held-out tasks, of one training.
+A task is y = a sin(x − φ) with a ~ U[0.1, 5], φ ~ U[0, π], x ~ U[−5, 5], as in the paper's code. A network with two
+hidden layers of 40 ReLU units adapts to it from 10 points. `meta_train` below is the whole of meta-learning. The
+control, `pretrained`, fits all tasks jointly, which teaches it their mean, and then fine-tunes by gradient descent.
 
-As in the paper: inner step size 0.01, one inner step in training, 25 tasks a meta-batch, Adam. Deviations:
+Errors are mean squared errors on a grid over [−5, 5], on the same held-out tasks and points for all methods. All
+gradient steps of a test use the same points, at the inner step size of training. Intervals are 95 % intervals over
+held-out tasks, from one training.
+
+As in the paper: inner step size 0.01, one inner step in training, 25 tasks in a meta-batch, Adam. Deviations:
 - Adam at 0.01 with cosine decay, not at a constant 0.001: 6,000 iterations and not 70,000. Chosen for MAML on
-  other seeds; the other methods take it as it is.
-- Orthogonal weights, not normal ones with deviation 0.01: `init_mlp` of the agents.
-- The control's step size is the best of `FINE_TUNING_RATES` on tasks of its own, neither trained nor tested on.
+  other seeds; the other methods use it unchanged.
+- Orthogonal weights, not normal ones with deviation 0.01: the agents' `init_mlp`.
+- The control's step size is the best of `FINE_TUNING_RATES` on separate tasks, neither trained nor tested on.
 - Reptile (Nichol et al. 2018) takes 4 steps and one on the query, each on fresh points: 50 points of a task in 5 steps,
   as published, with Adam on its displacement and the inner step size of the others.
-- Meta-SGD (Li et al. 2017) starts at 0.01 in all its rates. They are learned for ONE step: later ones may diverge.
+- Meta-SGD (Li et al. 2017) starts all its rates at 0.01. It learns them for ONE step: later ones may diverge.
 
     .venv/bin/python scripts/studies/sinusoid.py [--iterations 6000] [--shots 10] [--seed 0] [--out runs/sinusoid]
 """
@@ -32,7 +34,7 @@ import torch
 from torch import Tensor
 
 from metarl.agents.maml.fomaml import Fomaml, FomamlConfig
-from metarl.agents.maml.inner import MetaParams, Method, inner_loop
+from metarl.agents.maml.inner import InnerMethod, MetaParams, inner_loop
 from metarl.agents.maml.maml import Maml, MamlPpoConfig
 from metarl.agents.maml.meta_sgd import MetaSgd, MetaSgdConfig
 from metarl.agents.maml.multi_task import MultiTask, MultiTaskConfig
@@ -84,15 +86,15 @@ class Sinusoids(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """What is trained, and how."""
+    """A method of the table and its number of inner steps."""
 
     label: str
-    method: Method
+    method: InnerMethod
     inner_steps: int  # in training
 
 
 def learners(inner_lr: float = INNER_LR) -> list[Learner]:
-    """Return the methods of the table; the control, which does not adapt in training, comes last."""
+    """Return the methods of the table. The control comes last; it does not adapt in training."""
     adapted = tuple(init_mlp(SIZES, 1.0, torch.Generator()))
     return [
         Learner("MAML", Maml(MamlPpoConfig(inner_lr=inner_lr), adapted), 1),
@@ -104,12 +106,12 @@ def learners(inner_lr: float = INNER_LR) -> list[Learner]:
 
 
 def mse(params: Params, batch: Points) -> Tensor:
-    """Mean squared error of each task, `[M]`: the `Loss` of the inner steps."""
+    """Return the mean squared error of each task, `[M]`: the `Loss` of the inner steps."""
     return (apply_mlp(params, batch.inputs, ACTIVATION) - batch.targets).square().mean((-2, -1))
 
 
 def stacked(meta: MetaParams, num_tasks: int) -> MetaParams:
-    """Return `meta` with θ once for each task, `[M, ...]`."""
+    """Return `meta` with one copy of θ for each task, `[M, ...]`."""
     return meta._replace(theta={name: value.expand(num_tasks, *value.shape) for name, value in meta.theta.items()})
 
 
@@ -119,7 +121,7 @@ def seeded(seed: int, purpose: Purpose, *position: int) -> torch.Generator:
 
 
 def meta_train(learner: Learner, iterations: int, shots: int, seed: int) -> MetaParams:
-    """Learn θ, and what the method learns beside it; with one seed all learners see the same tasks."""
+    """Learn θ and the method's own parameters. With the same seed, all learners see the same tasks."""
     initial = init_mlp(SIZES, 1.0, seeded(seed, Purpose.AGENT))
     theta = {name: value.requires_grad_() for name, value in initial.items()}
     meta = MetaParams(theta, learner.method.learned(theta))
@@ -140,13 +142,13 @@ def meta_train(learner: Learner, iterations: int, shots: int, seed: int) -> Meta
     return meta
 
 
-def adapt(method: Method, meta: MetaParams, support: Points) -> list[Params]:
+def adapt(method: InnerMethod, meta: MetaParams, support: Points) -> list[Params]:
     """Return the parameters after 0, 1, …, 10 steps, `[M, ...]`, all on the same points."""
     supports = [support] * TEST_STEPS
     return inner_loop(method, mse, stacked(meta, len(support.inputs)), supports, create_graph=False)
 
 
-def test_errors(method: Method, meta: MetaParams, tasks: Sinusoids, support: Points) -> Tensor:
+def test_errors(method: InnerMethod, meta: MetaParams, tasks: Sinusoids, support: Points) -> Tensor:
     """Return the error over the grid after 0, 1, …, 10 steps, `[11, M]`."""
     path = adapt(method, meta, support)
     with torch.no_grad():
@@ -154,7 +156,7 @@ def test_errors(method: Method, meta: MetaParams, tasks: Sinusoids, support: Poi
 
 
 def best_rate(meta: MetaParams, shots: int, seed: int) -> float:
-    """Return the control's best step size, by its mean error over the table's columns, on tasks of its own."""
+    """Return the control's best step size: lowest mean error over the table's columns, on separate tasks."""
     generator = seeded(seed, Purpose.EVALUATION_TASKS, 1)
     tasks = Sinusoids.draw(HELD_OUT_TASKS, generator)
     support = tasks.sample(shots, generator)
@@ -172,7 +174,7 @@ def cell(errors: Tensor) -> str:
 
 
 def draw_picture(
-    shown: Sequence[tuple[str, Method, MetaParams]], tasks: Sinusoids, support: Points, path: Path
+    shown: Sequence[tuple[str, InnerMethod, MetaParams]], tasks: Sinusoids, support: Points, path: Path
 ) -> None:
     """Draw the paper's Fig. 2: a row for each task, a column for each method."""
     import matplotlib
@@ -211,15 +213,15 @@ def main() -> None:
     """Train, test, print the table and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=6000, help="meta-updates of every method")
-    parser.add_argument("--shots", type=int, default=10, help="points of a gradient step")
-    parser.add_argument("--seed", type=int, default=0, help="of everything, the held-out tasks included")
-    parser.add_argument("--out", type=Path, default=Path("runs/sinusoid"), help="folder of the picture")
+    parser.add_argument("--shots", type=int, default=10, help="points in a gradient step")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything, including the held-out tasks")
+    parser.add_argument("--out", type=Path, default=Path("runs/sinusoid"), help="folder for the picture")
     options = parser.parse_args()
     torch.set_num_threads(1)  # tensors this small gain nothing from more
     generator = seeded(options.seed, Purpose.EVALUATION_TASKS, 0)
     tasks = Sinusoids.draw(HELD_OUT_TASKS, generator)
     support = tasks.sample(options.shots, generator)
-    print(f"error on {HELD_OUT_TASKS} held-out sinusoids from {options.shots} points, after so many gradient steps\n")
+    print(f"error on {HELD_OUT_TASKS} held-out sinusoids from {options.shots} points, by number of gradient steps\n")
     print(f"| {'method':28} |" + "".join(f" {steps:^11} |" for steps in REPORTED_STEPS) + " seconds |")
     print(f"|{'-' * 30}|" + f"{'-' * 13}|" * len(REPORTED_STEPS) + "--------:|")
     shown = {}

@@ -1,4 +1,4 @@
-"""The sinusoid example learns to adapt: what only second-order MAML reaches in so few iterations."""
+"""The sinusoid study learns to adapt as only second-order MAML does in so few iterations."""
 
 import importlib.util
 import math
