@@ -6,6 +6,7 @@ The public API, imported lazily: `import metarl` loads neither torch nor a simul
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,14 +35,9 @@ _NAMES = {
     "Rollout": "metarl.types",
     "Trajectory": "metarl.types",
 }
-_MODULES = {
-    "baseline": "metarl.evaluation.single_task",
-    "envs": "metarl.envs",
-    "evaluation": "metarl.evaluation",
-    "play": "metarl.deploy.play",
-    "runtime": "metarl.runtime",
-    "sb3": "metarl.deploy.sb3",
-}
+_MODULES = ("baseline", "envs", "evaluation", "play", "runtime", "sb3")
+
+__path__.append(os.path.join(os.path.dirname(__file__), "deploy", "old_names"))  # import metarl.sb3, .play, .baseline
 
 __all__ = [*_NAMES, *_MODULES]
 
@@ -50,7 +46,7 @@ def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
     if name in _MODULES:
-        return importlib.import_module(_MODULES[name])
+        return importlib.import_module(f"metarl.{name}")
     raise AttributeError(f"module 'metarl' has no attribute {name!r}")
 
 

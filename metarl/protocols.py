@@ -223,9 +223,6 @@ class Agent(AdaptiveActor, Protocol):
     def unpack(self, packed: Mapping[str, torch.Tensor]) -> Any:
         """Return the state of one task that was packed; raises ValueError naming the entry that does not fit."""
 
-    def log_prob(self, state: Any, rollout: Rollout) -> torch.Tensor:
-        """Log-density `[M, N, T]` of a rollout's actions, by the agent that begins it in `state`; no gradient."""
-
     def update(
         self, tasks: Sequence[Task], rollouts: Sequence[Rollout], auxiliary_loss: AuxiliaryLoss | None = None
     ) -> dict[str, float]:
@@ -246,18 +243,18 @@ class Agent(AdaptiveActor, Protocol):
     def parameters(self) -> dict[str, torch.Tensor]:
         """What `update` trains, by name: the tensors themselves. Those of the policy begin with `policy.`."""
 
-    def hidden_units(self, rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
-        """Activations `[S, H]` of each hidden layer of the policy, by name, at the valid steps of the last rollout."""
-
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Everything that training changes, flat."""
+        """Return everything that training changes, flat; what `parameters` returns is there under the same names."""
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned; raises ValueError naming the entry that does not fit."""
 
 
 class ProtectedAgent(Agent, Protocol):
-    """What stability methods need of an agent beyond `Agent`; a run without them does without these two."""
+    """What stability methods need of an agent beyond `Agent`; a run without them does without."""
+
+    def log_prob(self, state: Any, rollout: Rollout) -> torch.Tensor:
+        """Log-density `[M, N, T]` of a rollout's actions, by the agent that begins it in `state`; no gradient."""
 
     def replay_policy(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
         """Adapt anew on the first K of K + 1 recorded rollouts; say what the agent would do in the last one now.
@@ -275,6 +272,9 @@ class ProtectedAgent(Agent, Protocol):
 
         An agent that adapts by gradient steps is differentiated at the parameters that it had adapted then.
         """
+
+    def hidden_units(self, rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
+        """Activations `[S, H]` of each hidden layer of the policy, by name, at the valid steps of the last rollout."""
 
 
 class TensorStore(Protocol):

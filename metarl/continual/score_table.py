@@ -14,7 +14,7 @@ import numpy as np
 
 from metarl.config.schema import StageConfig
 from metarl.continual import metrics as continual
-from metarl.protocols import Agent
+from metarl.protocols import ProtectedAgent
 from metarl.runs.atomic_files import replace_file
 from metarl.types import FloatArray, Rollout
 
@@ -104,7 +104,7 @@ def score(report: Report, stage: StageConfig, phase: str) -> float:
     return (mean - low) / (high - low)
 
 
-def plasticity(agent: Agent, rollouts: Sequence[Rollout]) -> dict[str, float]:
+def plasticity(agent: ProtectedAgent, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Return how much of the policy's hidden layers is in use: dormant units and effective rank, layer by layer."""
     metrics = {}
     for name, activations in agent.hidden_units(rollouts).items():

@@ -187,7 +187,10 @@ def play(
             torch.default_generator.manual_seed(seed)
             after, _ = run(policy, seed=seed)
             each = f"{episodes} {'episode' if episodes == 1 else 'episodes'}"
-            adapted_by = f"1 step on {each}" if steps == 1 else f"{steps} steps, {each} each"
+            if policy.agent.adapts_by == "gradient":
+                adapted_by = f"1 step on {each}" if steps == 1 else f"{steps} steps, {each} each"
+            else:
+                adapted_by = f"inferred from {each}"
     clock = hasattr(env.unwrapped, "dt")
     return Play(before, after, title, adapted_by, rate / every, speed if clock else None)
 

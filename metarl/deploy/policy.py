@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -25,7 +25,7 @@ from metarl.collect import act, rollout_arrays, run_episode, scale_actions
 from metarl.config.schema import RunConfig, dump_config, hash_of, load_config
 from metarl.deploy.onnx_export import describe, write_onnx
 from metarl.errors import UserError
-from metarl.protocols import Agent, AgentBuilder, Controller
+from metarl.protocols import Agent, AgentBuilder, Controller, ProtectedAgent
 from metarl.runs.atomic_files import replace_file
 from metarl.runs.checkpoint import Checkpoint, CorruptCheckpointError, load_best, load_iteration, load_latest
 from metarl.runs.checkpoint import save as save_checkpoint
@@ -255,7 +255,11 @@ class Policy:
                 missing,
                 len(trajectories),
             )
-            log_probs = self.agent.log_prob(self.state, rollout).clone()
+            if not hasattr(self.agent, "log_prob"):
+                raise ValueError(
+                    f"{missing} episodes have no log_probs, and the agent no method log_prob to compute them"
+                )
+            log_probs = cast(ProtectedAgent, self.agent).log_prob(self.state, rollout).clone()
         for n, trajectory in enumerate(trajectories):
             if trajectory.log_probs is not None:
                 log_probs[0, n, : len(trajectory.log_probs)] = torch.from_numpy(trajectory.log_probs).float()

@@ -290,7 +290,7 @@ def adapt_to(
         raise UserError(f"{policy.config.agent.name} does not adapt; use the policy as it is")
     agent, config = policy.agent, policy.config
     root = seeds(config.seed if seed is None else seed, Purpose.EVALUATION_ROLLOUTS)
-    count = rollouts_per_task or config.rollouts_per_task if agent.adapts_by == "gradient" else 1
+    count = 1 if agent.adapts_by == "memory" else rollouts_per_task or config.rollouts_per_task
     envs = make_envs(_Tasks([task], make), min(count, MAX_ENVS), num_workers=0)
     state, collector = policy.state, LocalCollector(envs)
     try:

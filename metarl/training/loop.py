@@ -301,7 +301,7 @@ class _Loop:
         collected.
         """
         iterations, stages_follow = self.config.stages[stage].iterations, stage + 1 < len(self.config.stages)
-        left = dict(enumerate(self.parts.methods)) if stages_follow else {}
+        left, agent = dict(enumerate(self.parts.methods)) if stages_follow else {}, cast(ProtectedAgent, self.agent)
         for attempt in range(MAX_SKIPPED):
             tasks, root, use = (
                 seeds(self.config.seed, Purpose.CONSOLIDATION, stage, 3 * attempt + part) for part in range(3)
@@ -312,13 +312,13 @@ class _Loop:
             for place, method in list(left.items()) if error is None else []:
                 try:
                     with self._writing():
-                        method.end_stage(cast(ProtectedAgent, self.agent), rollouts, rngs[place])
+                        method.end_stage(agent, rollouts, rngs[place])
                     del left[place]
                 except NOT_FINITE as found:
                     error = found
             if error is None:
                 try:
-                    return network_use(self.agent, rollouts)
+                    return network_use(agent, rollouts) if hasattr(agent, "hidden_units") else {}
                 except ValueError as found:  # activations that are not finite
                     error = found
             _LOG.warning("metarl: the end of stage %d failed and is tried again: %s", stage, error)

@@ -159,7 +159,8 @@ def _stages(policy: Policy, position: Position, run_dir: Path) -> Mapping[int, M
 
 def check_protected(agent: Agent, methods: Sequence[StabilityMethod]) -> None:
     """Check that an agent has what stability methods need; raises UserError."""
-    missing = [name for name in ("policy_jacobians", "replay_policy") if not hasattr(agent, name)]
+    needed = ("log_prob", "policy_jacobians", "replay_policy", "hidden_units")
+    missing = [name for name in needed if not hasattr(agent, name)]
     if methods and missing:
         raise UserError(
             f"stability: the agent has no {' and no '.join(missing)}, which stability methods need; add them "

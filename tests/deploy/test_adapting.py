@@ -42,7 +42,7 @@ def test_steps_and_rates_of_adapting_are_the_ones_asked_for():
         ("mlp", {"steps": 0}, "steps is 0"),
         ("mlp", {"inner_lr": 0.0}, "inner_lr is 0.0"),
         ("gru", {"steps": 2}, "rl2 adapts by memory: it reads the episodes"),
-        ("gru", {"inner_lr": 0.1}, "it has no steps and no inner_lr"),
+        ("gru", {"inner_lr": 0.1}, "and has no steps and no inner_lr"),
     ],
 )
 def test_adapting_as_no_agent_does_is_refused(name, asked, message):

@@ -6,6 +6,7 @@ Most of it runs in made-up environments without physics, where every figure is k
 import inspect
 import json
 
+import gymnasium
 import metaworld
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ class FakeEnvs:
         self.time, self.total = np.zeros(self.num_envs, int), np.zeros(self.num_envs, int)
         self.returns = np.zeros(self.num_envs)
         self.single_observation_space = np.zeros(2 + 4 * recurrent)  # of spaces, only the shape is asked for
-        self.single_action_space = np.zeros(2)
+        self.single_action_space = gymnasium.spaces.Box(np.float32(LOW), np.float32(HIGH))
 
     def get_attr(self, name):
         return {
@@ -138,7 +139,7 @@ class Remembering:
 
     def __init__(self, observation_size=2):
         self.memories = {}  # of each environment, after every step
-        self.observation_size = observation_size
+        self.observation_size, self.noise_size = observation_size, 2 if observation_size == 2 else 4
 
     def initial_state(self, num_tasks):
         return ((),) * num_tasks
@@ -491,7 +492,7 @@ def test_mistakes_are_named(monkeypatch):
             Policy(policy.config, policy.agent, policy.spaces, 0, None, adapted=True), benchmark="ML10"
         )
     assert not asked
-    with pytest.raises(UserError, match=r"sizes \(2, 2\); the agent was made for \(3, 2\)"):
+    with pytest.raises(UserError, match=r"observations have shape \(2,\); the agent was trained for \(3,\)"):
         official.official_report(make_policy(Counting(), observation_size=3), benchmark="ML10")
     assert asked[0]["envs"].closed
 
