@@ -288,6 +288,11 @@ class Spaces:
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
 
+    @classmethod
+    def within_one(cls, observation_size: int, action_size: int) -> Spaces:
+        """Return spaces whose actions lie within ±1."""
+        return cls(observation_size, (-1.0,) * action_size, (1.0,) * action_size)
+
     @property
     def action_size(self) -> int:
         """A."""

@@ -27,7 +27,7 @@ from metarl.agents.maml import meta_objective
 from metarl.agents.maml.inner import Batch
 from metarl.agents.maml.maml import MamlPpoConfig
 from metarl.rl.surrogates import likelihood_ratio_loss, ppo_clip_loss
-from tests.agents.specs import spec
+from metarl.types import AgentSpec, Spaces
 
 SIZES = (  # tasks, samples a task, observation size, action size, hidden sizes
     (20, 500, 39, 4, (64, 64)),
@@ -43,14 +43,15 @@ CLIP_EPS = 0.3
 def make_agent(observation_size: int, action_size: int, hidden_sizes: tuple[int, ...], device: str) -> Any:
     """Return a MAML-PPO agent."""
     config = MamlPpoConfig(hidden_sizes=hidden_sizes)
-    return build(config, spec(observation_size, action_size, device, 0))
+    spaces = Spaces.within_one(observation_size, action_size)
+    return build(config, AgentSpec(spaces, torch.device(device), seed=0))
 
 
 def make_batch(agent: Any, tasks: int, samples: int, generator: torch.Generator) -> Batch:
     """Return random data `[M, S, ...]` with the agent's log-probs."""
     policy = agent.policy
     observations = torch.randn(tasks, samples, policy.observation_size, generator=generator)
-    actions = torch.randn(tasks, samples, policy.action_size, generator=generator)
+    actions = torch.randn(tasks, samples, policy.head.action_size, generator=generator)
     advantages = torch.randn(tasks, samples, generator=generator)
     parts = [part.to(agent.device) for part in (observations, actions, advantages)]
     steps = (torch.arange(samples, device=agent.device) % 100).expand(tasks, samples)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from metarl import agents
 from metarl.agents.maml.maml import MamlPpoConfig
@@ -29,8 +30,7 @@ from metarl.envs.vector.pool import POOL
 from metarl.envs.vector.workers import WorkerEnvs
 from metarl.protocols import Agent
 from metarl.seeding import children
-from metarl.types import Task
-from tests.agents.specs import spec
+from metarl.types import AgentSpec, Spaces, Task
 
 HORIZON = 100
 ROLLOUTS = 10
@@ -44,7 +44,9 @@ def tasks_of(benchmark: str, num_tasks: int) -> list[Task]:
 
 def make_agent() -> Agent:
     """Return an agent as in configs/ml10_maml_ppo.yaml."""
-    return agents.build(MamlPpoConfig(hidden_sizes=(128, 128)), spec(39, 4))
+    return agents.build(
+        MamlPpoConfig(hidden_sizes=(128, 128)), AgentSpec(Spaces.within_one(39, 4), torch.device("cpu"), seed=0)
+    )
 
 
 def sample(envs: WorkerEnvs, tasks: list[Task], repeat: int) -> float:

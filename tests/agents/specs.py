@@ -7,6 +7,4 @@ from metarl.types import AgentSpec, Spaces
 
 def spec(observations, actions, device="cpu", seed=0, stages=0, heads=False):
     """An `AgentSpec` by its sizes."""
-    bounds = (1.0,) * actions
-    spaces = Spaces(observations, tuple(-bound for bound in bounds), bounds)
-    return AgentSpec(spaces, torch.device(device), seed, stages, heads)
+    return AgentSpec(Spaces.within_one(observations, actions), torch.device(device), seed, stages, heads)
