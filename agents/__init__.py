@@ -50,7 +50,7 @@ AgentConfig = Annotated[
     Field(discriminator="name"),
     BeforeValidator(functools.partial(named_by_default, "maml_ppo")),
 ]
-"""One member an agent, told apart by `name`; MAML-PPO if there is none."""
+"""One member for each agent, discriminated by `name`; MAML-PPO by default."""
 
 INNER_METHODS: dict[str, Any] = {
     "maml_ppo": Maml,
@@ -65,7 +65,7 @@ INNER_METHODS: dict[str, Any] = {
     "meta_dropout": MetaDropout,
     "multi_task": MultiTask,
 }
-"""What each method of the MAML family does differently, by name."""
+"""The inner method of each agent of the MAML family, by name."""
 
 
 def agent_configs() -> dict[str, type[Any]]:

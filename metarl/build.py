@@ -150,7 +150,7 @@ def task_manager(setting: str, stage: StageConfig, distribution: TaskDistributio
         distribution: its tasks.
 
     Raises:
-        UserError: a curriculum is asked for and the tasks have no order of difficulty.
+        UserError: there is a curriculum and the tasks have no order of difficulty.
     """
     if not stage.curriculum.iterations:
         return EnvManager(distribution.train_tasks)
@@ -193,7 +193,7 @@ def distribution_of(config: RunConfig, name: str | None = None, stage: str | Non
     Args:
         config: of the run.
         name: a key of `family_names`, e.g. `ML10`, `push-v3` or `HalfCheetahVel`; None for the run's own tasks.
-        stage: name of the stage; the last one if None. An agent that is told its stage is told this one.
+        stage: name of the stage; the last one if None. An agent that reads its stage id reads this one.
 
     Raises:
         UserError: the run was trained on custom tasks and no name is given, or a name is unknown.

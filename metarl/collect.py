@@ -132,7 +132,7 @@ def collect(
 
     Args:
         envs: at least M environments.
-        actor: acts; nothing of it changes.
+        actor: acts; it does not change.
         state: of M tasks, from `initial_state` or `adapt`.
         tasks: M.
         rollouts_per_task: N.
@@ -215,7 +215,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _noise(seeds: np.random.SeedSequence, horizon: int, rollouts: int, episodes: int, size: int) -> torch.Tensor:
-    """Draw the noise of one task's actions `[N, L, horizon, A]`, whatever the horizons of others."""
+    """Draw the noise of one task's actions `[N, L, horizon, A]`; other tasks have no effect."""
     generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
     return torch.randn(rollouts, episodes, horizon, size, generator=generator)
 
@@ -420,8 +420,8 @@ def adapt_and_collect(
 def per_phase(rollouts: Sequence[Rollout], measure: Callable[[Rollout], torch.Tensor]) -> torch.Tensor:
     """Return how each task went before adaptation, and after each part of it, `[M, phases]`.
 
-    A phase is one of the rollouts between which an agent adapts, or one episode of a trial; what adapts is told by
-    the shapes alone.
+    A phase is one of the rollouts between which an agent adapts, or one episode of a trial; the shapes alone
+    say which.
 
     Args:
         rollouts: K + 1.

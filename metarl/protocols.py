@@ -34,7 +34,7 @@ class EpisodesLostError(RuntimeError):
 
 
 class BatchEnv(Protocol):
-    """Up to `max_envs` environments stepped together. It holds no random stream: a reset is told its seeds.
+    """Up to `max_envs` environments stepped together. It holds no random stream: a reset gets its seeds.
 
     If its processes can be lost, `reset` and `step_wait` raise `EpisodesLostError`, the next reset starts what has
     died again, and an attribute `restarts` counts how often that was; read it as `getattr(envs, "restarts", 0)`.
@@ -60,7 +60,7 @@ class BatchEnv(Protocol):
         """
 
     def step_wait(self, rows: slice) -> Step:
-        """Return what the step of `rows` led to; asked for in the order in which the steps were begun."""
+        """Return what the step of `rows` led to; called in the order in which the steps were begun."""
 
     def close(self) -> None:
         """End worker processes and free memory; calling it twice is fine."""
@@ -201,7 +201,7 @@ class AuxiliaryLoss(Protocol):
 
         Args:
             fraction: of the iteration's data that the step learns from.
-            again: on the same draw as the last time, to be compared with it.
+            again: repeat the last random draw, so that both values can be compared.
         """
 
 
@@ -257,7 +257,7 @@ class ProtectedAgent(Agent, Protocol):
         """Log-density `[M, N, T]` of a rollout's actions, by the agent that begins it in `state`; no gradient."""
 
     def replay_policy(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
-        """Adapt anew on the first K of K + 1 recorded rollouts; say what the agent would do in the last one now.
+        """Adapt again on the first K of K + 1 recorded rollouts; predict what the agent would do in the last one.
 
         Args:
             rollouts: of earlier policies. The log-probabilities of the first K are those of the policy that the data
@@ -308,10 +308,10 @@ AgentBuilder: TypeAlias = Callable[[AgentSpec], Agent]
 
 
 class StabilityMethod(Protocol):
-    """Guards what an agent learned in earlier stages. Any number of them go together; the loop asks them in turn.
+    """Protects what an agent learned in earlier stages. Any number of methods combine; the loop calls them in order.
 
-    A penalty or replay speaks through `loss`; a method that moves parameters does so in `observe`. What a method
-    remembers it gives away in `state_dict`, so that a run can be resumed.
+    A penalty or replay acts through `loss`; a method that moves parameters does so in `observe`. Its state is in
+    `state_dict`, so that a run can be resumed.
     """
 
     name: str
@@ -326,7 +326,7 @@ class StabilityMethod(Protocol):
             fraction: of the iteration's data that the step learns from.
 
         Returns:
-            `{"loss": …}`, a scalar, or nothing where there is nothing to guard. Further entries are tracked only; all
+            `{"loss": …}`, a scalar, or nothing where there is nothing to protect. Further entries are tracked only; all
             are `stability/<method>/<entry>`.
         """
 
@@ -343,7 +343,7 @@ class StabilityMethod(Protocol):
             agent: after the update.
             rollouts: the K + 1 that it has learned from.
             before: what `Agent.parameters` held before the update.
-            rng: of this iteration, another one than that of `loss`.
+            rng: of this iteration, independent of the one passed to `loss`.
         """
 
     def end_stage(self, agent: ProtectedAgent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
@@ -355,7 +355,7 @@ class StabilityMethod(Protocol):
             rng: of this stage's end.
 
         Raises:
-            FloatingPointError: numbers are not finite; nothing was changed, and it is asked again with other rollouts.
+            FloatingPointError: numbers are not finite; nothing was changed, and it is called again with other rollouts.
         """
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The words that all parts of metarl share: Task, Trajectory, Rollout, Spaces, Position.
+"""The data that all parts of metarl share: Task, Trajectory, Rollout, Spaces, Position.
 
 Owns validation and JSON, no other behaviour. Must not import torch, environments or agents at run time.
 
@@ -40,7 +40,7 @@ class Task:
     """One environment with one goal (or one set of dynamics): all that is needed to build it again, exactly.
 
     Attributes:
-        family: `metaworld`, `mujoco`, `navigation`, or the name of a family of one's own.
+        family: `metaworld`, `mujoco`, `navigation`, or the name of a custom family.
         benchmark: the distribution within the family, e.g. `ML10` or `HalfCheetahDir`.
         split: `train` or `test`.
         name: the class of the task, e.g. `reach-v3`; results are reported per class.
@@ -260,11 +260,11 @@ class Position:
     """Where a run stands, counted after the last finished iteration.
 
     Attributes:
-        stage: index of the stage to go on with.
+        stage: index of the current stage.
         stage_iteration: iterations finished in that stage.
         iteration: iterations finished in all.
         env_steps: environment steps of training in all.
-        skipped: the last so many iterations came to nothing, since their numbers were not finite.
+        skipped: consecutive iterations at the end that were undone, since their numbers were not finite.
     """
 
     stage: Count = 0
@@ -340,7 +340,7 @@ class Prediction(NamedTuple):
     values: torch.Tensor | None
     """`[M, N, T]`, in units of return; None if no value function is trained with the policy."""
     advantages: torch.Tensor | None
-    """`[M, N, T]`, V-trace's for the policy gradient, in units of return, constants; None if not asked for."""
+    """`[M, N, T]`, V-trace's for the policy gradient, in units of return, constants; None if not requested."""
     scale: torch.Tensor
     """The standard deviation of returns, by which losses of values and advantages are measured; 1 without either."""
 

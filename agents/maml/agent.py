@@ -1,8 +1,8 @@
 """The agent of the MAML family: parameters θ that a few gradient steps adapt to a task.
 
-It owns θ, what a `InnerMethod` learns beside it, the baseline, the normaliser and the outer step. The methods, one file
-each, say how a step of adaptation is made and differentiated; `meta_objective.py` holds the outer objective and
-`outer.py` what improves on it.
+It owns θ, what an `InnerMethod` learns in addition, the value function, the normaliser and the outer step. The methods,
+one file each, make and differentiate a step of adaptation; `meta_objective.py` holds the outer objective, and
+`outer.py` the optimisers that improve it.
 
 Must not import environments, training or tracking.
 """
@@ -81,8 +81,7 @@ class GradientAgentConfig(Settings):
     normalizer_iterations: int | None = Field(
         None,
         ge=0,
-        description="iterations in which the running mean and deviation that scale observations learn; none: all; 0: "
-        "observations stay raw",
+        description="iterations in which the observation normaliser learns; none: all; 0: observations stay raw",
     )
     normalizer_floor: float = Field(0.01, gt=0, description="smallest scale of the normaliser, in observation units")
     outer: OuterConfig = Field(default_factory=PpoConfig)
@@ -135,7 +134,7 @@ class GradientAgent:
     """An `Agent` that adapts by gradient steps.
 
     Args:
-        method: how it adapts, and what it learns besides θ.
+        method: how it adapts, and what it learns in addition to θ.
         config: its settings.
         spec: what it is built for. Updates run on the spec's device, acting on the CPU with small copies.
     """
@@ -184,7 +183,7 @@ class GradientAgent:
 
     @torch.no_grad()
     def log_prob(self, state: Params, rollout: Rollout) -> Tensor:
-        """Log-density of given actions, computed where the rollout is; see `Agent.log_prob`."""
+        """Log-density of given actions, computed where the rollout is; see `ProtectedAgent.log_prob`."""
         device = rollout.valid.device
         params = {name: value.to(device) for name, value in state.items()}
         inputs = self._acting_normalizer.to(device)(rollout.observations).flatten(1, 2)
@@ -287,14 +286,14 @@ class GradientAgent:
             observations, targets, valid, integer_seed(self.meta.seed, Purpose.MINIBATCHES, self.meta.iteration)
         )
 
-    # --- what guards earlier stages asks ---------------------------------------------------------------------------
+    # --- for stability methods ---------------------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, Tensor]:
         """What the outer step trains, by name."""
         return {name: value for name, value in self.meta.named().items() if value.requires_grad}
 
     def replay_policy(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
-        """Adapt anew from θ to recorded support data, differentiated as the method is; see `Agent.replay_policy`."""
+        """Adapt θ to recorded support data again, with the method's gradients; see `ProtectedAgent.replay_policy`."""
         *supports, query = rollouts
         tasks, shape = len(query.valid), query.valid.shape
         theta = {name: value.expand(tasks, *value.shape) for name, value in self.meta.theta.items()}
@@ -316,7 +315,7 @@ class GradientAgent:
     def policy_jacobians(
         self, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
     ) -> Iterator[PolicyJacobian]:
-        """Differentiate each task's policy at θ⁰ … θᴷ, to first order (∂θᵏ/∂θ = 1); see `Agent.policy_jacobians`."""
+        """Differentiate each task's policy at θ⁰ … θᴷ, to first order (∂θᵏ/∂θ = 1); see `ProtectedAgent`."""
         batches = [self._prepare(rollout) for rollout in rollouts]
         tasks = len(batches[0].weights)
         each = max(1, states // (tasks * len(batches)))
@@ -328,7 +327,7 @@ class GradientAgent:
                     yield mlp_jacobian(self.policy, own, batch.observations[i, chosen])
 
     def hidden_units(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
-        """Activations of the adapted policies; see `Agent.hidden_units`."""
+        """Activations of the adapted policies; see `ProtectedAgent.hidden_units`."""
         batches = [self._prepare(rollout) for rollout in rollouts]
         units: dict[str, Tensor] = {}
 
@@ -343,7 +342,7 @@ class GradientAgent:
         return units
 
     def _path(self, batches: Sequence[Batch]) -> list[Params]:
-        """Adapt to each task's data anew; returns θ⁰ … θᴷ, stacked `[M, ...]`, without a graph."""
+        """Adapt θ to each task's data again; returns θ⁰ … θᴷ, stacked `[M, ...]`, without a graph."""
         theta = {name: value.expand(len(batches[0].weights), *value.shape) for name, value in self.meta.theta.items()}
         path = inner_loop(self.method, self._loss, self.meta._replace(theta=theta), batches[:-1], create_graph=False)
         return [{name: value.detach() for name, value in params.items()} for params in path]

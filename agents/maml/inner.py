@@ -1,7 +1,7 @@
 """Inner steps: how the parameters of a task inner_loop from the meta-parameters. Pure functions of explicit parameters.
 
-What differs between the meta-learners of this package is a `InnerMethod`: what it learns beside θ, and how one step of
-adaptation is made. All of them work on one task with plain parameters, or on M tasks at once with parameters stacked as
+The meta-learners of this package differ in their `InnerMethod`: what it learns in addition to θ, and how it makes one
+step of adaptation. All of them work on one task with plain parameters, or on M tasks at once with parameters stacked as
 `[M, ...]`: the loss of a task depends on its own parameters alone, so that the gradient of the sum holds the gradient
 of each. Nothing here knows environments; with another `Loss` the same core learns regression
 (`scripts/studies/sinusoid.py`).
@@ -46,13 +46,13 @@ class Loss(Protocol):
 
 
 class MetaParams(NamedTuple):
-    """What meta-learning learns.
+    """The meta-parameters.
 
     Attributes:
         theta: θ, where every task starts; plain, or stacked `[M, ...]`.
-        learned: what the method learns beside θ, by name; shared by all tasks.
+        learned: what the method learns in addition to θ, by name; shared by all tasks.
         iteration: meta-updates so far.
-        seed: with the iteration the root of what an inner step draws.
+        seed: with the iteration, the root of everything that an inner step draws.
     """
 
     theta: Params
@@ -61,7 +61,7 @@ class MetaParams(NamedTuple):
     seed: int = 0
 
     def named(self) -> Params:
-        """Return all that is trained, by the names used on disk."""
+        """Return all meta-parameters, by their names on disk."""
         return {**{f"policy.{name}": value for name, value in self.theta.items()}, **self.learned}
 
 
@@ -69,7 +69,7 @@ OuterPhases = Literal["first", "last", "all"]
 
 
 class InnerMethod(Protocol):
-    """What one meta-learner does differently from the others.
+    """How one meta-learner adapts.
 
     Attributes:
         outer_phases: what the outer loss is taken of: the `last` of the K + 1 phases, after all steps; `all` of them,
@@ -81,7 +81,7 @@ class InnerMethod(Protocol):
         """See above."""
 
     def learned(self, theta: Params) -> Params:
-        """Initial values of what is learned beside θ, by name; those that require a gradient are trained."""
+        """Return what is learned in addition to θ, by name; values that require a gradient are trained."""
 
     def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:
         """One step of adaptation.

@@ -62,7 +62,7 @@ class Maml:
     outer_phases: OuterPhases = "last"
 
     def learned(self, theta: Params) -> Params:
-        """Nothing beside θ."""
+        """Return nothing: θ is all that is learned."""
         return {}
 
     def step(self, loss: Loss, meta: MetaParams, params: Params, batch: Any, create_graph: bool) -> Params:

@@ -2,10 +2,10 @@
 
 For tasks i = 1..M, with θ_i^0 = θ and θ_i^{k+1} the inner step of the method from θ_i^k on the support data D_i^k:
 
-    J(θ) = mean_i [ L_outer(θ_i^K; D_i^K) + η Σ_k KL(collecting ‖ θ_i^k) ] + what guards earlier stages
+    J(θ) = mean_i [ L_outer(θ_i^K; D_i^K) + η Σ_k KL(collecting ‖ θ_i^k) ] + auxiliary loss
 
 The adaptation is recomputed from the CURRENT θ each time. All tasks of a chunk are one batched computation; chunks
-bound the memory, whatever the number of tasks.
+bound the memory for any number of tasks.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ FISHER_SHARE = 3
 def chunk_bytes(device: torch.device) -> int:
     """Return how large one layer's activations may be in a chunk of tasks.
 
-    Of a GPU's memory the half counts if so much is free, else the quarter, and so on. What an earlier iteration has
-    left in PyTorch's cache is free. So a run that goes on cuts the chunks as one that was not stopped does, and adds up
-    in the same order.
+    Half of a GPU's memory counts if as much is free, else a quarter, and so on. What an earlier iteration has
+    left in PyTorch's cache counts as free, so that a resumed run cuts the same chunks as an uninterrupted one and adds
+    up in the same order.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -66,7 +66,7 @@ class MetaObjective:
         meta: the meta-parameters; those that require a gradient are trained.
         batches: K support batches and the query batch, all `[M, S, ...]`.
         width: numbers of the widest layer a sample, which sets how many tasks a chunk holds.
-        auxiliary_loss: adds to the objective what keeps earlier stages.
+        auxiliary_loss: adds to the objective what protects earlier stages.
         penalty: adds to a task's outer loss, (adapted parameters, data) → scalar or `[M]`.
     """
 

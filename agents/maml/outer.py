@@ -58,7 +58,7 @@ class TrpoConfig(Settings):
     cg_iterations: int = Field(10, ge=1, description="steps of conjugate gradient for the natural gradient")
     damping: float = Field(1e-4, ge=0, description="added to the Fisher information's diagonal")
     backtrack_ratio: float = Field(0.8, gt=0, lt=1, description="a step that fails is shortened by this factor")
-    max_backtracks: int = Field(15, ge=0, description="after so many shortened steps the iteration makes none")
+    max_backtracks: int = Field(15, ge=0, description="shortened steps to try; if all fail, the iteration makes none")
 
 
 class GradientConfig(Settings):
@@ -75,11 +75,11 @@ OuterConfig = Annotated[
     Field(discriminator="name"),
     BeforeValidator(functools.partial(named_by_default, "ppo")),
 ]
-"""One member an outer step, told apart by `name`; PPO if there is none."""
+"""One member for each outer step, discriminated by `name`; PPO by default."""
 
 
 class Outer(Protocol):
-    """Moves the meta-parameters; owns what it remembers from one iteration to the next."""
+    """Moves the meta-parameters; owns its state between iterations."""
 
     def step(self, objective: MetaObjective) -> dict[str, float]:
         """Improve on the objective of one iteration; returns metrics.
@@ -89,7 +89,7 @@ class Outer(Protocol):
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that a step changes, but for the meta-parameters."""
+        """Return everything that a step changes, except for the meta-parameters."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned; raises ValueError naming an entry that does not fit."""
@@ -114,7 +114,7 @@ def _reset(trained: Params) -> None:
 
 
 class Ppo:
-    """Epochs of Adam on the clipped surrogate; every epoch adapts anew from the current θ (Rothfuss et al. 2019)."""
+    """Epochs of Adam on the clipped surrogate; every epoch adapts again from the current θ (Rothfuss et al. 2019)."""
 
     def __init__(self, config: PpoConfig, trained: Params) -> None:
         self.config, self._trained, self._lr = config, trained, config.lr
@@ -184,7 +184,7 @@ class GradientStep:
 class Trpo:
     """The natural gradient by conjugate gradient, then a line search (Schulman et al. 2015, Appendix C).
 
-    It remembers nothing. The constraint is on the policies AFTER adaptation, as functions of θ, as in the published
+    It has no state. The constraint is on the policies AFTER adaptation, as functions of θ, as in the published
     code of Finn et al. 2017.
     """
 

@@ -1,6 +1,7 @@
 """RL²: PPO over whole trials of a policy with a memory, which adapts by what it remembers (Duan et al. 2016).
 
-A trial is several episodes of one task; the memory lives through it and begins anew with the next. One update:
+A trial is several episodes of one task. The memory (hidden state) is kept through a trial and reset before the next.
+One update:
 
     inputs  = observation, last action, last reward, episode start       of every step of every trial, normalised
     states  = memory at the start of each chunk, values of each step     one pass without gradient
@@ -55,7 +56,7 @@ from metarl.seeding import Purpose, integer_seed
 from metarl.types import AdaptsBy, AgentSpec, FloatArray, PolicyJacobian, Prediction, Rollout, Task, TimeStep
 
 LAST_LR = 0.1
-"""What the learning rate falls to, a fraction of what it was at first."""
+"""Final learning rate, as a fraction of the initial one."""
 
 
 class Rl2:
@@ -127,7 +128,7 @@ class Rl2:
 
     @torch.inference_mode()
     def initial_state(self, num_tasks: int) -> Rl2State:
-        """A memory that holds nothing, for `num_tasks` trials."""
+        """Return an empty memory for `num_tasks` trials."""
         nothing = torch.zeros(num_tasks, device=self.device)
         observations, actions = (nothing[:, None].expand(-1, size) for size in (len(self._entries), self.action_size))
         time = torch.full((num_tasks,), -1, device=self.device)
@@ -149,18 +150,18 @@ class Rl2:
         return ControlStep(self.policy, self.inputs, self._entries, self._shift, self._scale)
 
     def log_prob(self, state: Rl2State, rollout: Rollout) -> Tensor:
-        """Log-density of a trial's actions; see `Agent.log_prob`."""
+        """Log-density of a trial's actions; see `ProtectedAgent.log_prob`."""
         return self._replay(state, rollout)[0]
 
     def adapt(self, state: Rl2State, rollout: Rollout, inner_lr: float | None = None) -> Rl2State:
-        """Remember a task's N rollouts, one after another, as one trial; see `Agent.adapt`."""
+        """Read a task's N rollouts, one after another, as one trial; see `Agent.adapt`."""
         if inner_lr is not None:
             raise ValueError(f"inner_lr is {inner_lr}; an agent that adapts in its memory makes no steps")
         return self._replay(state, rollout.map(lambda part: part.flatten(1, 2)[:, None]))[1]
 
     @torch.inference_mode()
     def _replay(self, state: Rl2State, rollout: Rollout) -> tuple[Tensor, Rl2State]:
-        """Live through recorded steps; returns log-densities `[M, N, T]` and what is known then."""
+        """Read recorded steps; returns log-densities `[M, N, T]` and the state after them."""
         rewards, log_probs = torch.full_like(rollout.rewards[..., 0], math.nan), torch.zeros_like(rollout.rewards)
         for t in range(rollout.valid.shape[-1]):
             active = rollout.valid[..., t]
@@ -276,7 +277,7 @@ class Rl2:
         return means | {"lr": lr, "optimizer_steps": float(optimizer_steps)}
 
     def _minibatches(self, batch: TrialBatch) -> Iterator[TrialBatch]:
-        """Split the trials anew in each epoch, as evenly as they go; a trial's chunks stay together."""
+        """Shuffle the trials in each epoch and split them as evenly as possible; a trial's chunks stay together."""
         trials = len(batch.weights)
         generator = torch.Generator().manual_seed(integer_seed(self.seed, Purpose.MINIBATCHES, self.iteration))
         for _ in range(self.config.epochs):
@@ -285,7 +286,7 @@ class Rl2:
                 yield batch.select(chosen)
 
     def _num_minibatches(self, batch: TrialBatch) -> int:
-        """As many as were asked for, if there are as many trials."""
+        """As many as configured, at most the number of trials."""
         return min(self.config.minibatches, len(batch.weights))
 
     def _loss(self, batch: TrialBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -315,10 +316,10 @@ class Rl2:
             loss = loss + self._value_coef * metrics["value_loss"]
         return loss, {name: value.detach() for name, value in metrics.items()}
 
-    # --- what guards earlier stages asks ---------------------------------------------------------------------------
+    # --- for stability methods ---------------------------------------------------------------------------------------
 
     def replay_policy(self, rollouts: Sequence[Rollout], advantages: bool = False) -> Prediction:
-        """Read recorded trials from their beginning; see `Agent.replay_policy`."""
+        """Read recorded trials from their beginning; see `ProtectedAgent.replay_policy`."""
         (rollout,) = rollouts
         shape, trials = rollout.valid.shape, self._read(rollout)
         steps = shape[-1]
@@ -347,7 +348,7 @@ class Rl2:
     def policy_jacobians(
         self, rollouts: Sequence[Rollout], states: int, generator: torch.Generator
     ) -> Iterator[PolicyJacobian]:
-        """Differentiate through all earlier steps of a trial; see `Agent.policy_jacobians`."""
+        """Differentiate through all earlier steps of a trial; see `ProtectedAgent.policy_jacobians`."""
         (rollout,) = rollouts
         trials = self._read(rollout)
         inputs = self.normalize(trials.inputs[:, :-1])
@@ -364,7 +365,7 @@ class Rl2:
 
     @torch.no_grad()
     def hidden_units(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
-        """Activations of encoder and memory; see `Agent.hidden_units`."""
+        """Activations of encoder and memory; see `ProtectedAgent.hidden_units`."""
         (rollout,) = rollouts
         trials, trunk = self._read(rollout), self.policy.trunk
         inputs = self.normalize(trials.inputs[:, :-1])

@@ -12,14 +12,14 @@ from metarl.settings import Settings, as_tuple
 
 
 class Rl2Config(Settings):
-    """RL²: a memory that lives through the episodes of a trial, trained by PPO over whole trials."""
+    """RL²: a memory that is kept through the episodes of a trial, trained by PPO over whole trials."""
 
     name: Literal["rl2"] = "rl2"
-    trial_episodes: int = Field(2, ge=1, description="episodes of a trial, through which the memory lives")
+    trial_episodes: int = Field(2, ge=1, description="episodes of a trial; the memory is kept through all of them")
     memory: MemoryConfig = Field(default_factory=GruConfig)
     encoder_sizes: Sizes | tuple[()] = Field((128,), description="widths of the tanh layers before the memory")
     skip_inputs: bool = Field(
-        True, description="whether policy and value see the inputs beside the memory; the original does without"
+        True, description="whether policy and value see the inputs next to the memory; in the original they do not"
     )
     init_std: float = Field(1.0, gt=0, description="initial action standard deviation; actions span ±1")
     min_std: float = Field(0.1, gt=0, description="lower bound of the standard deviation")
@@ -29,22 +29,22 @@ class Rl2Config(Settings):
         None, min_length=1, description="which entries of the observation the agent sees; none: all"
     )
     input_differences: bool = Field(
-        True, description="whether the agent is told how observation and reward have changed since the last step"
+        True, description="whether the agent reads the changes of observation and reward since the last step"
     )
-    input_time: bool = Field(False, description="whether the agent is told the step of the episode")
+    input_time: bool = Field(False, description="whether the agent reads the step of the episode")
     normalizer_floor: float = Field(1e-3, gt=0, description="smallest scale of an input, in its units")
     critic: CriticConfig = Field(default_factory=LearnedCriticConfig)
     gamma: float = Field(0.99, ge=0, le=1, description="discount a step")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="GAE's trade-off: 0 one-step, 1 Monte Carlo")
     success_bonus: float = Field(
-        0.0, ge=0, description="added to the training reward of a solved step; not to what the agent is told"
+        0.0, ge=0, description="added to the training reward of a solved step; the agent reads the plain reward"
     )
     free_episodes: int = Field(
         0, ge=0, description="first episodes of a trial whose rewards do not count in training (E-RL²)"
     )
     lr: float = Field(1e-3, gt=0, description="Adam's learning rate")
     lr_decay_iterations: int = Field(
-        0, ge=0, description="iterations in which the rate falls, linearly, to a tenth; 0: it stays"
+        0, ge=0, description="iterations over which the rate falls linearly to a tenth; 0: it is constant"
     )
     epochs: int = Field(5, ge=1, description="passes over the trials of an iteration")
     minibatches: int = Field(4, ge=1, description="parts of the trials, each a step of Adam")

@@ -140,7 +140,7 @@ def join_state(memory: State, previous: PreviousStep, steps: Tensor, reward: Ten
 
     Args:
         memory: of B sequences.
-        previous: what there was one step ago.
+        previous: observations, actions and rewards one step ago.
         steps: `[B]`, of the episode so far.
         reward: `[B]`, the last reward where it is known and not yet read, else NaN.
     """

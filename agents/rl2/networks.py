@@ -1,4 +1,4 @@
-"""The networks of an agent with a memory: encoder → memory → Gaussian policy and value, each told the inputs, too.
+"""The networks of an agent with a memory: encoder → memory → policy and value, which may see the inputs as well.
 
 Must not import environments, training or tracking.
 """
@@ -65,8 +65,8 @@ class EpisodicConfig(Settings):
 
     name: Literal["episodic"] = Field("episodic", description=MEMORIES)
     size: int = Field(128, ge=1, description="hidden units, and width of what is read")
-    heads: int = Field(4, ge=1, description="facts asked for at once; a divisor of size")
-    context: int = Field(1024, ge=1, description="facts that are kept, one a step, the newest")
+    heads: int = Field(4, ge=1, description="attention heads, queries at once; a divisor of size")
+    context: int = Field(1024, ge=1, description="facts that are kept, the newest, one for each step")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> EpisodicConfig:
@@ -79,14 +79,14 @@ MemoryConfig = Annotated[
     Field(discriminator="name"),
     BeforeValidator(functools.partial(named_by_default, "gru")),
 ]
-"""One member a memory, told apart by `name`; GRU if there is none."""
+"""One member for each memory, discriminated by `name`; GRU by default."""
 
 
 VALUES = "shared, separate or linear; another one's settings are shown by --agent.critic.name NAME --help"
 
 
 class LearnedCriticConfig(Settings):
-    """A learned value function on a memory: that of the policy, or one of its own."""
+    """A learned value function on a memory: that of the policy, or a separate one."""
 
     name: Literal["shared", "separate"] = Field("shared", description=VALUES)
     sizes: Sizes = Field((128, 128), description="widths of the hidden layers between memory and value")
@@ -104,7 +104,7 @@ CriticConfig = Annotated[
     Field(discriminator="name"),
     BeforeValidator(functools.partial(named_by_default, "shared")),
 ]
-"""One member a critic, told apart by `name`; a shared one if there is none."""
+"""One member for each critic, discriminated by `name`; a shared one by default."""
 
 
 def build_memory(
@@ -119,7 +119,7 @@ def build_memory(
 
 
 class Trunk(nn.Module):
-    """Encoder and memory. What comes out may hold the inputs as well: a reactive policy need not pass the memory.
+    """Encoder and memory. The features may hold the inputs as well, so that a reactive policy can bypass the memory.
 
     Args:
         input_size: I.
@@ -225,13 +225,13 @@ class Policy(nn.Module):
 class Critic(nn.Module):
     """A value function, learned on returns that are normalised by their running mean and standard deviation.
 
-    A shared one reads the policy's memory and trains it, too: with the features cut off from the value's gradient a
-    memory has been seen to stay untrained.
+    A shared critic reads the policy's memory and trains it: where the features were cut off from the value's gradient,
+    memories stayed untrained.
 
     Args:
         feature_size: F.
         sizes: widths of the hidden layers.
-        trunk: of its own; None: it reads the policy's features.
+        trunk: a separate one; None: the critic reads the policy's features.
         generator: draws the initial weights.
     """
 
@@ -242,7 +242,7 @@ class Critic(nn.Module):
         self.trunk = trunk
         self.head = tanh_layers((feature_size, *sizes, 1), 1.0, generator)
         self.scale: Tensor
-        # Mean, standard deviation, updates seen; before the first one values are 0, whatever the scale of rewards.
+        # Mean, standard deviation, updates seen; before the first update values are 0 at any scale of rewards.
         self.register_buffer("scale", torch.zeros(3))
 
     def forward(self, features: Tensor) -> Tensor:

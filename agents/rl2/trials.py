@@ -1,4 +1,4 @@
-"""Trials as a memory reads them: what it is told at each step, and how a batch of trials is cut into chunks.
+"""Trials as a memory reads them: its inputs at each step, and how a batch of trials is cut into chunks (BPTT).
 
 Pure functions. Must not import environments, training or tracking.
 """
@@ -17,14 +17,14 @@ from metarl.types import Rollout
 
 
 class Inputs(NamedTuple):
-    """What a memory is told: observation, last action, last reward, whether an episode begins (Duan et al. 2016, 3).
+    """Inputs of a memory: observation, last action, last reward, whether an episode begins (Duan et al. 2016, 3).
 
     Attributes:
         entries: of the observation, O' of them.
         action_size: A.
-        differences: whether the changes of observation and reward since the step before are told, too; as a step
-            changes little, they would hardly show in the values themselves.
-        time: whether the step of the episode is told.
+        differences: whether the changes of observation and reward since the last step are inputs, too; a step changes
+            little, so that they hardly show in the values themselves.
+        time: whether the step of the episode is an input.
     """
 
     entries: tuple[int, ...]
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 
         Args:
             now: `[..., O']`, observations.
-            previous: what was there one step ago.
+            previous: of one step ago.
             rewards: `[...]`, of the last step.
             start: `[...]`, bool: an episode begins.
             time: `[...]`, integers: the step of the episode, from 0.
@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
 
 
 class PreviousStep(NamedTuple):
-    """What an agent had before a step: one step ago, or zeros where a trial begins."""
+    """What an agent knew one step ago; zeros where a trial begins."""
 
     observations: Tensor  # [..., O']
     actions: Tensor  # [..., A], as they were carried out, within ±1
@@ -69,14 +69,14 @@ INPUT_BOUND = 10.0
 
 
 def normalized(inputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Shift, scale and cut inputs `[..., I]`; what is not known (NaN) is taken as its mean."""
+    """Shift, scale and cut inputs `[..., I]`; an unknown input (NaN) is replaced by its mean."""
     return ((inputs - shift) * scale).nan_to_num(0.0).clamp(-INPUT_BOUND, INPUT_BOUND)
 
 
 class Trials(NamedTuple):
     """B trials of up to T steps, their episodes end to end; step T is what follows a trial's last action."""
 
-    inputs: Tensor  # [B, T + 1, I]; the entry behind a trial's last step is what would be told next
+    inputs: Tensor  # [B, T + 1, I]; the entry behind a trial's last step is what would be read next
     actions: Tensor  # [B, T, A]
     log_probs: Tensor  # [B, T], of the policy that acted
     rewards: Tensor  # [B, T], of the objective
@@ -89,10 +89,10 @@ def read_trials(inputs: Inputs, rollout: Rollout, success_bonus: float, free_epi
     """Lay rollouts `[M, N, T]` out as B = M · N trials.
 
     Args:
-        inputs: what the memory is told.
+        inputs: of the memory.
         rollout: trials.
-        success_bonus: added to the reward of a solved step in the objective; the memory is told the plain reward.
-        free_episodes: the rewards of that many first episodes carry no weight in the objective, so that exploring in
+        success_bonus: added to the reward of a solved step in the objective; the memory reads the plain reward.
+        free_episodes: number of first episodes whose rewards carry no weight in the objective, so that exploring in
             them costs nothing (Stadie et al. 2018, "E-RL²").
     """
     objective = rollout.rewards + success_bonus * rollout.success.nan_to_num()

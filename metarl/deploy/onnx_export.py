@@ -26,12 +26,10 @@ from metarl.errors import UserError
 from metarl.protocols import Controller
 from metarl.runs.atomic_files import replace_file
 from metarl.runtime import FORMAT, METADATA_KEY, OnnxPolicy, seal
-from metarl.types import Task
+from metarl.types import Spaces, Task
 
 if TYPE_CHECKING:
     import gymnasium
-
-    from metarl.deploy.policy import Policy
 
 OPSET = 18
 TOLERANCE = 1e-5
@@ -42,24 +40,41 @@ _BATCH = 3
 
 
 def describe(
-    policy: Policy, env: gymnasium.Env[Any, Any] | None, task: Task | None, control_period_s: float | None
+    controller: Controller,
+    config: RunConfig,
+    spaces: Spaces,
+    *,
+    trial_episodes: int | None,
+    adapted: bool,
+    env_steps: int,
+    env: gymnasium.Env[Any, Any] | None,
+    task: Task | None,
+    control_period_s: float | None,
 ) -> dict[str, Any]:
-    """Return what an exported file tells of itself; see `Policy.export`.
+    """Return the metadata of an exported file.
+
+    Args:
+        controller: to be exported.
+        config: of its run.
+        spaces: that the agent was trained for.
+        trial_episodes: L of an agent with a memory; None without.
+        adapted: whether the policy was adapted.
+        env_steps: of its training.
+        env: names entries of observations and actions, and the control period; None: unknown.
+        task: that the policy was adapted to.
+        control_period_s: time between two actions; that of `env` if None.
 
     Returns:
         `{"format", "agent", "adapted", "task", "observation_size", "action_size", "state_size", "observation_names",
         "action_names", "action_low", "action_high", "control_period_s", "reward": {"mean", "std"}, "trial":
         {"episodes", "horizon"}, "env_steps", "config_sha256", "versions"}`, null where unknown. `task` is what it was
-        adapted to, `reward` the scale on which the graph reads rewards, which it is told in the environment's own
-        units, `trial` what a memory was trained on: so many episodes of so many steps, those of `task`, or else of the
-        run's last stage (null of custom tasks).
+        adapted to, `reward` the scale on which the graph reads rewards, which come in the environment's own
+        units, `trial` the trials that a memory was trained on: episodes, and steps of an episode, those of `task` or
+        else of the run's last stage (null for custom tasks).
     """
-    spaces = policy.spaces
     bare = None if env is None else env.unwrapped
-    if env is not None:
-        misfit = spaces.misfit(env.observation_space, env.action_space)
-        if misfit:
-            raise ValueError(misfit)
+    if env is not None and (misfit := spaces.misfit(env.observation_space, env.action_space)):
+        raise ValueError(misfit)
     sizes = {"observation": spaces.observation_size, "action": spaces.action_size}
     names = {f"{kind}_names": getattr(bare, f"{kind}_names", None) for kind in sizes}
     for kind, size in sizes.items():
@@ -70,12 +85,11 @@ def describe(
     if period is not None and not period > 0:
         raise ValueError(f"control_period_s is {period}; expected more than 0")
     of_task = {} if task is None else dict(task.options)  # stages may differ
-    horizon = int(of_task["horizon"]) if "horizon" in of_task else horizon_of(policy.config)
-    controller = policy.controller
+    horizon = int(of_task["horizon"]) if "horizon" in of_task else horizon_of(config)
     return {
         "format": FORMAT,
-        "agent": policy.config.agent.name,
-        "adapted": policy.adapted,
+        "agent": config.agent.name,
+        "adapted": adapted,
         "task": None if task is None else json.loads(task.to_json()),
         **{f"{kind}_size": size for kind, size in sizes.items()},
         **{field: None if listed is None else list(listed) for field, listed in names.items()},
@@ -83,10 +97,10 @@ def describe(
         "action_high": list(spaces.action_high),
         "control_period_s": None if period is None else float(period),
         "reward": controller.reward_scale,
-        "trial": {"episodes": policy.agent.trial_episodes, "horizon": horizon} if policy.has_memory else None,
+        "trial": None if trial_episodes is None else {"episodes": trial_episodes, "horizon": horizon},
         "state_size": controller.state_size,
-        "env_steps": policy.env_steps,
-        "config_sha256": config_hash(policy.config),
+        "env_steps": env_steps,
+        "config_sha256": config_hash(config),
         "versions": {name: version(name) for name in ("metarl", "torch", "onnx")},
     }
 
@@ -97,7 +111,7 @@ def config_hash(config: RunConfig) -> str:
 
 
 def write_onnx(controller: Controller, path: Path, metadata: dict[str, Any]) -> None:
-    """Write a controller and what is told of it; see `Policy.export`."""
+    """Write a controller with its metadata; see `Policy.export`."""
     data = seal(_serialized(controller, metadata))
     _compare(controller, OnnxPolicy(data), metadata)
     try:

@@ -100,7 +100,7 @@ class Policy:
             episode_start: `[B]`, bool, where an episode begins; the memory of a trial lives on. Where a trial begins
                 an episode does, too.
             deterministic: the mean instead of a draw (from torch's global generator).
-            reward: a number or `[B]`, of the last step. An agent with a memory takes it as average if it is not told.
+            reward: a number or `[B]`, of the last step. An agent with a memory takes an unknown reward as the average.
                 It is not read where a trial begins; there the agent knows the last one of recorded episodes.
 
         Returns:
@@ -114,8 +114,8 @@ class Policy:
         noise = None if deterministic else torch.randn(len(batch), self.agent.noise_size)
         with torch.inference_mode():
             if self.has_memory:
-                told = checked_memory(len(batch), self.controller.state_size, state, episode_start, reward)
-                actions, after = self.controller(batch, *map(torch.from_numpy, told), noise)
+                inputs = checked_memory(len(batch), self.controller.state_size, state, episode_start, reward)
+                actions, after = self.controller(batch, *map(torch.from_numpy, inputs), noise)
                 state = after.numpy()
             else:
                 actions = self.controller(batch, noise)
@@ -191,7 +191,7 @@ class Policy:
                 this policy are used, as if it had collected them; actions that were clipped make for a shorter step
                 than the one that was trained. The last observation of an episode stands for the one after it.
             steps: gradient steps on these episodes. Training makes each of its steps on fresh ones: to adapt as in
-                training, record and adapt in turns.
+                training, record and adapt alternately.
             inner_lr: step size instead of that of training; the step is scaled in proportion, so that learned rates
                 keep their ratios.
 
@@ -314,8 +314,23 @@ class Policy:
         """
         own = env_of(self.config) if env is None else None
         with contextlib.closing(own) if own is not None else contextlib.nullcontext():
-            told = describe(self, own if env is None else env, task, control_period_s)
-        write_onnx(self.controller, Path(path), told)
+            metadata = self._metadata(own if env is None else env, task, control_period_s)
+        write_onnx(self.controller, Path(path), metadata)
+
+    def _metadata(
+        self, env: gymnasium.Env[Any, Any] | None, task: Task | None, control_period_s: float | None
+    ) -> dict[str, Any]:
+        return describe(
+            self.controller,
+            self.config,
+            self.spaces,
+            trial_episodes=self.agent.trial_episodes if self.has_memory else None,
+            adapted=self.adapted,
+            env_steps=self.env_steps,
+            env=env,
+            task=task,
+            control_period_s=control_period_s,
+        )
 
 
 def load(
@@ -330,9 +345,9 @@ def load(
     Args:
         run_dir: what `metarl train` or `Policy.save` wrote.
         device: where adapting is computed: `cpu`, `cuda`, or `auto`.
-        checkpoint: `latest`; `best` by the evaluations during training, which is too well spoken of by those same
-            tasks; or the number of an iteration. One that is damaged gives way to the next, with a warning, but for an
-            iteration that was asked for.
+        checkpoint: `latest`; `best` by the evaluations during training (its score on those tasks is optimistically
+            biased); or the number of an iteration. A damaged checkpoint gives way to the next, with a warning, unless
+            its iteration was named.
         agent: builds a custom agent, as `metarl.train` got it; None for the built-in agents.
 
     Raises:

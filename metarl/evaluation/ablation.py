@@ -1,6 +1,6 @@
-"""Controls: what an agent with a memory is worth without its memory of earlier episodes, or without its rewards.
+"""Ablations: an agent with a memory without its memory of earlier episodes, or without its rewards.
 
-Each is an `AdaptiveActor` around an agent that changes what the agent is told; the agent is not retrained.
+Each is an `AdaptiveActor` around an agent that changes what the agent reads; the agent is not retrained.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from metarl.rl.returns import time_in_episode
 from metarl.types import Rollout, TimeStep
 
 Ablation: TypeAlias = Literal["memory", "reward"]
-"""`memory`: it begins anew at each episode; `reward`: the agent is told those of the average task."""
+"""`memory`: it is reset at each episode; `reward`: the agent reads those of the average task."""
 
 
 def ablated(agent: AdaptiveActor, ablation: Ablation, rollouts: Sequence[Rollout]) -> AdaptiveActor:
@@ -25,14 +25,14 @@ def ablated(agent: AdaptiveActor, ablation: Ablation, rollouts: Sequence[Rollout
 
     Args:
         agent: with a memory.
-        ablation: what it goes without.
+        ablation: what is removed.
         rollouts: of the agent as it is, on the same tasks, to average rewards over.
     """
     return WithoutMemory(agent) if ablation == "memory" else WithoutReward(agent, average_rewards(rollouts))
 
 
 class WithoutMemory:
-    """The agent with a memory that begins anew at each episode of a trial, as if that were the first one.
+    """The agent with a memory that is reset at each episode of a trial, as if that were the first one.
 
     Args:
         agent: to ablate.
@@ -72,14 +72,13 @@ class _Counted(NamedTuple):
 
 
 class WithoutReward:
-    """The agent told, at each step of a trial, the reward that the average task would have given.
+    """The agent with the reward of the average task at each step of a trial.
 
-    A constant would be something the agent has never met; the average differs from what it knows only in saying nothing
-    about the task at hand.
+    A constant would be out of the agent's distribution; the average is not, but says nothing about the task at hand.
 
     Args:
         agent: to ablate.
-        rewards: `[L, H]`, of each step of each episode of a trial; beyond H the last one goes on.
+        rewards: `[L, H]`, of each step of each episode of a trial; beyond H the last one is repeated.
     """
 
     def __init__(self, agent: AdaptiveActor, rewards: Tensor) -> None:
@@ -100,8 +99,8 @@ class WithoutReward:
         begins = bool(time_step.episode_start.all())
         episode, time = (state.episode + 1, 0) if begins else (state.episode, state.time)
         last = min(time, self._rewards.shape[1]) - 1  # an ablated agent may live longer than it did as it is
-        told = self._rewards[episode, last] if time else self._rewards[episode - 1, -1] if episode else math.nan
-        time_step = time_step._replace(rewards=torch.full_like(time_step.rewards, float(told)))
+        reward = self._rewards[episode, last] if time else self._rewards[episode - 1, -1] if episode else math.nan
+        time_step = time_step._replace(rewards=torch.full_like(time_step.rewards, float(reward)))
         actions, log_probs, after = self._agent.act(time_step, noise, state.state)
         return actions, log_probs, _Counted(after, episode, time + 1)
 
@@ -113,7 +112,7 @@ class WithoutReward:
 def average_rewards(rollouts: Sequence[Rollout]) -> Tensor:
     """Return the mean reward at each step of each episode of a trial, over all tasks and trials, `[L, H]`.
 
-    Where all episodes have ended, the mean of the step before goes on.
+    Where all episodes have ended, the mean of the step before is repeated.
 
     Args:
         rollouts: of trials of L episodes; of any number of tasks each.

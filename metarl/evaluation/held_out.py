@@ -1,4 +1,4 @@
-"""Held-out evaluation: adapt as trained; report before and after, with intervals, beside an untrained agent."""
+"""Held-out evaluation: adapt as in training; report before and after with intervals, and an untrained agent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HOW = {"memory": "in its memory", "inference": "by inference", "nothing": "to no
 """How agents adapt that make no steps, in words."""
 
 MAX_ENVS = 200
-"""Environments of an evaluation; rollouts and then tasks beyond are run in turn."""
+"""Environments of an evaluation; further rollouts, then further tasks, run one after another."""
 
 
 class _Tasks:
@@ -70,7 +70,7 @@ def evaluate(
         seed: of episodes and of intervals; the run's if None.
         ablate: evaluate an agent with a memory without that memory of earlier episodes, or without its rewards, too.
         num_workers: processes that step environments; no effect on the result.
-        make: builds the environment of a task; needed for tasks of one's own.
+        make: builds the environment of a task; needed for custom tasks.
 
     Returns:
         `{"protocol", "split", "held_out", "env_steps", "seed", "adaptation_steps", "adapts_by", "trial_episodes",
@@ -80,8 +80,8 @@ def evaluate(
         …}, "success"}], "per_class": {name: {"return_pre", "success_post", "untrained_success_post", …}}}`. Intervals
         are 95 % bootstrap intervals of the mean over tasks, stratified by class; `gain` is post − pre, task by task.
         Success is null where a task does not define it, and so are phases whose episodes all had to be dropped; both
-        are left out of the aggregates. An ablation is named in "ablate"; what it led to is beside the rest, in
-        "ablated_returns", "ablated_return_post" and so on.
+        are left out of the aggregates. An ablation is named in "ablate"; its results are in "ablated_returns",
+        "ablated_return_post" and so on.
 
     Raises:
         UserError: the tasks do not fit the agent, or the agent has no such phases or no memory to ablate.
@@ -276,7 +276,7 @@ def adapt_to(
     Args:
         policy: before adaptation.
         task: to adapt to.
-        rollouts_per_task: N, episodes of a step; as in training if None, whatever `config.evaluation` says. An agent
+        rollouts_per_task: N, episodes of a step; as in training if None; `config.evaluation` has no effect. An agent
             with a memory reads one trial.
         seed: of the episodes; the run's if None.
         make: builds the environment of a task.

@@ -71,11 +71,11 @@ class MetaWorldAgent:
 
     def adapt_action(self, observations: FloatArray) -> tuple[FloatArray, dict[str, NDArray[Any]]]:
         """Explore: observations `[E, ·]` → actions `[E, A]` for the environments, and what `step` needs of them."""
-        own, told = self._read(observations)
-        fits = self._episode_start | np.isclose(told, self._rewards, rtol=1e-4)
+        own, rewards = self._read(observations)
+        fits = self._episode_start | np.isclose(rewards, self._rewards, rtol=1e-4)
         if not fits.all():
             raise ValueError(
-                f"the observations tell the rewards {told[~fits]}, the environments {self._rewards[~fits]}; build them "
+                f"observations hold the rewards {rewards[~fits]}, environments {self._rewards[~fits]}; build them "
                 "with normalize_reward_in_recurrent_info=False and no wrapper that changes rewards"
             )
         draws, log_probs = self._act(own, deterministic=False)
@@ -108,8 +108,8 @@ class MetaWorldAgent:
 
     def eval_action(self, observations: FloatArray) -> FloatArray:
         """Act after adaptation: observations `[E, ·]` → actions `[E, A]` for the environments."""
-        own, told = self._read(observations)
-        self._rewards = np.where(self._episode_start, self._rewards, told)
+        own, rewards = self._read(observations)
+        self._rewards = np.where(self._episode_start, self._rewards, rewards)
         return self._to_envs(self._act(own, self._deterministic)[0])
 
     def _read(self, observations: FloatArray) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -185,9 +185,9 @@ def success_per_class(names: Sequence[str], outcomes: Sequence[Sequence[float]],
 
 
 class CountedEnvs:
-    """Official vector environments that count success per environment beside upstream, on the same episodes.
+    """Official vector environments that count success per environment in addition to upstream, on the same episodes.
 
-    Upstream ends an evaluation by setting `terminate_on_success` back. Before that the episodes go on here as they
+    Upstream ends an evaluation by setting `terminate_on_success` back. Before that the episodes continue here as they
     were, until every environment has finished as many as upstream counts of a class; its own count is over by then.
 
     Args:
@@ -247,7 +247,7 @@ def evaluate_both_ways(
     adaptation_episodes: int,
     evaluation_episodes: int,
 ) -> dict[str, Any]:
-    """Run `metaworld.evaluation.metalearning_evaluation`, count per environment beside it, and return both figures."""
+    """Run `metaworld.evaluation.metalearning_evaluation`, count per environment as well, and return both figures."""
     from metaworld.evaluation import metalearning_evaluation
 
     counted: Any = CountedEnvs(envs, agent, evaluation_episodes)
@@ -286,7 +286,7 @@ def official_report(
 
     That is: 40 test goals of each class, each of them once, in 20 environments; K adaptation steps on 10 episodes each,
     then 3 episodes a class without noise. Upstream's success is biased upwards: of a class it counts the first 3
-    episodes to finish in any of its environments, and solved episodes finish early. The report holds beside it the
+    episodes to finish in any of its environments, and solved episodes finish early. The report also holds the
     success of the first 3 episodes of every environment, of the same adapted agents.
 
     Args:

@@ -94,8 +94,8 @@ def reference(
         seed: of networks, episodes and intervals.
         cache: folder of finished tasks, made if missing; None keeps none. A file's name is a hash of all that the
             scores depend on, but for what `make` builds: another `make` needs another folder.
-        make: builds the environment of a task; needed for tasks of one's own.
-        progress: told how many tasks are finished, and the last one's entry in the report.
+        make: builds the environment of a task; needed for custom tasks.
+        progress: called with the number of finished tasks and the last one's entry in the report.
 
     Returns:
         `{"algorithm", "hyperparameters", "env_steps", "eval_episodes", "seed", "versions", "tasks": [{"name", "index",
@@ -154,7 +154,7 @@ def _train(task: Task, setting: Mapping[str, Any], make: Make) -> _Curve:
     points = np.unique(np.linspace(0, env_steps // unit, CURVE_POINTS + 1).round().astype(int)) * unit
     if algorithm == "sac":  # what never fills up is memory wasted
         values["buffer_size"] = min(values["buffer_size"], env_steps)
-    # Seeded by the task and not by its place in the list: a score does not depend on which others are asked for.
+    # Seeded by the task and not by its place in the list: a score does not depend on which other tasks are trained.
     root, number = setting["seed"], zlib.crc32(task.to_json().encode())
     train_seed = int(seeds(root, Purpose.AGENT, number).generate_state(1)[0])
     eval_seeds = seeds(root, Purpose.EVALUATION_ROLLOUTS, number).generate_state(1 + setting["eval_episodes"])
@@ -192,7 +192,7 @@ def _evaluate(agent: BaseAlgorithm, env: gymnasium.Env[Any, Any], seeds: Sequenc
 
 
 class _Guarded(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Truncates an episode whose physics diverge at its last finite observation: training goes on with the next."""
+    """Truncates an episode whose physics diverge at its last finite observation: training continues with the next."""
 
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
         self._last, info = self.env.reset(**options)
@@ -240,7 +240,7 @@ def _aggregate(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, statis
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> _Curve | None:
-    """Return the curve in a cache file; None, with a warning that names it, if it cannot be the one asked for."""
+    """Return the curve in a cache file; None, with a warning that names it, if it does not hold the wanted one."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
         if entry["key"] != key:

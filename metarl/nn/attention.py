@@ -12,7 +12,7 @@ from metarl.nn.memory import History, State
 from metarl.nn.recurrent import Gru, init_orthogonal
 
 _BLOCK = 256
-"""Questions answered at once: what attention needs beside the steps themselves does not grow with the square of T."""
+"""Queries answered at once, so that attention scores do not take memory in the square of T."""
 
 
 class _Attention(nn.Module):
@@ -117,7 +117,7 @@ class _Block(nn.Module):
 class Transformer(nn.Module):
     """A causal transformer over the last `context` steps, with the keys and values of acting kept (a cache).
 
-    Positions are told by distance alone (ALiBi), so that a trial may be longer than what was trained on. A chunk of
+    Positions enter by distance alone (ALiBi), so that a trial may be longer than in training. A chunk of
     back-propagation attends to the steps before it, without gradient (Dai et al. 2019, "Transformer-XL").
 
     Args:
@@ -160,16 +160,16 @@ class Transformer(nn.Module):
 
 
 class Episodic(nn.Module):
-    """A GRU with an episodic memory of facts beside it: each step is written down, and read by content.
+    """A GRU with an episodic memory of facts: each step is stored, and read by content.
 
-    The fact of a step is what was told before it (observation, last action and reward), as the memory's input holds it;
-    key and value are linear in it. The GRU asks; the answer goes to the policy beside the GRU's state. As Ritter et al.
+    The fact of a step is the memory's input (observation, last action and reward); key and value are linear in it. The
+    GRU makes the query; the answer goes to the policy next to the GRU's state. As Ritter et al.
     2018 ("Been There, Done That"), but read by attention over all facts of the trial instead of by nearest neighbour.
 
     Args:
         input_size: I.
         size: of the GRU, and of what is read; H is twice that.
-        heads: questions asked at once.
+        heads: queries at once.
         context: facts that are kept, the newest.
         generator: draws the initial weights.
     """

@@ -1,7 +1,7 @@
-"""Memories of an agent that adapts by remembering: GRU, LSTM, a causal transformer, and facts read by attention.
+"""The hidden state of a memory: recurrent states and the KV cache of attention; and the Protocol of memories.
 
-A `Memory` reads a sequence at once (`scan`, to learn from) or one step after another (`step`, to act); both are the
-same function. What it remembers is a `State` that the caller owns: reading returns another one and leaves it as it was.
+A `Memory` reads a sequence at once (`scan`, for learning) or step by step (`step`, for acting); both are the same
+function. Its hidden state is a `State` that the caller owns: reading returns a new one and leaves the old as it was.
 
 Shapes: B sequences, T steps, I inputs, H outputs, D width, S entries of a history.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class History:
-    """Keys and values of earlier steps, the oldest first: what attention reads.
+    """A KV cache: keys and values of earlier steps, the oldest first.
 
     Appending writes behind the entries, into memory that histories share, unless another one has been there before; so
     that a step costs no copy, and earlier histories stay as they were.
@@ -175,7 +175,7 @@ def unpack(packed: Tensor, like: State, fixed: bool = False) -> State:
 
 
 class Memory(Protocol):
-    """What reads a sequence and remembers it."""
+    """A network that reads a sequence and keeps a hidden state."""
 
     output_size: int
 

@@ -1,4 +1,7 @@
-"""Running observation statistics: what scales observations before a policy sees them. Imports nothing of metarl."""
+"""Observation normalization: running mean and variance that scale observations before a policy sees them.
+
+Imports nothing of metarl.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Mean and variance of all observations so far; each update returns a new one.
+    """Mean and variance of all observations so far; each update returns a new normaliser.
 
     Statistics of a random policy alone would saturate the policy's input: on Meta-World a random policy hardly moves
-    the hand, so that goals lie many of its standard deviations away. Hence the statistics go on learning from the
+    the hand, so that goals lie many of its standard deviations away. Therefore the statistics keep learning from the
     trained policy's data, `floor` bounds the scale from below, and nothing is clipped.
 
     Attributes:
@@ -22,7 +25,7 @@ class Normalizer:
         variance: `[O]`, float64.
         count: scalar, float64, how many observations it has seen.
         floor: smallest scale, in the units of the observation; a constant entry is not blown up.
-        raw: the first entry that stays as it is, and the one behind the last.
+        raw: range of entries that are not normalised: the first, and the one behind the last.
     """
 
     mean: Tensor

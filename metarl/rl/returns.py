@@ -17,7 +17,7 @@ def discounted_returns(rewards: Tensor, last: Tensor, gamma: float) -> Tensor:
 
     Args:
         rewards: `[..., T]`.
-        last: `[..., T]`, bool: the last step of an episode, whatever ended it.
+        last: `[..., T]`, bool: the last step of an episode, terminated or truncated.
         gamma: discount.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Surrogate losses: pure functions of log-probabilities and advantages.
+"""Surrogate losses (PPO clip, LVC, DiCE): pure functions of log-probabilities and advantages.
 
 Every loss is a weighted mean over its own samples, so that the step it causes does not depend on how many tasks or
 samples are processed together. Weights are 1 for a valid sample and 0 for padding; any non-negative weights work, for

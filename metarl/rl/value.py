@@ -1,4 +1,4 @@
-"""State values for advantages: the linear feature baseline, fitted anew each time, or a learned value function."""
+"""State values for advantages: the linear feature baseline, fitted to every batch, or a learned value function."""
 
 from __future__ import annotations
 

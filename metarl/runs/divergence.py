@@ -1,4 +1,4 @@
-"""What a run writes down when its numbers have come apart: the batch, the parameters and the gradient, in figures."""
+"""Statistics of batch, parameters and gradient, written when a run diverges."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def write_statistics(
 
     Args:
         run_dir: of the run.
-        position: after the iteration that came to nothing.
-        error: what came up.
+        position: after the iteration that was undone.
+        error: what was raised.
         agent: its parameters as they were before that iteration; the gradient is the one that was not applied.
         rollouts: of the iteration; none if they could not be collected.
     """

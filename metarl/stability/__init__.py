@@ -1,4 +1,4 @@
-"""Stability methods, one file each; any of them go together, for every agent.
+"""Stability methods, one file each; any of them combine, for every agent.
 
 A new one is one file, one member of `StabilityConfig` and one entry in `METHODS`. Must not import agents, environments
 or training: it knows them by their Protocols.
@@ -24,7 +24,7 @@ from metarl.stability.mer import Mer, MerConfig
 from metarl.stability.replay import Replay, ReplayConfig
 
 StabilityConfig = Annotated[EwcConfig | ReplayConfig | L2Config | MasConfig | MerConfig, Field(discriminator="name")]
-"""One member a method, told apart by `name`."""
+"""One member for each method, discriminated by `name`."""
 
 
 def expand_names(value: object) -> object:
@@ -51,20 +51,20 @@ METHODS: dict[str, Callable[[Any, Path | None], StabilityMethod]] = {
 
 
 def build(config: Any, folder: Path | None = None) -> StabilityMethod:
-    """Return a method that remembers nothing yet.
+    """Return a fresh method.
 
     Args:
         config: a member of `StabilityConfig`.
-        folder: where it may keep what does not fit into memory.
+        folder: for data that does not fit into memory.
     """
     return METHODS[config.name](config, folder)
 
 
 class StabilityLoss:
-    """The guard of one update: the sum of the losses of all methods, and what they were.
+    """The auxiliary loss of one update: the sum of the losses of all methods, and their values.
 
     Args:
-        methods: asked in turn.
+        methods: one after another.
         agent: about to be updated.
         rng: of the iteration.
     """
@@ -98,7 +98,7 @@ class StabilityLoss:
 
 
 def state_dict(methods: Sequence[StabilityMethod]) -> dict[str, Tensor]:
-    """Return what all methods remember, flat."""
+    """Return the state of all methods, flat."""
     return {
         f"{number}.{method.name}:{key}": value.detach().cpu().contiguous()
         for number, method in enumerate(methods)

@@ -1,4 +1,4 @@
-"""Memory aware synapses (Aljundi et al. 2018): parameters that move the policy's outputs are held, whatever σ is.
+"""Memory aware synapses (Aljundi et al. 2018): parameters that move the policy's outputs are held, at any σ.
 
     loss = λ · ½ Σ_i Σ_k Ω_ik (θ_k − θ_ik)²        Ω_k = E_s |∂(‖μ(s)‖² + ‖log σ(s)‖²)/∂θ_k|
 

@@ -28,8 +28,12 @@ class MerConfig(ReplayConfig):
     """Meta-experience replay: experience replay, and Reptile within and across batches."""
 
     name: Literal["mer"] = "mer"  # type: ignore[assignment]
-    within: float = Field(0.7, gt=0, le=1, description="β, the part of an iteration's way that is gone")
-    across: float = Field(0.7, gt=0, le=1, description="γ, the part of several iterations' way that is gone")
+    within: float = Field(
+        0.7, gt=0, le=1, description="β: interpolation factor towards the new parameters, within an iteration"
+    )
+    across: float = Field(
+        0.7, gt=0, le=1, description="γ: interpolation factor towards the new parameters, across several iterations"
+    )
     batches: int = Field(5, ge=1, description="s, iterations between two steps across")
 
 
@@ -87,6 +91,6 @@ class Mer:
 
 @torch.no_grad()
 def interpolate_(agent: ProtectedAgent, start: Mapping[str, Tensor], fraction: float) -> None:
-    """Put an agent's parameters on the way from `start` to where they are (Nichol et al. 2018, "Reptile")."""
+    """Interpolate an agent's parameters from `start` to where they are (Nichol et al. 2018, "Reptile")."""
     for name, value in agent.parameters().items():
         value.copy_(torch.lerp(start[name].to(value.device), value, fraction))

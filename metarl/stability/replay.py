@@ -1,13 +1,13 @@
-"""Experience replay for on-policy agents: whole trials of earlier stages are lived through again (Rolnick et al. 2019).
+"""Experience replay for on-policy agents: whole trials of earlier stages are read again (Rolnick et al. 2019).
 
 Of each stage a uniform sample of its trials is kept; all stages have equal shares of a fixed room. Whenever the agent
-learns from new trials, it is asked what it would do now in some stored ones, drawn evenly from the stages that have
+learns from new trials, it also predicts its actions in some stored ones, drawn evenly from the stages that have
 ended, and
 
     loss = c_π KL(π_then ‖ π)  +  c_V ½ (V − V_then)² / σ_R²  −  c_PG E[ρ (r + γ v' − V) log π] / σ_R
 
 "Then" is the agent at the end of the trial's stage, not the one that collected it: what is cloned is the best of the
-stage (Rolnick et al. clone the outputs of the time of collecting). An agent that adapts by gradient steps adapts anew
+stage (Rolnick et al. clone the outputs of the time of collecting). An agent that adapts by gradient steps adapts again
 to the stored support data, then and now, as if it had been collected then, and is compared on the query data; one with
 a memory reads the trial from its beginning. The last term is V-trace's policy gradient with the rewards of the trial;
 it is left out where the effective sample size of its importance weights is low. σ_R is the standard deviation of
@@ -37,12 +37,10 @@ _LABEL_BATCH = 32
 
 
 class ReplayConfig(Settings):
-    """Experience replay of whole trials, with cloning of what the agent did and expected at the end of their stage."""
+    """Experience replay of whole trials, with cloning of the policy and values at the end of their stage."""
 
     name: Literal["replay"] = "replay"
-    capacity: int = Field(
-        400, ge=1, description="trials that are kept in all, evenly of all stages (for MAML, of tasks)"
-    )
+    capacity: int = Field(400, ge=1, description="number of trials kept, the same for each stage (for MAML, of tasks)")
     share: float = Field(0.33, gt=0, lt=1, description="replayed trials of all that a step learns from")
     cloning_coef: float = Field(1.0, ge=0, description="weight of KL(then‖now) of the policy")
     value_coef: float = Field(
@@ -52,7 +50,9 @@ class ReplayConfig(Settings):
     min_sample_size: float = Field(
         0.3, ge=0, le=1, description="effective fraction of the samples below which that gradient is left out"
     )
-    memory_gb: float = Field(1.0, ge=0, description="GiB of trials beyond which they lie on disk, in the run directory")
+    memory_gb: float = Field(
+        1.0, ge=0, description="GiB of trials beyond which they are stored on disk, in the run directory"
+    )
 
 
 class Replay:
@@ -127,7 +127,7 @@ class Replay:
         return Reservoir(capacity, share * self.config.memory_gb * 2**30, self._folder)
 
     def end_stage(self, agent: ProtectedAgent, rollouts: Sequence[Rollout], rng: np.random.Generator) -> None:
-        """Note what the agent does and expects now in the trials of the stage."""
+        """Label the trials of the stage with the policy and values of now."""
         reservoir, labelled = self.current, []
         if reservoir is not None and len(reservoir):
             for places in np.array_split(np.arange(len(reservoir)), -(-len(reservoir) // _LABEL_BATCH)):
@@ -140,7 +140,7 @@ class Replay:
 
     @staticmethod
     def _labels(agent: ProtectedAgent, rollouts: list[Rollout]) -> Items:
-        """Return what the agent does in stored trials, as if it had collected the data that it adapts to.
+        """Return the policy and values in stored trials, as if the agent had collected the data that it adapts to.
 
         Raises:
             FloatingPointError: it is not finite.

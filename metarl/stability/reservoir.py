@@ -50,10 +50,10 @@ class Reservoir:
     Args:
         capacity: trials that it holds at most.
         memory_bytes: if its trials would take more, they lie on disk.
-        folder: where on disk; the files vanish with the process, whatever ends it.
+        folder: where on disk; the files vanish with the process, even if it is killed.
 
     Raises:
-        OSError: (by whatever writes) there is no room for its files, which are allocated as a whole.
+        OSError: (by every method that writes) the disk has no room for its files, which are allocated as a whole.
     """
 
     def __init__(self, capacity: int, memory_bytes: float, folder: Path | None) -> None:

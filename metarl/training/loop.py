@@ -328,7 +328,7 @@ class _Loop:
     def _try_to_collect(
         self, stage: int, number: int, rng: np.random.Generator, root: np.random.SeedSequence
     ) -> tuple[Sequence[Task], Sequence[Rollout], Exception | None]:
-        """Sample the tasks of an iteration; collect and adapt. If too many episodes broke: what there is, and why."""
+        """Sample the tasks of an iteration; collect and adapt. If too many episodes broke: the rest, and why."""
         tasks = self.parts.managers[stage].sample(self.config.num_tasks, rng, number)
         rollouts_per_task, steps = self.config.rollouts_per_task, self.agent.training_adaptation_steps
         task_seeds = children(root, len(tasks))
@@ -353,7 +353,7 @@ class _Loop:
             self._save()
 
     def _evaluate(self, stage: int, metrics: Mapping[str, float] | None = None, finished: bool = False) -> None:
-        """Evaluate on held-out tasks and track it; if the episodes break, training goes on without."""
+        """Evaluate on held-out tasks and track it; if too many episodes break, training continues."""
         began = time.perf_counter()
         try:
             result = self.evaluation.evaluate(self.agent, self.position, stage, finished)
@@ -426,15 +426,15 @@ class _Loop:
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a run stops before its end: at an iteration, at a time of `time.monotonic()`, or when asked to."""
+    """Where a run stops before its end: at an iteration, at a time of `time.monotonic()`, or on request."""
 
     iteration: float
     deadline: float
-    asked: Callable[[], bool]
+    requested: Callable[[], bool]
 
     def reached(self, position: Position) -> bool:
         """Whether the run stops before its next iteration."""
-        return position.iteration >= self.iteration or time.monotonic() >= self.deadline or self.asked()
+        return position.iteration >= self.iteration or time.monotonic() >= self.deadline or self.requested()
 
 
 def _env_steps(rollouts: Sequence[Rollout]) -> int:

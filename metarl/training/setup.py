@@ -1,4 +1,4 @@
-"""With what a run starts: a new agent, or what its last checkpoint holds."""
+"""Initial state of a run: new, or restored from a checkpoint (resume)."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from metarl.types import Position, Spaces
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins or goes on.
+    """The state that a run starts from.
 
     Attributes:
         agent: new, or as it was saved.
         position: of the run.
-        stages: what the agent takes over from other runs, or from a new agent, at the start of each stage that does so
-            and is still to begin.
-        config_text: what the run's config.yaml holds, or is going to.
-        config_is_new: it is going to.
+        stages: entries that the agent takes over from other runs, or from a new agent, at the start of each stage that
+            does so and is still to begin.
+        config_text: content of the run's config.yaml.
+        config_is_new: whether that file is still to be written.
         score: of an evaluation at this position.
-        logs: how many bytes of each log were written up to here; None for a new run.
+        logs: bytes of each log at this position; None for a new run.
         random_state: of the global streams; None for a new run.
         data: files of stored data that belong to the checkpoint; None for a new run.
     """
@@ -138,7 +138,7 @@ def _random_state(checkpoint: Checkpoint) -> Mapping[str, Tensor] | None:
             check_random_state(state)
     except (ValueError, CorruptCheckpointError) as error:
         raise UserError(
-            f"{checkpoint.path} holds random streams that cannot go on: {error}; remove it to go on with the one before"
+            f"{checkpoint.path}: its random streams cannot be restored: {error}; remove it to resume earlier"
         ) from error
     return state or None
 
@@ -181,9 +181,11 @@ def load_stored_data(agent: Agent, checkpoint: Checkpoint, run_dir: Path) -> Non
 
 
 def load_methods(methods: Sequence[StabilityMethod], checkpoint: Checkpoint) -> None:
-    """Give stability methods back what they knew; raises UserError."""
+    """Restore the state of stability methods; raises UserError."""
     if "stability" in checkpoint.parts and not methods:
-        raise UserError(f"{checkpoint.path} was trained with stability methods of your own; give the same ones again")
+        raise UserError(
+            f"{checkpoint.path} was trained with custom stability methods; give the same ones, metarl.train(methods=…)"
+        )
     try:
         stability.load_state_dict(methods, checkpoint.load("stability"))
     except (ValueError, CorruptCheckpointError) as error:

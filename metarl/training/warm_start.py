@@ -1,6 +1,6 @@
-"""One agent starts from another: what a stage takes over from the run that its `init_from` names.
+"""Warm starts: a stage takes over the agent of the run that its `init_from` names.
 
-Agents of other classes give what they share by name; nothing in a run directory is ever executed.
+An agent of another class gives the entries that both have; nothing in a run directory is ever executed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from metarl.types import Position
 
 
 def stage_starts(policy: Policy, position: Position, run_dir: Path) -> dict[int, dict[str, Tensor]]:
-    """Return what the agent takes over from another run, for each stage that does so and is still to begin.
+    """Return the entries that the agent takes over from other runs, for each stage that is still to begin.
 
-    All are read before training starts, so that what was checked is what is used.
+    All are read before training starts, so that the entries that were checked are the ones that are used.
 
     Args:
-        policy: the agent that is going to be trained.
-        position: where its run stands.
-        run_dir: of its run.
+        policy: the agent to be trained.
+        position: of its run.
+        run_dir: the directory of its run.
 
     Raises:
         UserError: there is no run, it cannot be loaded, or its agent does not fit ours; the message names the entry.
@@ -37,7 +37,7 @@ def stage_starts(policy: Policy, position: Position, run_dir: Path) -> dict[int,
             continue
         try:
             if Path(stage.init_from).resolve() == run_dir.resolve():
-                raise UserError(f"{run_dir} is where this run goes; name another run")
+                raise UserError(f"{run_dir} is the directory of this run; name another run")
             source = load(stage.init_from, agent=policy.builder if _is_custom(stage.init_from) else None)
             starts[number] = taken_over(policy, source, stage.init_from)
         except UserError as error:
@@ -58,8 +58,8 @@ def taken_over(policy: Policy, source: Policy, name: str) -> dict[str, Tensor]:
     learned inner rates) the agent takes what has the same name.
 
     Args:
-        policy: who takes.
-        source: who gives; of the same or another class of agents.
+        policy: the agent to be trained.
+        source: the agent that it starts from, of the same or another class.
         name: of the source, for messages.
 
     Raises:

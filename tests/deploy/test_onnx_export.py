@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import metarl
-from metarl.deploy.onnx_export import config_hash, describe
+from metarl.deploy.onnx_export import config_hash
 from metarl.errors import UserError
 from metarl.evaluation.held_out import adapt_to
 from metarl.runtime import OnnxPolicy, seal
@@ -97,7 +97,7 @@ def test_the_horizon_is_that_of_the_task_that_it_was_adapted_to():
     policy = make_policy("gru", spaces, agent={**AGENTS["gru"], "observation_entries": [0, 1]}, stages=stages)
     first = metarl.envs.distribution("navigation", name="goals", horizon=5).test_tasks[0]
     unsaid = metarl.Task("custom", "mine", "test", "mine", 0, 0)
-    told = [describe(policy, None, task, None)["trial"]["horizon"] for task in (first, None, unsaid)]
+    told = [policy._metadata(None, task, None)["trial"]["horizon"] for task in (first, None, unsaid)]
     assert told == [5, 7, 7]
 
 
