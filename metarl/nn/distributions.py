@@ -97,8 +97,8 @@ class DiagonalGaussian:
     def kl(self, other: Distribution) -> Tensor:
         """See `Distribution.kl`."""
         assert isinstance(other, DiagonalGaussian)
-        scaled = ((self.mean - other.mean) * (-other.log_std).exp()).square()
-        squares = (2.0 * (self.log_std - other.log_std)).exp() + scaled
+        variances = (2.0 * (self.log_std - other.log_std)).exp()
+        squares = variances + ((self.mean - other.mean) * (-other.log_std).exp()).square()
         return (other.log_std - self.log_std + 0.5 * (squares - 1.0)).sum(-1)
 
     def parameters(self) -> dict[str, Tensor]:

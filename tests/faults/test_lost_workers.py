@@ -32,9 +32,10 @@ class Noisy:
     """Acts with its noise, or as another agent does; before each act it does what it is told to."""
 
     device = torch.device("cpu")
-    adaptation_steps = 0
+    adapts_by, adaptation_steps = "memory", 0
 
-    def __init__(self, trial_episodes=1, before=lambda acts: None, agent=None):
+    def __init__(self, trial_episodes=1, before=lambda acts: None, agent=None, noise_size=2):
+        self.noise_size = agent.noise_size if agent else noise_size
         self.trial_episodes, self.before, self.agent, self.acts = trial_episodes, before, agent, 0
 
     def initial_state(self, num_tasks):

@@ -23,6 +23,7 @@ from metarl.runs.checkpoint import load_latest, save
 from metarl.runs.random_state import random_state, set_random_state
 from metarl.stability import stability_configs
 from metarl.training.loop import train
+from metarl.training.stage_evaluation import StageEvaluation
 from tests.faults import processes
 from tests.faults.harness import killed_before
 from tests.faults.kill_often import MARK, different, events, lines, orphans
@@ -144,13 +145,14 @@ def test_trials_that_lie_on_disk_are_not_lost(tmp_path, method):
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("where", ["_consolidate", "_report", "_track"])
+@pytest.mark.parametrize("where", ["_end_stage", "_report", "_track"])
 def test_a_run_stopped_between_the_end_of_a_stage_and_its_evaluation_has_each_line_once(
     tmp_path, monkeypatch, stage, where
 ):
     """It has saved, and is about to collect for the methods, to evaluate, or to track what it has found."""
-    settings, original, calls = config(methods=ALL), getattr(metarl.training.loop._Loop, where), [0]
-    reached = {"_consolidate": (1, 2), "_report": (3, 5), "_track": (5, 9)}[where][stage]
+    owner = StageEvaluation if where == "_report" else metarl.training.loop._Loop
+    settings, original, calls = config(methods=ALL), getattr(owner, where), [0]
+    reached = {"_end_stage": (1, 2), "_report": (3, 5), "_track": (5, 9)}[where][stage]
 
     def stopping(*args):
         calls[0] += 1
@@ -160,7 +162,7 @@ def test_a_run_stopped_between_the_end_of_a_stage_and_its_evaluation_has_each_li
 
     train(settings, run_dir=tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(metarl.training.loop._Loop, where, stopping)
+        patch.setattr(owner, where, stopping)
         with pytest.raises(Stopped):
             train(settings, run_dir=tmp_path / "parts")
     position = load_latest(tmp_path / "parts" / "checkpoints").position
