@@ -1,7 +1,11 @@
-"""Task distributions and how to step them: metaworld, mujoco, navigation, or one of the user's own.
+"""Task distributions and environments: Meta-World, MuJoCo locomotion, 2D navigation, and your own.
 
-May import numpy, gymnasium and simulators, of metarl `types`, `errors` and `rendering`; never torch, agents or
-training.
+This file is the registry of task families: a new family is one file (or folder), one member of `BuiltinTasksConfig` and
+one entry of `FAMILIES`. Next to it are the env manager (`manager.py`, a task sampler), the vectorized environments
+(`vector`), the gymnasium ids (`registration.py`) and off-screen rendering (`drawing`).
+
+May import numpy, gymnasium and simulators; of metarl `settings`, `types`, `protocols` and `errors`. Never torch, agents
+or training. Importing it loads neither Meta-World nor MuJoCo.
 """
 
 from __future__ import annotations
@@ -15,45 +19,76 @@ from pydantic import BaseModel
 from metarl.envs import navigation
 from metarl.envs.custom import custom
 from metarl.envs.metaworld import env as metaworld_env
-from metarl.envs.mujoco import env as mujoco_env
-from metarl.envs.registration import register_envs
+from metarl.envs.mujoco import tasks as mujoco_tasks
+from metarl.envs.registration import register_envs, versioned_id
 from metarl.envs.stage_id import StageIdEnv, StageIdTasks, has_stage_id, without_stage_id
+from metarl.envs.vector.pool import POOL
 from metarl.errors import unknown_name
 from metarl.protocols import TaskDistribution
 from metarl.types import Task
 
-__all__ = ["FAMILIES", "Family", "StageIdTasks", "custom", "distribution", "make"]
+__all__ = ["FAMILIES", "BuiltinTasksConfig", "Family", "StageIdTasks", "custom", "distribution", "make"]
 
 
 class Family(NamedTuple):
-    """What a family consists of; a new one is one file and one entry in `FAMILIES`.
+    """A family of tasks, as the rest of metarl uses it.
 
     Attributes:
         config: its settings.
         tasks: builds a task distribution from a config.
-        make: builds the environment of a task, which draws itself if `render_mode="rgb_array"`.
-        names: returns what there is to choose from: name → the settings that choose it.
-        shared_splits: benchmarks with so few tasks that training and test tasks are the same ones.
+        make: builds the environment of a task, given the task and `render_mode`.
+        names: returns the names that users choose from: name → the settings that select it.
+        example: settings of one distribution, which `metarl doctor` steps for a moment.
+        env_id: returns the gymnasium id of a name; None where a name stands for several classes of tasks.
+        carried_options: settings that stay the same when a run is evaluated under another name of the family.
+        shared_splits: names with so few tasks that training and test tasks are the same.
+        kept_envs: environments that a run steps together at most, unless `num_envs` is set, because each needs much
+            memory; None: no limit.
     """
 
     config: type[BaseModel]
     tasks: Callable[[Any], TaskDistribution]
     make: Callable[[Task, str | None], gymnasium.Env[Any, Any]]
     names: Callable[[], Mapping[str, Mapping[str, str]]]
+    example: Mapping[str, str]
+    env_id: Callable[[str], str | None] = versioned_id
+    carried_options: frozenset[str] = frozenset({"seed", "horizon"})
     shared_splits: frozenset[str] = frozenset()
+    kept_envs: int | None = None
 
+
+BuiltinTasksConfig = metaworld_env.MetaWorldConfig | mujoco_tasks.MujocoConfig | navigation.NavigationConfig
+"""Settings of the built-in families, told apart by their field `family`."""
 
 FAMILIES: Mapping[str, Family] = {
     "metaworld": Family(
-        metaworld_env.MetaWorldConfig, metaworld_env.MetaWorldTasks, metaworld_env.make, metaworld_env.choices
+        config=metaworld_env.MetaWorldConfig,
+        tasks=metaworld_env.MetaWorldTasks,
+        make=metaworld_env.make,
+        names=metaworld_env.names,
+        example={"benchmark": "ML1", "name": "reach-v3"},
+        env_id=metaworld_env.env_id,
+        carried_options=frozenset({"seed", "horizon", "reward_version"}),
+        kept_envs=POOL,  # 3.2 MB each
     ),
     "mujoco": Family(
-        mujoco_env.MujocoConfig, mujoco_env.MujocoTasks, mujoco_env.make, mujoco_env.choices, mujoco_env.SHARED_SPLITS
+        config=mujoco_tasks.MujocoConfig,
+        tasks=mujoco_tasks.MujocoTasks,
+        make=mujoco_tasks.make,
+        names=mujoco_tasks.names,
+        example={"name": "HalfCheetahDir"},
+        shared_splits=mujoco_tasks.SHARED_SPLITS,
     ),
     "navigation": Family(
-        navigation.NavigationConfig, navigation.NavigationTasks, navigation.NavigationEnv, navigation.choices
+        config=navigation.NavigationConfig,
+        tasks=navigation.NavigationTasks,
+        make=navigation.NavigationEnv,
+        names=navigation.names,
+        example={"name": "goals"},
+        env_id=navigation.env_id,
     ),
 }
+"""The built-in families, by the value of `family` in their settings."""
 
 
 def distribution(family: str, **options: Any) -> TaskDistribution:
@@ -74,8 +109,8 @@ def make(task: Task, render_mode: str | None = None) -> gymnasium.Env[Any, Any]:
     """Build the environment of a task of a built-in family.
 
     Args:
-        task: one of `StageIdTasks` gives observations that end in its cue.
-        render_mode: `rgb_array` for an environment whose `render` returns a picture, `[H, W, 3]`.
+        task: a task; if it is one of `StageIdTasks`, observations end in the one-hot stage id.
+        render_mode: `rgb_array` for an environment whose `render` returns an image, `[H, W, 3]`.
 
     Raises:
         ValueError: a task of another family, or an unknown mode.
@@ -91,4 +126,4 @@ def _family(name: str) -> Family:
     return FAMILIES[name]
 
 
-register_envs()
+register_envs(FAMILIES)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from metarl.envs.drawing.rendering import check_render_mode, render_metadata
+from metarl.envs.registration import versioned_id
 from metarl.errors import unknown_name
 from metarl.settings import Settings, as_tuple
 from metarl.types import BoolArray, FloatArray, Step, Task
@@ -137,9 +138,14 @@ class NavigationTasks:
         return NavigationBatch(self.config.name, max_envs)
 
 
-def choices() -> dict[str, dict[str, str]]:
-    """Return the distributions by name, each with the settings that choose it."""
+def names() -> dict[str, dict[str, str]]:
+    """Return the distributions by name, each with the settings that select it."""
     return {name: {"name": name} for name in _VARIANTS}
+
+
+def env_id(name: str) -> str:
+    """Return the gymnasium id of a distribution, e.g. `metarl/NavigationCuedWedges-v0`."""
+    return versioned_id(f"Navigation{name.title().replace('_', '')}")
 
 
 def goal(task: Task) -> FloatArray:

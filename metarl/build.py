@@ -13,7 +13,7 @@ from metarl.collect import LocalCollector
 from metarl.config.schema import RunConfig, StageConfig
 from metarl.envs import FAMILIES, StageIdTasks, distribution, make
 from metarl.envs.manager import Curriculum, EnvManager, JointManager, Manager
-from metarl.envs.vector.pool import POOL, env_spaces
+from metarl.envs.vector.pool import env_spaces
 from metarl.envs.vector.serial import usable_cores
 from metarl.envs.vector.union import check_apart, make_stage_envs
 from metarl.errors import UserError, unknown_name
@@ -173,12 +173,13 @@ def num_workers(config: RunConfig) -> int:
 
 
 def max_envs(config: RunConfig, stage: int) -> int:
-    """Return how many are stepped together: all rollouts of all tasks; of Meta-World, 3.2 MB each, a pool's worth."""
+    """Return how many environments are stepped together: all rollouts of all tasks, within `Family.kept_envs`."""
     if config.num_envs is not None:
         return config.num_envs
     rollouts = config.rollouts_per_task
-    if config.stages[stage].tasks.family == "metaworld":
-        rollouts = min(rollouts, max(1, POOL // config.num_tasks))
+    family = FAMILIES.get(config.stages[stage].tasks.family)
+    if family is not None and family.kept_envs is not None:
+        rollouts = min(rollouts, max(1, family.kept_envs // config.num_tasks))
     return config.num_tasks * rollouts
 
 
@@ -218,7 +219,7 @@ def _named(name: str, like: Any) -> TaskDistribution:
     if name not in families:
         raise UserError(str(unknown_name("task or benchmark", name, families, "metarl list envs")))
     family = families[name]
-    options = like.model_dump(include={"seed", "horizon", "reward_version"}) if like.family == family else {}
+    options = like.model_dump(include=set(FAMILIES[family].carried_options)) if like.family == family else {}
     return distribution(family, **options, **FAMILIES[family].names()[name])
 
 

@@ -95,7 +95,7 @@ class Camera:
         self._surface = _Surface(model)
         weakref.finalize(self, self._surface.close).atexit = False  # at exit that is the surface's own business
 
-    def picture(self, data: Any, lookat: FloatArray, marks: Sequence[Mark] = ()) -> NDArray[np.uint8]:
+    def render(self, data: Any, lookat: FloatArray, marks: Sequence[Mark] = ()) -> NDArray[np.uint8]:
         """Return `[HEIGHT, WIDTH, 3]`, a pure function of the simulation.
 
         Args:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, model_validator
 
 from metarl.envs.drawing.rendering import check_render_mode, render_metadata
+from metarl.envs.metaworld.classes import CLASSES
 from metarl.errors import unknown_name
 from metarl.settings import Settings, as_tuple
 from metarl.types import FloatArray, Task
@@ -168,19 +169,16 @@ def make(task: Task, render_mode: str | None = None) -> MetaWorldEnv:
     return MetaWorldEnv(task, render_mode)
 
 
-@cache
-def names() -> tuple[str, ...]:
-    """The names of the 50 classes, e.g. `reach-v3`, in upstream's order."""
-    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-
-    return tuple(ALL_V3_ENVIRONMENTS)
-
-
-def choices() -> dict[str, dict[str, str]]:
-    """Return the benchmarks and classes by name, each with the settings that choose it."""
+def names() -> dict[str, dict[str, str]]:
+    """Return the benchmarks and classes by name, each with the settings that select it."""
     return {name: {"benchmark": name} for name in MULTI_CLASS} | {
-        name: {"benchmark": "ML1", "name": name} for name in names()
+        name: {"benchmark": "ML1", "name": name} for name in CLASSES
     }
+
+
+def env_id(name: str) -> str | None:
+    """Return the gymnasium id of a class; None for a benchmark, which has many classes."""
+    return None if name in MULTI_CLASS else f"metarl/{name}"
 
 
 def goal_vector(task: Task) -> FloatArray:
@@ -315,8 +313,8 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
             from metarl.envs.metaworld.scene import SawyerScene
 
             self._scene = SawyerScene(self._official)
-        picture: NDArray[np.uint8] = self._scene.picture(self._official)
-        return picture
+        image: NDArray[np.uint8] = self._scene.render(self._official)
+        return image
 
     def close(self) -> None:
         """Nothing stays behind; calling it twice is fine."""
@@ -354,8 +352,8 @@ def _official_version(reward_version: str) -> str:
 
 
 def _check_name(name: str) -> None:
-    if name not in names():
-        raise unknown_name("Meta-World task", name, names(), "metarl list envs")
+    if name not in CLASSES:
+        raise unknown_name("Meta-World task", name, CLASSES, "metarl list envs")
 
 
 def _official_class(name: str) -> Any:

@@ -39,7 +39,7 @@ class SawyerScene:
         self._state = np.empty(mujoco.mj_stateSize(self._model, _STATE))
         self._camera = Camera(self._model, VIEW)
 
-    def picture(self, official: Any) -> NDArray[np.uint8]:
+    def render(self, official: Any) -> NDArray[np.uint8]:
         """Return `[H, W, 3]` of the environment that the scene was made for; nothing of it changes."""
         fast = official._sim
         for field in ("body_pos", "site_pos"):  # what resets move
@@ -47,7 +47,7 @@ class SawyerScene:
         mujoco.mj_getState(fast.model, fast.data, self._state, _STATE)
         mujoco.mj_setState(self._model, self._data, self._state, _STATE)
         mujoco.mj_forward(self._model, self._data)
-        return self._camera.picture(self._data, LOOKAT, [ball(official._target_pos[:3], 0.02)])
+        return self._camera.render(self._data, LOOKAT, [ball(official._target_pos[:3], 0.02)])
 
     def close(self) -> None:
         """Free what OpenGL holds."""

@@ -1,6 +1,6 @@
-"""The bodies of the MuJoCo families: what each observes, is rewarded for, and looks like.
+"""Definitions of the MuJoCo locomotion families: body, observation, reward, termination, camera.
 
-`mujoco.py` steps them. Imports neither torch nor the rest of metarl but `types`.
+`env.py` steps them. Imports neither torch nor the rest of metarl but `types` and the drawing of `metarl.envs`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import gymnasium
 import mujoco
@@ -16,36 +16,18 @@ import numpy as np
 
 from metarl.envs.drawing.camera import Mark, View, arrow, ball, post
 from metarl.envs.mujoco import naming
+from metarl.envs.mujoco.tasks import DIRECTIONS, SCALED_PARAMETERS, VELOCITY, MujocoConfig
 from metarl.types import FloatArray, Task
 
-if TYPE_CHECKING:
-    from metarl.envs.mujoco.env import MujocoConfig
-
-VELOCITY = (0.0, 2.0)
-"""Range in m/s that the targets of HalfCheetahVel are drawn from, if the config gives none."""
-
-Scaled = Literal["body_mass", "body_inertia", "dof_damping", "geom_friction"]
-
-SCALED_PARAMETERS: dict[Scaled, float] = {
-    "body_mass": 1.5,
-    "body_inertia": 1.5,
-    "dof_damping": 1.3,
-    "geom_friction": 1.5,
-}
-"""Arrays of the model that a RandParams task scales, each with the base b of its multipliers b^U(−3, 3)."""
-
 Parameters: TypeAlias = dict[str, Any]
-"""What a task is about, by name: a direction (±1 or a unit vector `[2]`), a velocity, a goal `[2]`, or multipliers."""
+"""Hidden parameters of a task: a direction (±1 or a unit vector `[2]`), a velocity, a goal `[2]`, multipliers."""
 
 _ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
-
-DIRECTIONS = {"HalfCheetahDir-forward": 1.0, "HalfCheetahDir-backward": -1.0}
-"""The classes of HalfCheetahDir."""
 
 
 @functools.cache
 def nominal_model(xml: str) -> Any:
-    """The compiled model of an asset; shared, never to be changed."""
+    """Return the compiled model of an asset; it is shared, so never change it."""
     return mujoco.MjModel.from_xml_path(str(_ASSETS / xml))
 
 
@@ -61,7 +43,7 @@ def _observe_hopper(data: Any) -> FloatArray:
     return np.concatenate((data.qpos[1:], np.minimum(np.maximum(data.qvel, -10.0), 10.0)))
 
 
-def _observe_placed_ant(data: Any) -> FloatArray:
+def _observe_ant_with_position(data: Any) -> FloatArray:
     return np.concatenate((data.qpos, data.qvel, _clipped_contacts(data)[1:].ravel()))
 
 
@@ -81,7 +63,7 @@ def _healthy_hopper(data: Any) -> bool:
 
 
 def _clipped_contacts(data: Any) -> FloatArray:
-    """External torques and forces on each body `[bodies, 6]`, within ±1."""
+    """Return external torques and forces on each body `[bodies, 6]`, clipped to ±1."""
     contacts: FloatArray = np.minimum(np.maximum(data.cfrc_ext, -1.0), 1.0)
     return contacts
 
@@ -98,20 +80,20 @@ def _draw_goal(rng: np.random.Generator, task: Task, config: MujocoConfig) -> Pa
 
 
 def draw_multipliers(rng: np.random.Generator, task: Task, config: MujocoConfig) -> Parameters:
-    """Draw what a RandParams task scales its body by, each array in its shape; ones where it is not scaled."""
-    model = nominal_model(FAMILIES[task.benchmark].xml)
-    # All are drawn, whichever count, so that an array has the same multipliers with or without the others.
+    """Draw the multipliers of a RandParams task, each array in its shape; ones where it is not scaled."""
+    model = nominal_model(SPECS[task.benchmark].xml)
+    # All arrays are drawn, scaled or not, so that the multipliers of one do not depend on the others.
     drawn = {
         field: base ** rng.uniform(-3.0, 3.0, getattr(model, field).shape) for field, base in SCALED_PARAMETERS.items()
     }
     return {field: value if field in config.scaled else np.ones_like(value) for field, value in drawn.items()}
 
 
-def _names_of_ant(model: Any) -> tuple[str, ...]:
+def _ant_names(model: Any) -> tuple[str, ...]:
     return (*naming.positions(model), *naming.velocities(model), *naming.per_body(model, "contact", 6))
 
 
-def _names_of_humanoid(model: Any) -> tuple[str, ...]:
+def _humanoid_names(model: Any) -> tuple[str, ...]:
     return (
         *naming.positions(model)[2:],
         *naming.velocities(model),
@@ -123,7 +105,7 @@ def _names_of_humanoid(model: Any) -> tuple[str, ...]:
 
 
 def _mark_direction(data: Any, direction: Any) -> list[Mark]:
-    """An arrow over the torso; `direction` is ±1 or a unit vector `[2]`."""
+    """Return an arrow above the torso; `direction` is ±1 or a unit vector `[2]`."""
     above = data.xpos[1] + np.array([0.0, 0.0, 0.6])
     return [arrow(above, np.append(np.ravel(direction), (0.0, 0.0))[:3], 1.0)]
 
@@ -132,31 +114,31 @@ def _mark_velocity(data: Any, velocity: float) -> list[Mark]:
     return [post(np.array([velocity * data.time, 0.8, 0.5]), 0.04, 1.0)]
 
 
-class Family(NamedTuple):
-    """A body and what it is rewarded for: progress_weight · progress + alive_bonus · healthy − control − contact."""
+class LocomotionSpec(NamedTuple):
+    """A family of tasks: reward = progress_weight · progress + alive_bonus · healthy − control − contact."""
 
     xml: str
-    frame_skip: int  # physics steps a control step
+    frame_skip: int  # physics steps per control step
     control_weight: float
     draw: Callable[[np.random.Generator, Task, MujocoConfig], Parameters]
-    progress: Callable[[Any, Any, Any], Any]  # of position, velocity, and the first of the drawn parameters
+    progress: Callable[[Any, Any, Any], Any]  # of position, velocity and the first hidden parameter
     observe: Callable[[Any], FloatArray]
     reset_noise: float = 0.1
     normal_velocities: bool = True  # at reset; else uniform
     position: Callable[[Any, Any], Any] = lambda model, data: data.qpos[0]
     healthy: Callable[[Any], bool] = lambda data: True
     contact_cost: Callable[[Any], Any] = lambda data: 0.0
-    contacts: bool = False  # whether cfrc_ext is computed, which mj_step leaves out
+    contacts: bool = False  # whether to compute cfrc_ext, which mj_step leaves out
     progress_weight: float = 1.0
     alive_bonus: float = 0.0
-    effort_of_ctrl: bool = False  # cost of the float64 controls rather than of the action in its own dtype
+    effort_of_ctrl: bool = False  # cost of the float64 controls, not of the action in its own dtype
     names: Callable[[Any], tuple[str, ...]] = lambda model: (*naming.positions(model)[1:], *naming.velocities(model))
-    mark: Callable[[Any, Any], list[Mark]] = lambda data, aim: []  # of the first of the drawn parameters
+    mark: Callable[[Any, Any], list[Mark]] = lambda data, aim: []  # of the first hidden parameter
     view: View = View(distance=3.4, azimuth=90.0, elevation=-12.0)
     look_at_height: float = 0.7  # metres
 
 
-_CHEETAH = Family(
+_CHEETAH = LocomotionSpec(
     xml="half_cheetah.xml",
     frame_skip=5,
     control_weight=0.05,
@@ -166,23 +148,23 @@ _CHEETAH = Family(
     mark=_mark_direction,
     view=View(distance=4.0, azimuth=90.0, elevation=-15.0),
 )
-_ANT = Family(
+_ANT = LocomotionSpec(
     xml="ant.xml",
     frame_skip=5,
     control_weight=0.5,
     draw=_draw_direction,
     progress=lambda position, velocity, direction: direction[0] * velocity[0] + direction[1] * velocity[1],
-    observe=lambda data: _observe_placed_ant(data)[2:],
+    observe=lambda data: _observe_ant_with_position(data)[2:],
     position=lambda model, data: data.xpos[1, :2].copy(),
     healthy=_healthy_ant,
     contact_cost=lambda data: 5e-4 * np.add.reduce(np.square(_clipped_contacts(data)), axis=None),
     contacts=True,
     alive_bonus=1.0,
-    names=lambda model: _names_of_ant(model)[2:],
+    names=lambda model: _ant_names(model)[2:],
     mark=_mark_direction,
     view=View(distance=5.0, azimuth=90.0, elevation=-30.0),
 )
-_HOPPER = Family(
+_HOPPER = LocomotionSpec(
     xml="hopper.xml",
     frame_skip=4,
     control_weight=1e-3,
@@ -194,7 +176,7 @@ _HOPPER = Family(
     healthy=_healthy_hopper,
     alive_bonus=1.0,
 )
-FAMILIES: dict[str, Family] = {
+SPECS: dict[str, LocomotionSpec] = {
     "HalfCheetahDir": _CHEETAH,
     "HalfCheetahVel": _CHEETAH._replace(
         draw=lambda rng, task, config: {"velocity": rng.uniform(*(config.velocity or VELOCITY))},
@@ -206,12 +188,12 @@ FAMILIES: dict[str, Family] = {
         control_weight=0.1,
         draw=_draw_goal,
         progress=lambda position, velocity, goal: -np.abs(position - goal).sum(),
-        observe=_observe_placed_ant,
+        observe=_observe_ant_with_position,
         healthy=lambda data: True,
         alive_bonus=0.0,
-        names=_names_of_ant,
+        names=_ant_names,
         mark=lambda data, goal: [ball(np.append(goal, 0.2), 0.2)],
-        view=View(distance=8.0, azimuth=90.0, elevation=-40.0),  # so that goals at 3 m to all sides are seen
+        view=View(distance=8.0, azimuth=90.0, elevation=-40.0),  # goals at 3 m on all sides are in view
     ),
     "HumanoidDir": _ANT._replace(
         xml="humanoid.xml",
@@ -225,7 +207,7 @@ FAMILIES: dict[str, Family] = {
         progress_weight=1.25,
         alive_bonus=5.0,
         effort_of_ctrl=True,
-        names=_names_of_humanoid,
+        names=_humanoid_names,
         view=View(distance=4.0, azimuth=90.0, elevation=-15.0),
         look_at_height=1.1,
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, NamedTuple
 
@@ -75,6 +75,7 @@ def findings() -> Iterator[Finding]:
     yield _drawing()
     import torch
 
+    from metarl.envs import FAMILIES
     from metarl.envs.vector.serial import usable_cores
 
     if torch.cuda.is_available():
@@ -82,15 +83,11 @@ def findings() -> Iterator[Finding]:
     else:
         yield Finding("gpu", "none that PyTorch can use; --device auto is cpu")
     yield Finding("cpu cores", f"{usable_cores()} usable, {torch.get_num_threads()} torch threads")
-    for family, options in (
-        ("navigation", {}),
-        ("mujoco", {"name": "HalfCheetahDir"}),
-        ("metaworld", {"benchmark": "ML1", "name": "reach-v3"}),
-    ):
+    for name, family in FAMILIES.items():
         try:
-            yield Finding(family, f"{_steps_per_second(family, options):,.0f} env steps/s in one process")
+            yield Finding(name, f"{_steps_per_second(name, family.example):,.0f} env steps/s in one process")
         except Exception as error:  # whatever is wrong with an installation, the doctor reports it
-            yield Finding(family, f"{type(error).__name__}: {error}", "BAD")
+            yield Finding(name, f"{type(error).__name__}: {error}", "BAD")
 
 
 def _extra(name: str, packages: tuple[str, ...], purpose: str) -> Finding:
@@ -117,7 +114,7 @@ def _drawing() -> Finding:
     return Finding("drawing", f"OpenGL by {backend}")
 
 
-def _steps_per_second(family: str, options: dict[str, str]) -> float:
+def _steps_per_second(family: str, options: Mapping[str, str]) -> float:
     from metarl.collect import run_episode
     from metarl.envs import distribution, make
 

@@ -30,8 +30,7 @@ from metarl.config.error_messages import Wording, shown
 from metarl.config.overrides import change_members, lay_over, parse_flags
 from metarl.config.sequences import DEFAULT_NAME, expand_for_each, located_as_written, name_stages
 from metarl.config.yaml_io import read_yaml, write_yaml
-from metarl.envs.metaworld.env import MetaWorldConfig
-from metarl.envs.mujoco.env import MujocoConfig
+from metarl.envs import BuiltinTasksConfig
 from metarl.envs.navigation import NavigationConfig
 from metarl.errors import UserError
 from metarl.settings import Settings
@@ -48,9 +47,7 @@ class CustomTasksConfig(Settings):
     name: str = Field("custom", description="the name of the family, for the record")
 
 
-TasksConfig = Annotated[
-    MetaWorldConfig | MujocoConfig | NavigationConfig | CustomTasksConfig, Field(discriminator="family")
-]
+TasksConfig = Annotated[BuiltinTasksConfig | CustomTasksConfig, Field(discriminator="family")]
 
 
 class CurriculumConfig(Settings):

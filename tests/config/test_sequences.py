@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from metarl.config.schema import RunConfig, StageConfig, as_config, dump_config, load_config
 from metarl.config.sequences import CW10
-from metarl.envs.mujoco.env import MujocoConfig
+from metarl.envs.mujoco.tasks import MujocoConfig
 from metarl.errors import UserError
 
 HAMMER_TO_PEG = [

@@ -13,7 +13,7 @@ from metarl.envs.drawing.camera import HEIGHT, SHADOW_PIXELS, WIDTH
 from metarl.envs.drawing.rendering import choose_gl
 from metarl.envs.metaworld.env import goal_vector
 from metarl.envs.metaworld.scene import LOOKAT, VIEW
-from metarl.envs.mujoco.env import NAMES
+from metarl.envs.mujoco.tasks import NAMES
 from metarl.envs.navigation import goal
 from metarl.errors import UserError
 

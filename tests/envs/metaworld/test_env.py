@@ -17,6 +17,7 @@ from metaworld.policies import SawyerReachV3Policy
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 import metarl.envs.metaworld.env as ours
+from metarl.envs.metaworld.classes import CLASSES
 from metarl.envs.metaworld.env import MetaWorldConfig, MetaWorldTasks, goal_vector, make
 from metarl.types import Task
 
@@ -24,7 +25,7 @@ SEED = 7
 
 # Between them: rejection sampling (all but bin-picking and door-lock), the fixed goal of sweep-into, live views of
 # simulator data that rewards read (door-lock, basketball, bin-picking), state set in mid-episode (bin-picking).
-CLASSES = ("pick-place-v3", "door-lock-v3", "basketball-v3", "bin-picking-v3", "sweep-into-v3")
+TRICKY_CLASSES = ("pick-place-v3", "door-lock-v3", "basketball-v3", "bin-picking-v3", "sweep-into-v3")
 
 
 @cache
@@ -59,7 +60,7 @@ def assert_same_goals(tasks, official_tasks):
 
 
 class TestGoals:
-    @pytest.mark.parametrize("name", CLASSES)
+    @pytest.mark.parametrize("name", TRICKY_CLASSES)
     def test_ml1_goals_and_held_out_goals_are_the_official_ones(self, name):
         assert_same_goals(tasks_of(name).train_tasks, official_ml1(name).train_tasks)
         assert_same_goals(tasks_of(name).test_tasks, official_ml1(name).test_tasks)
@@ -81,7 +82,10 @@ class TestGoals:
         mine, official = MetaWorldTasks(MetaWorldConfig(benchmark="ML45", seed=SEED)), metaworld.ML45(seed=SEED)
         assert_same_goals(mine.train_tasks, official.train_tasks)
         assert_same_goals(mine.test_tasks, official.test_tasks)
-        assert {task.name for task in mine.train_tasks + mine.test_tasks} == set(ours.names())
+        assert {task.name for task in mine.train_tasks + mine.test_tasks} == set(CLASSES)
+
+    def test_the_list_of_classes_is_the_official_one(self):
+        assert tuple(metaworld.env_dict.ALL_V3_ENVIRONMENTS) == CLASSES
 
     def test_another_seed_gives_other_goals(self):
         first, second = (goal_vector(tasks_of(seed=seed).train_tasks[0]) for seed in (0, 1))
@@ -136,7 +140,7 @@ class TestTasks:
         assert task.name == "door-close-v3"
         np.testing.assert_array_equal(goal_vector(task), rng.uniform(box.low, box.high))
 
-    @pytest.mark.parametrize("name", ours.names())
+    @pytest.mark.parametrize("name", CLASSES)
     def test_held_out_goals_of_one_class_are_unseen(self, name):
         train, test = (
             {goal_vector(t).tobytes() for t in s} for s in (tasks_of(name).train_tasks, tasks_of(name).test_tasks)
@@ -201,7 +205,7 @@ class TestTasks:
 
 
 class TestEnv:
-    @pytest.mark.parametrize(("name", "reward_version"), list(itertools.product(CLASSES, ("v1", "v2"))))
+    @pytest.mark.parametrize(("name", "reward_version"), list(itertools.product(TRICKY_CLASSES, ("v1", "v2"))))
     def test_trajectory_is_the_official_one(self, name, reward_version):
         official = official_ml1(name).train_classes[name](reward_function_version=reward_version)
         official.set_task(official_ml1(name).train_tasks[3])
@@ -316,7 +320,7 @@ class TestEnv:
 
     @pytest.mark.slow
     def test_goal_is_hidden_and_spaces_hold_for_every_class(self):
-        for name in ours.names():
+        for name in CLASSES:
             env = make(tasks_of(name, horizon=5).train_tasks[0])
             rows = trajectory(env, num_steps=5)[:, :39]
             assert not rows[:, -3:].any(), name

@@ -19,7 +19,8 @@ from metaworld.policies import ENV_POLICY_MAP
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
 from metaworld.utils import reward_utils
 
-from metarl.envs.metaworld.env import MetaWorldConfig, MetaWorldTasks, goal_vector, make, names
+from metarl.envs.metaworld.classes import CLASSES
+from metarl.envs.metaworld.env import MetaWorldConfig, MetaWorldTasks, goal_vector, make
 from metarl.envs.metaworld.fast import fast_class
 from metarl.envs.metaworld.fast_functions import fast_globals
 from metarl.envs.metaworld.model import model_without_visuals
@@ -97,7 +98,7 @@ def noise(seed, dtype, scale):
     return lambda *_: (scale * rng.uniform(-1.0, 1.0, size=4)).astype(dtype)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", CLASSES)
 def test_a_sequence_of_tasks_on_one_env_is_the_official_one(name):
     train, test = tasks_of(name)
     official, env = Official(train), make(train)
@@ -126,7 +127,7 @@ def clumsy(policy):
     return choose
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", CLASSES)
 def test_rewards_of_version_1_are_the_official_ones(name):
     train, test = tasks_of(name, "v1")
     official, env = Official(train), make(train)
@@ -301,7 +302,7 @@ class TestAssumptions:
 
     def test_official_resets_move_body_and_site_positions_alone(self):
         """Every other field of a model is the same after resets and steps with two goals, in all 50 classes."""
-        for name in names():
+        for name in CLASSES:
             train, test = tasks_of(name)
             official = Official(train)
             before = {field: value.copy() for field, value in fields(official.env.model)}

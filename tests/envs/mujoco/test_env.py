@@ -8,7 +8,8 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from pydantic import ValidationError
 
-from metarl.envs.mujoco.env import NAMES, SCALED_PARAMETERS, MujocoConfig, MujocoTasks, difficulty, make, parameters
+from metarl.envs.mujoco.env import difficulty, parameters
+from metarl.envs.mujoco.tasks import NAMES, SCALED_PARAMETERS, MujocoConfig, MujocoTasks, make
 from metarl.types import Task
 
 # Benchmark, gymnasium's environment, and what it needs to be told to have the same observation and costs.
@@ -396,7 +397,7 @@ def test_the_order_of_scaled_arrays_has_no_effect():
         ({"name": "AntDir", "scaled": ["body_mass"]}, "only RandParams families scale arrays"),
         ({"name": "HopperRandParams", "scaled": []}, "at least 1 item"),
         ({"name": "HopperRandParams", "scaled": ["body_mas"]}, "expected|should be"),
-        ({"name": "HopperRandParams", "scaled": ["body_mass", "body_mass"]}, "names an array twice"),
+        ({"name": "HopperRandParams", "scaled": ["body_mass", "body_mass"]}, "lists an array twice"),
     ],
 )
 def test_settings_without_a_use_or_sense_are_refused(settings, expected):
