@@ -5,27 +5,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, TextIO
+from typing import Any, TextIO
 
 from metarl.cli.arguments import Parser, any_path
 from metarl.errors import UserError
 from metarl.runs.lock import locked
 
 RUN_OPTIONS = """options of the run:
-  --run-dir DIR         where results go (default: runs/<name of the config>)
-  --resume              go on with the run in the run directory
-  --overwrite           throw away the run in the run directory
-  --allow-config-change go on though settings differ from those that the run was trained with so far
-  --max-iterations N    stop after N iterations, counted from the first of the run
-  --max-minutes X       stop at the first iteration that ends after X minutes
-  --debug               show tracebacks
+  --run-dir DIR           where results go (default: runs/<name of the config>)
+  --resume                resume the run in the run directory
+  --overwrite             delete the run in the run directory, start a new one
+  --allow-config-change   resume with settings that differ from the run's
+  --max-iterations N      stop after N iterations, counted from the run's start
+  --max-minutes X         stop at the first iteration that ends after X minutes
+  --debug                 show tracebacks
 
-Every setting of the config is a flag as well:
+Every setting of the config is a flag, too. To see the settings of another agent,
+memory or task family, name it: metarl train CONFIG --agent.name rl2 --help
 """
 
 
@@ -42,7 +44,7 @@ def train(arguments: list[str]) -> int:
     config_name = arguments[0] if arguments and not arguments[0].startswith("-") else None
     options, flags = parser.parse_known_args(arguments[1:] if config_name else arguments)
     if options.help:
-        return _train_help(config_name, flags)
+        return _print_help(config_name, flags)
     if config_name is None:
         raise UserError(
             "name a config, before all flags: a YAML file or one of `metarl list configs`, e.g. metarl train quickstart"
@@ -108,24 +110,14 @@ def _say(line: str, file: TextIO) -> None:
         print(line, file=file, flush=True)
 
 
-def _train_help(name: str | None, flags: Sequence[str]) -> int:
-    """Show every setting with its default; tyro draws it from the same config that the flags are laid over."""
-    import tyro
+def _print_help(name: str | None, flags: Sequence[str]) -> int:
+    """Print every setting with its value in the named config, flags laid over it."""
+    from metarl.config.schema import load_config
+    from metarl.config.settings_help import describe_settings
 
-    from metarl.config.schema import RunConfig, load_config
-
-    print("usage: metarl train CONFIG.yaml [--run-dir DIR] [--resume | --overwrite] [--SETTING VALUE ...]\n")
-    print(RUN_OPTIONS)
     config = load_config(name or "quickstart", flags)
-    # tyro shows what each method has to be set, but not the list of them.
-    methods = " ".join(method.name for method in config.stability) or "[]"
-    print(f"  --stability NAME ...  {RunConfig.model_fields['stability'].description} (default: {methods})\n")
-    shown = Annotated[RunConfig, tyro.conf.arg(name="")]
-    tyro.cli(
-        shown,
-        prog="metarl train CONFIG.yaml",
-        default=config,
-        args=["--help"],
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-    )
+    width = min(max(shutil.get_terminal_size().columns, 80), 120)
+    print("usage: metarl train CONFIG [options of the run] [--SETTING VALUE ...]\n")
+    print(RUN_OPTIONS)
+    print(describe_settings(config, width))
     return 0

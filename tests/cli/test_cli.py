@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -225,13 +226,13 @@ def test_help_shows_a_flag_for_every_setting(command):
         settings = flatten(load_config("navigation_maml_ppo", flags).model_dump(exclude={"stability"}))
         missing = [setting for setting in settings if f"{flag_of(setting.split('.'))} " not in out]
         assert status == 0 and missing == []
-        (line,) = [line for line in out.splitlines() if line.startswith("  --stability NAME ... ")]
-        assert line.endswith(f"(default: {methods})")
+        (row,) = re.findall(r"^  --stability {ewc,replay,l2,mas,mer} \.\.\.\n((?: {30}.*\n)+)", out, re.MULTILINE)
+        assert row.endswith(f"(default: {methods})\n")
     assert "--stability.1.capacity " in out
 
 
 def test_a_setting_without_a_value_is_written_as_help_shows_it(command, trained, tmp_path):
-    """`{None}|INT … (default: None)`, says help."""
+    """`INT|None … (default: None)`, says help."""
     run_dir, flags = tmp_path / "run", ["--num-envs", "--stages.0.init-from", "--stages.0.score-range"]
     none = [word for flag in (*flags, "--agent.normalizer-iterations") for word in (flag, "None")]
     assert command("train", trained / "config.yaml", *none, "--run-dir", run_dir)[0] == 0
