@@ -26,6 +26,8 @@ from metarl.agents.rl2.config import Rl2Config
 from metarl.protocols import Agent
 from metarl.settings import named_by_default
 
+DEFAULT_AGENT = "maml_ppo"
+
 AgentConfig = Annotated[
     MamlPpoConfig
     | MamlTrpoConfig
@@ -40,9 +42,9 @@ AgentConfig = Annotated[
     | MultiTaskConfig
     | Rl2Config,
     Field(discriminator="name"),
-    BeforeValidator(functools.partial(named_by_default, "maml_ppo")),
+    BeforeValidator(functools.partial(named_by_default, DEFAULT_AGENT)),
 ]
-"""One member an agent, told apart by `name`; MAML-PPO if there is none."""
+"""One member an agent, told apart by `name`; `DEFAULT_AGENT` if there is none."""
 
 INNER_METHODS: dict[str, Any] = {
     "maml_ppo": Maml,

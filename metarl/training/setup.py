@@ -16,7 +16,7 @@ from metarl.deploy.policy import Policy, restore
 from metarl.errors import UserError
 from metarl.protocols import Agent, StabilityMethod
 from metarl.runs.checkpoint import Checkpoint, CorruptCheckpointError
-from metarl.runs.directory import checkpoint_to_resume, clear_run_dir, differences
+from metarl.runs.directory import clear_run_dir, differences, load_to_resume
 from metarl.runs.random_state import check_random_state
 from metarl.training.warm_start import stage_starts, start_from
 from metarl.types import Position, Spaces
@@ -67,7 +67,7 @@ def resume(
     allow_config_change: bool,
 ) -> Start:
     """Go on with a run, and give its stability methods back what they knew; raises UserError."""
-    checkpoint, position = checkpoint_to_resume(run_dir, config, allow_config_change=allow_config_change)
+    checkpoint, position = load_to_resume(run_dir, config, allow_config_change=allow_config_change)
     if checkpoint.spaces != spaces:
         raise UserError(f"{run_dir} was trained for {checkpoint.spaces}; its tasks now have {spaces}")
     agent = restore(config, checkpoint, device).agent

@@ -102,7 +102,7 @@ def test_unknown_words_are_answered_with_the_nearest(mistake, tmp_path):
         ("--max-iterations 0", "--max-iterations is 0; expected more than 0"),
         ("--max-iterations some", "--max-iterations"),
         ("--max-minutes nan", "--max-minutes is nan"),
-        ("--resume --overwrite", "--resume and --overwrite exclude each other"),
+        ("--resume --overwrite", "--resume and --overwrite are mutually exclusive"),
         ("--resume --run-dir /nowhere/at/all", "/nowhere/at/all holds no run to resume"),
         ("--stages.0.tasks.name reach-v9", "did you mean 'reach-v3'?"),
         ("stray", "unexpected argument 'stray'"),
@@ -181,7 +181,7 @@ def test_a_run_goes_to_runs_by_the_name_of_its_config(command, tmp_path, monkeyp
 def test_stopping_and_going_on(command, mistake, tmp_path):
     arguments = ["train", "navigation_maml_ppo", *SMALL, "--stages.0.iterations", 3, "--run-dir", tmp_path / "run"]
     status, out, _ = command(*arguments, "--max-iterations", 2)
-    assert status == 0 and "stopped; go on with --resume" in out
+    assert status == 0 and "stopped; continue with --resume" in out
     refused = mistake(*arguments)
     assert "already holds a run" in refused and "--resume" in refused and "--overwrite" in refused
     assert "agent.gamma" in mistake(*arguments, "--resume", "--agent.gamma", "0.5")
@@ -206,7 +206,7 @@ def test_help_shows_settings_with_their_defaults(command, name):
         assert flag in out
     for flag in ("--num-workers", "--stages.0.iterations", "--evaluation.num-tasks", "--agent.adaptation-steps"):
         assert flag in out
-    assert "the root of all randomness" in out
+    assert "root of all random seeds" in out
     iterations = load_config(*(name or ["quickstart"])).stages[0].iterations
     assert str(iterations) in out.partition("--stages.0.iterations")[2][:200]
 
@@ -328,7 +328,7 @@ def test_evaluate_on_tasks_of_other_spaces_is_refused(mistake, trained):
 def test_a_report_takes_the_place_of_plain_files_alone(mistake, trained, tmp_path):
     """Whoever may do all would put a file where /dev/null was."""
     os.mkfifo(tmp_path / "pipe")
-    assert "is no plain file" in mistake("evaluate", trained, "--num-tasks", 1, "--json", tmp_path / "pipe")
+    assert "is not a plain file" in mistake("evaluate", trained, "--num-tasks", 1, "--json", tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
 
 

@@ -26,7 +26,7 @@ def rows(*flags, name="navigation_maml_ppo"):
 
 def test_types_and_values_are_written_as_flags_take_them():
     shown = rows("--agent.hidden-sizes", "[]", "--stages.0.score-range", "0", "1.5", "--device", "cpu")
-    assert shown["--device"] == "{auto,cpu,cuda} where updates are computed (default: cpu)"
+    assert shown["--device"] == "{auto,cpu,cuda} device of the updates; auto: a GPU if there is one (default: cpu)"
     assert shown["--seed"].startswith("INT ") and shown["--num-envs"].startswith("INT|None ")
     assert re.fullmatch(r"INT \.\.\. .*\(default: \[\]\)", shown["--agent.hidden-sizes"])
     assert re.fullmatch(r"FLOAT FLOAT\|None .*\(default: 0.0 1.5\)", shown["--stages.0.score-range"])

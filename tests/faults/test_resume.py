@@ -326,7 +326,7 @@ def test_a_signal_saves_and_the_trajectory_goes_on_identically(tmp_path, navigat
     _, told = process.communicate(timeout=60)
     assert process.returncode == status
     name = signal.Signals(number).name
-    assert told == f"metarl: {name}: saving after this iteration; once more stops at once\n"
+    assert told == f"metarl: {name}: saving after this iteration; a second signal stops at once\n"
     done = len(lines(run_dir))
     assert 3 < done < 400 and load_latest(run_dir / "checkpoints").position.iteration == done
     assert not (run_dir / ".lock").exists()
@@ -346,7 +346,7 @@ def test_a_second_signal_ends_a_run_at_once_with_its_workers(tmp_path, started, 
     wait_for((run_dir / "config.yaml").exists, process)
     time.sleep(1.0)
     process.send_signal(number)
-    assert "once more stops at once" in process.stderr.readline()
+    assert "a second signal stops at once" in process.stderr.readline()
     process.send_signal(number)
     began = time.monotonic()
     process.wait(timeout=60)
