@@ -33,6 +33,8 @@ class CustomAgentConfig(Settings):
     name: Literal["custom"] = "custom"
 
 
+DEFAULT_AGENT = "maml_ppo"
+
 AgentConfig = Annotated[
     MamlPpoConfig
     | MamlTrpoConfig
@@ -48,9 +50,9 @@ AgentConfig = Annotated[
     | Rl2Config
     | CustomAgentConfig,
     Field(discriminator="name"),
-    BeforeValidator(functools.partial(named_by_default, "maml_ppo")),
+    BeforeValidator(functools.partial(named_by_default, DEFAULT_AGENT)),
 ]
-"""One member for each agent, discriminated by `name`; MAML-PPO by default."""
+"""One member for each agent, discriminated by `name`; `DEFAULT_AGENT` if there is none."""
 
 INNER_METHODS: dict[str, Any] = {
     "maml_ppo": Maml,

@@ -1,4 +1,4 @@
-"""How metarl words the user's mistakes: what, where, what to do. Imports nothing of metarl."""
+"""Exceptions whose one-line message says what is wrong, where, and what to do. Imports nothing of metarl."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the command line prints its one line and exits with status 2."""
+    """A mistake that the user can fix; the command line prints its message and exits with status 2."""
 
 
 class RunError(Exception):
-    """A run that cannot go on, and what to do; the command line prints its one line and exits with status 1."""
+    """A run that cannot continue; the command line prints its message and exits with status 1."""
 
 
 def unknown_name(what: str, name: str, choices: Iterable[str], where_to_look: str) -> ValueError:
-    """Return the error for a name that does not exist, with the nearest one that does.
+    """Return the error for an unknown name; it suggests the closest known one.
 
     Args:
-        what: what kind of name it is, e.g. `Meta-World task`.
-        name: the name given.
-        choices: the names that exist.
+        what: kind of name, e.g. `Meta-World task`.
+        name: the unknown name.
+        choices: the known names.
         where_to_look: a command or page that lists them, e.g. `metarl list envs`.
     """
     near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.3)

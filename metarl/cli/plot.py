@@ -227,9 +227,9 @@ def _methods(runs: Sequence[_Run]) -> dict[str, list[_Run]]:
 
     Runs whose configs differ in nothing but the seed, or in what has no effect on results, are of one method.
     """
-    from metarl.config.schema import NO_EFFECT
+    from metarl.config.schema import OPERATIONAL_SETTINGS
 
-    groups = _grouped(runs, lambda run: run.config.model_dump_json(exclude={"seed", *NO_EFFECT}))
+    groups = _grouped(runs, lambda run: run.config.model_dump_json(exclude={"seed", *OPERATIONAL_SETTINGS}))
     methods = [_method(seeds[0].config) for seeds in groups]
     names = methods
     for parts in (1, 2):

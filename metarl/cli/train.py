@@ -5,32 +5,34 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, TextIO
+from typing import Any, TextIO
 
 from metarl.cli.arguments import Parser, any_path
 from metarl.errors import UserError
-from metarl.runs.lock import locked
+from metarl.runs.lock import default_run_dir, locked
 
 RUN_OPTIONS = """options of the run:
-  --run-dir DIR         where results go (default: runs/<name of the config>)
-  --resume              go on with the run in the run directory
-  --overwrite           throw away the run in the run directory
-  --allow-config-change go on though settings differ from those that the run was trained with so far
-  --max-iterations N    stop after N iterations, counted from the first of the run
-  --max-minutes X       stop at the first iteration that ends after X minutes
-  --debug               show tracebacks
+  --run-dir DIR           where results go (default: runs/<name of the config>)
+  --resume                resume the run in the run directory
+  --overwrite             delete the run in the run directory, start a new one
+  --allow-config-change   resume with settings that differ from the run's
+  --max-iterations N      stop after N iterations, counted from the run's start
+  --max-minutes X         stop at the first iteration that ends after X minutes
+  --debug                 show tracebacks
 
-Every setting of the config is a flag as well:
+Every setting of the config is a flag, too. To see the settings of another agent,
+memory or task family, name it: metarl train CONFIG --agent.name rl2 --help
 """
 
 
 def train(arguments: list[str]) -> int:
-    """Train an agent from a YAML config."""
+    """Train an agent with a YAML config."""
     parser = Parser("metarl train", add_help=False, allow_abbrev=False)
     parser.add_argument("--run-dir", type=any_path)
     parser.add_argument("--resume", action="store_true")
@@ -42,22 +44,22 @@ def train(arguments: list[str]) -> int:
     config_name = arguments[0] if arguments and not arguments[0].startswith("-") else None
     options, flags = parser.parse_known_args(arguments[1:] if config_name else arguments)
     if options.help:
-        return _train_help(config_name, flags)
+        return _print_help(config_name, flags)
     if config_name is None:
         raise UserError(
-            "name a config, before all flags: a YAML file or one of `metarl list configs`, e.g. metarl train quickstart"
+            "name a config before the flags: a YAML file or one of `metarl list configs`, e.g. metarl train quickstart"
         )
     if options.resume and options.overwrite:
-        raise UserError("--resume and --overwrite exclude each other: go on with the run, or throw it away")
+        raise UserError("--resume and --overwrite are mutually exclusive: resume the run, or replace it")
     if options.allow_config_change and not options.resume:
-        raise UserError("--allow-config-change goes with --resume; a new run takes any settings")
+        raise UserError("--allow-config-change requires --resume; a new run takes any settings")
     for name in ("max_iterations", "max_minutes"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
-    run_dir = options.run_dir or Path("runs") / Path(config_name).stem
+    run_dir = options.run_dir or default_run_dir(config_name)
     with locked(run_dir, resume=options.resume, overwrite=options.overwrite):
-        pass  # it could be had: what speaks against it is told at once, before torch is imported
+        pass  # an early check: the directory's mistakes are reported before torch is imported
 
     from metarl.config.schema import load_config
 
@@ -74,13 +76,16 @@ def _run_training(config: Any, run_dir: Path, options: argparse.Namespace) -> in
     console = Console(markup=False)
     received: list[int] = []
 
-    def remember(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         if received:
             os._exit(128 + number)
         received.append(number)
-        _say(f"metarl: {signal.Signals(number).name}: saving after this iteration; once more stops at once", sys.stderr)
+        _say(
+            f"metarl: {signal.Signals(number).name}: saving after this iteration; a second signal stops at once",
+            sys.stderr,
+        )
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with TrainingDisplay(config, min(total, options.max_iterations or total), console) as display:
             run = training.train(
@@ -95,37 +100,27 @@ def _run_training(config: Any, run_dir: Path, options: argparse.Namespace) -> in
                 progress=display,
             )
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-    state = "finished" if run.finished else "stopped; go on with --resume"
+    state = "finished" if run.finished else "stopped; continue with --resume"
     _say(f"{state}: {run.policy.env_steps:,} env steps, saved in {run_dir}", sys.stdout)
     return 128 + received[0] if received else 0
 
 
 def _say(line: str, file: TextIO) -> None:
-    """Print a line, if anybody is there to read it: Ctrl-C ends both sides of `metarl train … | tee log`."""
+    """Print a line unless the pipe is closed: Ctrl-C ends both sides of `metarl train … | tee log`."""
     with contextlib.suppress(OSError):
         print(line, file=file, flush=True)
 
 
-def _train_help(name: str | None, flags: Sequence[str]) -> int:
-    """Show every setting with its default; tyro draws it from the same config that the flags are laid over."""
-    import tyro
+def _print_help(name: str | None, flags: Sequence[str]) -> int:
+    """Print help on the options and on every setting, with its value in the named config after the flags."""
+    from metarl.config.schema import load_config
+    from metarl.config.settings_help import describe_settings
 
-    from metarl.config.schema import RunConfig, load_config
-
-    print("usage: metarl train CONFIG.yaml [--run-dir DIR] [--resume | --overwrite] [--SETTING VALUE ...]\n")
-    print(RUN_OPTIONS)
     config = load_config(name or "quickstart", flags)
-    # tyro shows what each method has to be set, but not the list of them.
-    methods = " ".join(method.name for method in config.stability) or "[]"
-    print(f"  --stability NAME ...  {RunConfig.model_fields['stability'].description} (default: {methods})\n")
-    shown = Annotated[RunConfig, tyro.conf.arg(name="")]
-    tyro.cli(
-        shown,
-        prog="metarl train CONFIG.yaml",
-        default=config,
-        args=["--help"],
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-    )
+    width = min(max(shutil.get_terminal_size().columns, 80), 120)
+    print("usage: metarl train CONFIG [options of the run] [--SETTING VALUE ...]\n")
+    print(RUN_OPTIONS)
+    print(describe_settings(config, width))
     return 0

@@ -1,28 +1,28 @@
-"""How mistakes in settings are told: where, what was found, what was expected; in the words of who wrote them.
+"""Readable config errors: location, value, expectation, in terms of the file or flags that the user wrote.
 
-Works on what pydantic found; knows no setting by name. `metarl.config.schema` calls it.
+Rewrites pydantic's errors; knows no setting by name. Used by `metarl.config.schema`.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
+from metarl.config.models import models_in, union_members
 from metarl.config.overrides import flag_of
 
 Keys: TypeAlias = tuple[str | int, ...]
 """The path of a setting."""
 
 Flags: TypeAlias = Mapping[tuple[str, ...], Any]
-"""What flags set, by its path."""
+"""Values set by flags, by the path of the setting."""
 
-_SETTINGS = "expected settings of its own, `key: value`"
-_PLAINER = {
+_SETTINGS = "expected nested settings, `key: value`"
+_MESSAGES = {
     "dict_type": _SETTINGS,
     "float_parsing": "expected a valid number",
     "int_parsing": "expected a valid integer",
@@ -32,144 +32,132 @@ _PLAINER = {
     "too_short": "expected at least {min_length} item(s)",
     "tuple_type": "expected a list",
 }
-"""What is said of an error instead of pydantic's words, by its type."""
+"""Our messages for pydantic's types of errors; the others keep pydantic's."""
 
 
-class Wording:
-    """Words for the mistakes in the settings of one model.
+class ErrorMessages:
+    """One-line messages for the validation errors of one config model.
 
     Args:
         root: the model.
-        tags: what pydantic puts into the path of an error below a union, the tag of its member, by the name of the
-            setting that the union is of.
     """
 
-    def __init__(self, root: type[BaseModel], tags: Mapping[str, Collection[str]]) -> None:
-        self._root, self._tags = root, tags
+    def __init__(self, root: type[BaseModel]) -> None:
+        self._root = root
 
     def explain(self, error: ValidationError, source: str = "", flags: Flags | None = None) -> str:
-        """Return all that is wrong in one line.
+        """Return one line that names every error.
 
         Args:
-            error: of the validation.
-            source: the file that the settings are from.
-            flags: that were laid over it.
+            error: raised by validation.
+            source: the file that holds the settings.
+            flags: laid over the file.
         """
         lines, items, flags = [], error.errors(include_url=False), flags or {}
         for item in items:
-            keys = self._path(item["loc"])
-            given = [flag for flag in flags if flag[: len(keys)] == tuple(map(str, keys))]
-            if given and len(given[0]) > len(keys) and item["type"].endswith("_type"):
-                lines.append(f"{flag_of(given[0])}: {'.'.join(map(str, keys))} is a single value and has no settings")
+            keys, _ = self._follow(item["loc"])
+            flags_below = [flag for flag in flags if flag[: len(keys)] == tuple(map(str, keys))]
+            if flags_below and len(flags_below[0]) > len(keys) and item["type"].endswith("_type"):
+                setting = ".".join(map(str, keys))
+                lines.append(f"{flag_of(flags_below[0])}: {setting} is a single value; it has no nested settings")
                 continue
             if item["type"] == "too_short" and len(items) > 1:
-                continue  # pydantic counts an invalid item as missing, too
-            where, by_flag = _where(keys, item["msg"], source, flags), _is_flags(keys, flags)
-            if item["type"] == "extra_forbidden" and given:  # the flag of something below what is not there
-                where, by_flag = flag_of(given[0]), True
+                continue  # pydantic also counts an invalid item as missing
+            where, by_flag = _where(keys, item["msg"], source, flags), _is_set_by(flags, keys)
+            if item["type"] == "extra_forbidden" and flags_below:  # a flag below a setting that does not exist
+                where, by_flag = flag_of(flags_below[0]), True
             lines.append(f"{where}: {self._problem(item, keys, by_flag=by_flag)}")
         return " ".join("; ".join(lines).split())
 
     def _problem(self, item: Any, keys: Keys, *, by_flag: bool) -> str:
         kind, value = item["type"], item["input"]
         if kind == "extra_forbidden":
-            near = difflib.get_close_matches(str(keys[-1]), self._fields_at(item["loc"][:-1]), n=1, cutoff=0.4)
+            _, models = self._follow(item["loc"][:-1])
+            names = [name for model in models for name in model.model_fields]
+            near = difflib.get_close_matches(str(keys[-1]), names, n=1, cutoff=0.4)
             name = (lambda key: flag_of((*keys[:-1], key))) if by_flag else repr
             return "unknown setting" + (f"; did you mean {name(near[0])}?" if near else "")
         if kind == "union_tag_not_found":
-            names = self._tags.get(_above((*item["loc"], ""))[-1], ())
-            return f"no {_discriminator(item)}; expected one of {', '.join(sorted(names))}"
+            return f"no {_discriminator(item)}; expected one of {', '.join(sorted(self._tags_at(item['loc'])))}"
         if kind == "union_tag_invalid":
             tags = [name.strip("'") for name in item["ctx"]["expected_tags"].split(", ")]
             tag = value[_discriminator(item)] if isinstance(value, Mapping) else item["ctx"]["tag"]
             near = difflib.get_close_matches(str(tag), tags, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            return f"got {shown(tag)}, expected one of {', '.join(tags)}{hint}"
+            return f"got {quote_value(tag)}, expected one of {', '.join(tags)}{hint}"
         if kind == "invalid_key":
-            return f"got {shown(value)} for the name of a setting, expected text"
-        if kind in _PLAINER:
-            message = _PLAINER[kind].format(**item.get("ctx", {}))
+            return f"got {quote_value(value)} for the name of a setting, expected text"
+        if kind in _MESSAGES:
+            message = _MESSAGES[kind].format(**item.get("ctx", {}))
         else:
             message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-        found = "" if isinstance(value, dict | list | BaseModel) else f"got {shown(value)}, "
-        return f"{found}{message[0].lower()}{message[1:]}"
+        got = "" if isinstance(value, dict | list | BaseModel) else f"got {quote_value(value)}, "
+        return f"{got}{message[0].lower()}{message[1:]}"
 
-    def _path(self, location: Keys) -> Keys:
-        """Drop the tags of unions."""
-        pairs = zip(location, _above(location), strict=True)
-        return tuple(key for key, above in pairs if key not in self._tags.get(above, ()))
-
-    def _fields_at(self, location: Keys) -> list[str]:
-        """Names of the settings below a location; for a union those of the member whose tag the location holds."""
+    def _follow(self, location: Keys) -> tuple[Keys, list[type[BaseModel]]]:
+        """Follow an error's location; returns the setting's path, without tags of unions, and the models there."""
+        keys: list[str | int] = []
         models = [self._root]
-        for key, above in zip(location, _above(location), strict=True):
+        members: dict[str, type[BaseModel]] = {}
+        for key in location:
+            if key in members:  # pydantic puts the tag of a union's member into the location
+                models, members = [members[str(key)]], {}
+                continue
+            keys.append(key)
             if isinstance(key, int):
                 continue
-            if key in self._tags.get(above, ()):
-                models = [each for each in models if any(_has_tag(field, key) for field in each.model_fields.values())]
-                continue
-            found = [model.model_fields[key].annotation for model in models if key in model.model_fields]
-            models = [model for annotation in found for model in _models_in(annotation)]
-        return [name for model in models for name in model.model_fields]
+            fields = [model.model_fields[key] for model in models if key in model.model_fields]
+            models = [model for field in fields for model in models_in(field.annotation)]
+            members = {tag: model for field in fields for tag, model in union_members(field).items()}
+        return tuple(keys), models
+
+    def _tags_at(self, location: Keys) -> set[str]:
+        """Return the tags of the union at a location."""
+        *parents, name = (key for key in location if isinstance(key, str))
+        _, models = self._follow(tuple(parents))
+        return {
+            tag for model in models if name in model.model_fields for tag in union_members(model.model_fields[name])
+        }
 
 
-def shown(value: object) -> str:
-    """Return a value as a message quotes it: not at length."""
+def quote_value(value: object) -> str:
+    """Return a value as messages quote it, cut to 80 characters."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a whole number that Python refuses to print; what holds itself
+    except (ValueError, RecursionError):  # an integer that is too long to print, a list that holds itself
         return f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def _is_flags(keys: Keys, flags: Flags) -> bool:
-    """Whether a setting is what a flag gave, or part of it."""
-    named = tuple(map(str, keys))
-    return any(named[: len(flag)] == flag for flag in flags)
+def _is_set_by(flags: Flags, keys: Keys) -> bool:
+    """Return whether a flag set this setting, or one that it is part of."""
+    path = tuple(map(str, keys))
+    return any(path[: len(flag)] == flag for flag in flags)
 
 
-def _where(keys: Keys, told: str, source: str, flags: Flags) -> str:
-    """Return where a mistake was made: the flag, or the file and the path in it.
+def _where(keys: Keys, message: str, source: str, flags: Flags) -> str:
+    """Return the location of an error: the flag, or the file and the path in it.
 
     Args:
-        keys: of the setting.
-        told: what is wrong with it; flags that set something below it, of which this speaks, are the place.
+        keys: the path of the setting.
+        message: of the error; it may name a setting below `keys`, and a flag that set that one is the location.
         source: the file.
-        flags: that were laid over it.
+        flags: laid over the file.
     """
-    if _is_flags(keys, flags):
+    if _is_set_by(flags, keys):
         return flag_of(keys)
-    named = tuple(map(str, keys))
-    words = set(re.findall(r"[\w.-]+", told))
+    path = tuple(map(str, keys))
+    words = set(re.findall(r"[\w.-]+", message))
     below = [
         flag
         for flag, value in flags.items()
-        if flag[: len(named)] == named and (flag[-1] in words or (isinstance(value, str) and value in words))
+        if flag[: len(path)] == path and (flag[-1] in words or (isinstance(value, str) and value in words))
     ]
     if below:
         return ", ".join(map(flag_of, below))
-    return ": ".join(filter(None, (source, ".".join(name or "''" for name in named))))
+    return ": ".join(filter(None, (source, ".".join(name or "''" for name in path))))
 
 
 def _discriminator(item: Any) -> str:
-    """The setting that tells the members of a union apart."""
+    """Return the setting that tells the members of a union apart."""
     return str(item["ctx"]["discriminator"]).strip("'")
-
-
-def _above(location: Sequence[str | int]) -> list[str]:
-    """Return the name of the setting that each key of a location lies below, past the indices of lists."""
-    above, names = "", []
-    for key in location:
-        names.append(above)
-        above = key if isinstance(key, str) else above
-    return names
-
-
-def _has_tag(field: FieldInfo, tag: str) -> bool:
-    return get_origin(field.annotation) is Literal and tag in get_args(field.annotation)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models_in(argument)]

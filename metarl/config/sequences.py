@@ -1,6 +1,6 @@
-"""Sequences of stages as users write them: `for_each` written out, a name for each, mistakes told where they were made.
+"""Stage sequences as users write them: expands `for_each`, names the stages, maps errors back to the user's settings.
 
-Works on settings before they are validated; `metarl.config.schema` calls it.
+Works on settings before validation; used by `metarl.config.schema`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from metarl.envs import FAMILIES
 from metarl.settings import as_tuple
 
 DEFAULT_NAME = "meta-training"
-"""The name of a stage, if it is the only one and the user gives none."""
+"""The name of an only stage that the user did not name."""
 
 _CW10 = (
     "hammer push-wall faucet-close push-back stick-pull handle-press-side push shelf-place window-close peg-unplug-side"
@@ -26,27 +26,37 @@ CW10 = tuple(f"{name}-v3" for name in _CW10.split())
 """The sequence of Continual World (Wołczyk et al. 2021, 2105.10919), with the names of Meta-World 3."""
 
 SEQUENCES = {"CW10": CW10, "CW20": CW10 * 2}
-"""What `for_each` has a short name for."""
+"""Classes of named sequences: `for_each: CW10`."""
 
 
-class Stage(NamedTuple):
-    """A stage before validation: its settings, its place among those given, and what `for_each` sets in it."""
+class ExpandedStage(NamedTuple):
+    """A stage before validation, and where it comes from.
+
+    Attributes:
+        settings: of the stage.
+        position: index of the user's stage that it was expanded from.
+        for_each: the field that `for_each` sets, and the index of the value; None without `for_each`.
+    """
 
     settings: Any
     position: int
-    chosen: tuple[str, int] | None = None  # the field, and which of its values
+    for_each: tuple[str, int] | None = None
 
 
-def expand_for_each(position: int, stage: Any) -> list[Stage]:
-    """The stages that one of a config stands for: one for each value of `for_each`, if it has that."""
+def expand_for_each(stages: Sequence[Any]) -> list[ExpandedStage]:
+    """Return the stages of a run: for a stage with `for_each`, one for each of its values; raises ValidationError."""
+    return [expanded for position, stage in enumerate(stages) for expanded in _expand_stage(position, stage)]
+
+
+def _expand_stage(position: int, stage: Any) -> list[ExpandedStage]:
     if not isinstance(stage, Mapping) or stage.get("for_each") is None:
-        return [Stage(stage, position)]
+        return [ExpandedStage(stage, position)]
     template = {key: value for key, value in stage.items() if key != "for_each"}
     tasks = template.get("tasks", {"family": "navigation"})
     if isinstance(tasks, BaseModel):
         tasks = {"family": getattr(tasks, "family", None), **tasks.model_dump(exclude_unset=True)}
     if not isinstance(tasks, Mapping):
-        return [Stage(template, position)]  # validation tells
+        return [ExpandedStage(template, position)]  # validation reports it
     try:
         field, values = _field_and_values(stage["for_each"], tasks)
     except ValueError as error:
@@ -55,20 +65,20 @@ def expand_for_each(position: int, stage: Any) -> list[Stage]:
         details = InitErrorDetails(type=problem, loc=where, input=stage["for_each"])
         raise ValidationError.from_exception_data("RunConfig", [details]) from None
     stages = []
-    for number, value in enumerate(values):
+    for index, value in enumerate(values):
         settings = {**template, "tasks": {**tasks, field: value}}
-        if number:  # another run's agent begins the sequence; it does not replace what a stage has learned
+        if index:  # init_from starts the sequence; later stages continue with its agent
             settings.pop("init_from", None)
         prefix = template.get("name", DEFAULT_NAME)
         if isinstance(prefix, str):
             label = _label(field, value)
             settings["name"] = label if prefix == DEFAULT_NAME else f"{prefix} {label}"
-        stages.append(Stage(settings, position, (field, number)))
+        stages.append(ExpandedStage(settings, position, (field, index)))
     return stages
 
 
 def _field_and_values(for_each: Any, tasks: Mapping[str, Any]) -> tuple[str, Sequence[Any]]:
-    """Read `for_each`; raises ValueError."""
+    """Return the field that `for_each` sets and its values; raises ValueError."""
     family = str(tasks.get("family"))
     if isinstance(for_each, str) and for_each in SEQUENCES:
         if family != "metaworld":
@@ -80,26 +90,24 @@ def _field_and_values(for_each: Any, tasks: Mapping[str, Any]) -> tuple[str, Seq
             "{name: [reach-v3, push-v3]}"
         )
     if len(for_each) != 1:
-        name_stages = f" ({', '.join(map(str, for_each))})" if for_each else ""
-        raise ValueError(
-            f"names {len(for_each)} fields of tasks{name_stages}; expected exactly one, with a list of values"
-        )
+        fields = f" ({', '.join(map(str, for_each))})" if for_each else ""
+        raise ValueError(f"names {len(for_each)} fields of tasks{fields}; expected exactly one, with a list of values")
     [(field, value)] = for_each.items()
-    fields = FAMILIES[family].config.model_fields if family in FAMILIES else {field: None}
-    if field not in fields:
-        near = difflib.get_close_matches(str(field), fields, n=1, cutoff=0.4)
+    known = FAMILIES[family].config.model_fields if family in FAMILIES else {field: None}
+    if field not in known:
+        near = difflib.get_close_matches(str(field), known, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{field!r} is no setting of {family} tasks{hint}")
+        raise ValueError(f"{field!r} is not a setting of {family} tasks{hint}")
     if field in tasks:
-        raise ValueError(f"tasks.{field} is set, too; leave out one of them")
+        raise ValueError(f"tasks.{field} is also set; remove one of them")
     values = as_tuple(value)
     if not isinstance(values, list | tuple) or not values:
-        raise ValueError(f"{field} has no values; expected at least one, each makes a stage")
+        raise ValueError(f"{field} has no values; expected at least one, a stage for each")
     return field, values
 
 
 def _label(field: str, value: Any) -> str:
-    """What a stage is about: `hammer-v3`, `velocity 0-1`, `wedge 2`."""
+    """Return the name of an expanded stage: `hammer-v3`, `velocity 0-1`, `wedge 2`."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple):
@@ -110,41 +118,42 @@ def _label(field: str, value: Any) -> str:
 
 
 def name_stages(stages: Sequence[Any]) -> list[Any]:
-    """Give each stage of a sequence a name of its own: `stage 1`, `reach-v3`, `reach-v3 (2)`."""
-    given = [_name(stage) for stage in stages]
-    names = [f"stage {i + 1}" if name == DEFAULT_NAME and len(given) > 1 else name for i, name in enumerate(given)]
+    """Give each stage of a sequence a unique name: `stage 1`, `reach-v3`, `reach-v3 (2)`."""
+    old_names = [_name(stage) for stage in stages]
+    several = len(stages) > 1
+    names = [f"stage {i + 1}" if name == DEFAULT_NAME and several else name for i, name in enumerate(old_names)]
     for i, name in enumerate(names):
         if name is not None and name in names[:i]:
             names[i] = next(new for k in itertools.count(2) if (new := f"{name} ({k})") not in names)
-    name_stages = []
-    for stage, before, name in zip(stages, given, names, strict=True):
-        if name == before:
-            name_stages.append(stage)
+    named: list[Any] = []
+    for stage, old_name, name in zip(stages, old_names, names, strict=True):
+        if name == old_name:
+            named.append(stage)
         elif isinstance(stage, BaseModel):
-            name_stages.append(stage.model_copy(update={"name": name}))
+            named.append(stage.model_copy(update={"name": name}))
         else:
-            name_stages.append({**stage, "name": name})
-    return name_stages
+            named.append({**stage, "name": name})
+    return named
 
 
 def _name(stage: Any) -> str | None:
-    """The name of a stage before validation; None where it has none that is one."""
+    """Return the name of a stage before validation; None if it is not a text."""
     name = stage.get("name", DEFAULT_NAME) if isinstance(stage, Mapping) else getattr(stage, "name", None)
     return name if isinstance(name, str) else None
 
 
-def located_as_written(error: ValidationError, stages: Sequence[Stage]) -> ValidationError:
-    """The same mistakes, each once, at the places in the user's settings from which the stages were made."""
-    if all(stage.chosen is None for stage in stages):
+def relocate_errors(error: ValidationError, stages: Sequence[ExpandedStage]) -> ValidationError:
+    """Move errors from expanded stages to the settings that the user wrote, and drop duplicates."""
+    if all(stage.for_each is None for stage in stages):
         return error
-    found: dict[Any, InitErrorDetails] = {}
+    relocated: dict[Any, InitErrorDetails] = {}
     for item in error.errors(include_url=False):
         where = item["loc"]
         if where[:1] == ("stages",) and len(where) > 1:
             stage, (_, _, *rest) = stages[int(where[1])], where
-            if stage.chosen and rest[:1] == ["tasks"] and rest[2:3] == [stage.chosen[0]]:
-                rest = ["for_each", *stage.chosen, *rest[3:]]
+            if stage.for_each and rest[:1] == ["tasks"] and rest[2:3] == [stage.for_each[0]]:
+                rest = ["for_each", *stage.for_each, *rest[3:]]
             where = ("stages", stage.position, *rest)
         details = InitErrorDetails(type=item["type"], loc=where, input=item["input"], ctx=item.get("ctx", {}))
-        found.setdefault((where, item["msg"]), details)
-    return ValidationError.from_exception_data(error.title, list(found.values()))
+        relocated.setdefault((where, item["msg"]), details)
+    return ValidationError.from_exception_data(error.title, list(relocated.values()))

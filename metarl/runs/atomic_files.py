@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and are read without following where they lead. Imports nothing of metarl."""
+"""Atomic file writes, and opening of plain files only: no links, pipes or devices. Imports nothing of metarl."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` in the place of what `path` holds: whoever reads it, whenever, finds the old or the new.
+    """Replace the content of a file atomically: a reader sees the old or the new content, never part of it.
 
-    One process at a time may write it. What one that was killed has left is removed by the next.
+    Only one process at a time may write a file. The next write removes the temporary file of a killed process.
 
     Raises:
-        OSError: it cannot be written; the old content stays.
+        OSError: the file cannot be written; it keeps its old content.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -28,7 +28,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a new file through to the disk; raises OSError if there is something at its place, be it a link."""
+    """Write a new file and sync it to disk; raises OSError if the path exists, even as a link."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -36,7 +36,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder written through to the disk."""
+    """Sync a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -45,20 +45,20 @@ def sync(path: Path) -> None:
 
 
 def open_plain(path: Path) -> io.BufferedReader:
-    """Open a file to read it; raises OSError for a link, a pipe, a device or anything else that is no plain file."""
+    """Open a file for reading; raises OSError for anything but a plain file, e.g. a link, pipe or device."""
     return os.fdopen(plain_descriptor(path, os.O_RDONLY), "rb")
 
 
 def append_plain(path: Path) -> io.BufferedWriter:
-    """Open a file to write at its end, or a new one; raises OSError as `open_plain` does."""
+    """Open a file for appending, and create it if missing; raises OSError as `open_plain` does."""
     return os.fdopen(plain_descriptor(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
 def plain_descriptor(path: Path, flags: int) -> int:
-    """Open a plain file, as `os.open` does; raises OSError for anything else."""
+    """Open a plain file as `os.open` does; raises OSError for anything else."""
     if path.is_symlink():
         raise OSError(f"{path} is a link, which is not followed")
-    # Not blocking: a pipe in the place of a file would have us wait for ever.
+    # O_NONBLOCK: opening a pipe would otherwise block.
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
         flags |= getattr(os, name, 0)
     descriptor = os.open(path, flags, 0o666)

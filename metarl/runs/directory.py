@@ -1,4 +1,4 @@
-"""What lies in a run's directory at its start: made anew, or gone on with if its settings are the same."""
+"""Checks whether a run can be resumed with a config, clears run directories and writes their config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from metarl.config.schema import NO_EFFECT, RunConfig, hash_of, load_config
+from metarl.config.schema import OPERATIONAL_SETTINGS, RunConfig, hash_of, load_config
 from metarl.errors import UserError
 from metarl.runs.atomic_files import replace_file
 from metarl.runs.checkpoint import Checkpoint, CorruptCheckpointError, clear, load_latest
@@ -18,34 +18,39 @@ from metarl.runs.lock import FOLDERS
 from metarl.types import Position
 
 
-def checkpoint_to_resume(run_dir: Path, config: RunConfig, *, allow_config_change: bool) -> tuple[Checkpoint, Position]:
-    """Return the checkpoint of a run to go on from, and where: a run that was at its end may have been made longer.
+def load_to_resume(run_dir: Path, config: RunConfig, *, allow_config_change: bool) -> tuple[Checkpoint, Position]:
+    """Return the checkpoint to resume from and its position; a finished run may resume with more iterations.
+
+    Args:
+        run_dir: the run directory.
+        config: to resume with.
+        allow_config_change: whether settings may differ from the run's.
 
     Raises:
-        UserError: its config differs, and that was not allowed; or none of its checkpoints can be loaded.
+        UserError: the config does not fit the run, or no checkpoint can be loaded.
     """
     before = load_config(run_dir / "config.yaml")
-    with contextlib.suppress(OSError):  # the next one to be saved will tell
+    with contextlib.suppress(OSError):  # the next save reports it
         clear(run_dir / "checkpoints")
     try:
         checkpoint = load_latest(run_dir / "checkpoints")
     except CorruptCheckpointError as error:
-        raise UserError(f"cannot resume {run_dir}: {error}; start anew with --overwrite") from error
+        raise UserError(f"cannot resume {run_dir}: {error}; start over with --overwrite") from error
     position = checkpoint.position
     if not position.iteration and position.env_steps:
-        raise UserError(f"{run_dir} holds a policy that was saved, not a run; train from it by `stages.0.init_from`")
+        raise UserError(f"{run_dir} holds a saved policy, not a run; to train from it, set stages.0.init_from")
     differing = differences(before, config)
     if checkpoint.manifest.config_sha256 != hash_of((run_dir / "config.yaml").read_bytes()):
-        differing.append(f"config.yaml (it is not the one that {checkpoint.path.name} was trained with)")
+        differing.append(f"config.yaml (not the one that checkpoint {checkpoint.path.name} was trained with)")
     if differing and not allow_config_change:
         raise UserError(
-            f"{run_dir} was trained with other settings of {', '.join(differing)}; resume with the same ones, or add "
-            "--allow-config-change"
+            f"{run_dir} was trained with different settings: {', '.join(differing)}; resume with the same ones, or "
+            "add --allow-config-change"
         )
     if len(config.stages) != len(before.stages):
         raise UserError(
-            f"{run_dir} has {len(before.stages)} stages, the config {len(config.stages)}: what a stage leaves behind "
-            f"depends on those that follow; start a run with stages.0.init_from {run_dir}"
+            f"{run_dir} has {len(before.stages)} stages, the config {len(config.stages)}; a run keeps its number of "
+            f"stages; start a new run with --stages.0.init-from {run_dir}"
         )
     _check_names(before, config)
     _check_iterations(before, config, position)
@@ -56,39 +61,37 @@ def checkpoint_to_resume(run_dir: Path, config: RunConfig, *, allow_config_chang
 
 
 def _check_names(before: RunConfig, config: RunConfig) -> None:
-    """Raise UserError if stages of a sequence are renamed: their scores so far would be nobody's."""
+    """Raise UserError if stages of a sequence are renamed: scores are keyed by stage name."""
     for stage, (was, now) in enumerate(zip(before.stages, config.stages, strict=True)):
         if was.name != now.name and len(before.stages) > 1:
-            raise UserError(
-                f"stages.{stage}.name: got {now.name!r}, expected {was.name!r}, by which its scores are tracked"
-            )
+            raise UserError(f"stages.{stage}.name: got {now.name!r}, expected {was.name!r}, the name of its scores")
 
 
 def _check_iterations(before: RunConfig, config: RunConfig, position: Position) -> None:
-    """Raise UserError if stages get another length that had their end, or less than they have had: it is over."""
+    """Raise UserError if a finished stage changes its length, or a stage gets fewer iterations than it has run."""
     for stage, (was, now) in enumerate(zip(before.stages, config.stages, strict=True)):
-        over = stage < position.stage
-        done = was.iterations if over else position.stage_iteration if stage == position.stage else 0
+        finished = stage < position.stage
+        done = was.iterations if finished else position.stage_iteration if stage == position.stage else 0
         others_follow = stage + 1 < len(before.stages)
-        if now.iterations < done or (over and others_follow and now.iterations != done):
-            expected = f"{done}, which it has had" if over and others_follow else f"at least the {done} that it has had"
+        if now.iterations < done or (finished and others_follow and now.iterations != done):
+            expected = f"{'' if finished and others_follow else 'at least '}{done}, the number that it has run"
             raise UserError(f"stages.{stage}.iterations: got {now.iterations}, expected {expected}")
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
-    """Return the settings that results depend on and that differ, e.g. `seed (0, now 1)`."""
-    was, is_now = comparable(before), comparable(now)
+    """Return the settings that differ and affect results, e.g. `seed (0, now 1)`."""
+    old, new = comparable(before), comparable(now)
     return [
-        f"{key} ({was.get(key, 'nothing')}, now {is_now.get(key, 'nothing')})"
-        for key in was | is_now
-        if was.get(key) != is_now.get(key)
+        f"{key} ({old.get(key, 'nothing')}, now {new.get(key, 'nothing')})"
+        for key in old | new
+        if old.get(key) != new.get(key)
     ]
 
 
 def clear_run_dir(run_dir: Path) -> None:
-    """Remove the run that a directory holds; raises UserError if that cannot be done."""
+    """Delete the run in a directory; raises UserError if that fails."""
     try:
-        (run_dir / "config.yaml").unlink(missing_ok=True)  # first: without it there is no run
+        (run_dir / "config.yaml").unlink(missing_ok=True)  # first: without it the directory holds no run
         for name in FOLDERS:
             shutil.rmtree(run_dir / name, ignore_errors=True)
         for path in (run_dir / "metrics.jsonl", run_dir / DIVERGED, *run_dir.glob("config.before_*.yaml")):
@@ -98,7 +101,7 @@ def clear_run_dir(run_dir: Path) -> None:
 
 
 def write_config(run_dir: Path, text: str, position: Position) -> None:
-    """Write a run's config; another one that it had is kept under the iteration that it was used up to."""
+    """Write a run's config.yaml; a different one is kept as `config.before_<iteration>.yaml`."""
     path = run_dir / "config.yaml"
     before = path.read_bytes() if path.is_file() else None
     if before == text.encode():
@@ -109,8 +112,8 @@ def write_config(run_dir: Path, text: str, position: Position) -> None:
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that results depend on, flat."""
-    return flatten(config.model_dump(exclude=set(NO_EFFECT)))
+    """Return the settings that affect results, flat."""
+    return flatten(config.model_dump(exclude=set(OPERATIONAL_SETTINGS)))
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

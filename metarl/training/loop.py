@@ -47,7 +47,7 @@ from metarl.runs.checkpoint import save
 from metarl.runs.data_store import DATA, DataStore
 from metarl.runs.directory import flatten, write_config
 from metarl.runs.divergence import not_finite, write_statistics
-from metarl.runs.lock import locked
+from metarl.runs.lock import default_run_dir, locked
 from metarl.runs.random_state import random_state, set_random_state
 from metarl.runs.tracking import Tracker, read_metrics
 from metarl.seeding import Purpose, children, seeds
@@ -141,12 +141,12 @@ def train(
         UserError: the config, the device, the run directory or one that a stage starts from cannot be used.
         RunError: numbers are not finite any more, or the disk cannot be written; the run stays at its last checkpoint.
     """
-    name = Path(config).stem if isinstance(config, str | Path) else "run"
+    default_dir = default_run_dir(config)
     config = as_config(config)
     if agent is not None:
         config = with_custom_agent(config)
     device = resolve_device(config.device)
-    run_dir = (Path(run_dir) if run_dir is not None else Path("runs") / name).absolute()  # wherever the process goes
+    run_dir = (Path(run_dir) if run_dir is not None else default_dir).absolute()  # wherever the process goes
     limits = Limits(
         max_iterations if max_iterations is not None else float("inf"),
         time.monotonic() + 60.0 * max_minutes if max_minutes is not None else float("inf"),

@@ -19,7 +19,7 @@ from metarl.errors import UserError
 from metarl.protocols import Agent, AgentBuilder, StabilityMethod, StoresData, TaskDistribution
 from metarl.runs.checkpoint import Checkpoint, CorruptCheckpointError, Entry
 from metarl.runs.data_store import DATA, DataStore
-from metarl.runs.directory import checkpoint_to_resume, clear_run_dir, differences
+from metarl.runs.directory import clear_run_dir, differences, load_to_resume
 from metarl.runs.random_state import check_random_state
 from metarl.training.warm_start import stage_starts, start_from
 from metarl.types import Position, Spaces
@@ -116,7 +116,7 @@ def resume(
     builder: AgentBuilder | None,
 ) -> Start:
     """Restore a run and the state of its stability methods; raises UserError."""
-    checkpoint, position = checkpoint_to_resume(run_dir, config, allow_config_change=allow_config_change)
+    checkpoint, position = load_to_resume(run_dir, config, allow_config_change=allow_config_change)
     if checkpoint.spaces != parts.spaces:
         raise UserError(f"{run_dir} was trained for {checkpoint.spaces}; its tasks now have {parts.spaces}")
     policy = restore(config, checkpoint, device, builder)

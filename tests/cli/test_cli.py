@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def test_unknown_words_are_answered_with_the_nearest(mistake, tmp_path):
         ("--max-iterations 0", "--max-iterations is 0; expected more than 0"),
         ("--max-iterations some", "--max-iterations"),
         ("--max-minutes nan", "--max-minutes is nan"),
-        ("--resume --overwrite", "--resume and --overwrite exclude each other"),
+        ("--resume --overwrite", "--resume and --overwrite are mutually exclusive"),
         ("--resume --run-dir /nowhere/at/all", "/nowhere/at/all holds no run to resume"),
         ("--stages.0.tasks.name reach-v9", "did you mean 'reach-v3'?"),
         ("stray", "unexpected argument 'stray'"),
@@ -180,7 +181,7 @@ def test_a_run_goes_to_runs_by_the_name_of_its_config(command, tmp_path, monkeyp
 def test_stopping_and_going_on(command, mistake, tmp_path):
     arguments = ["train", "navigation_maml_ppo", *SMALL, "--stages.0.iterations", 3, "--run-dir", tmp_path / "run"]
     status, out, _ = command(*arguments, "--max-iterations", 2)
-    assert status == 0 and "stopped; go on with --resume" in out
+    assert status == 0 and "stopped; continue with --resume" in out
     refused = mistake(*arguments)
     assert "already holds a run" in refused and "--resume" in refused and "--overwrite" in refused
     assert "agent.gamma" in mistake(*arguments, "--resume", "--agent.gamma", "0.5")
@@ -205,7 +206,7 @@ def test_help_shows_settings_with_their_defaults(command, name):
         assert flag in out
     for flag in ("--num-workers", "--stages.0.iterations", "--evaluation.num-tasks", "--agent.adaptation-steps"):
         assert flag in out
-    assert "the root of all randomness" in out
+    assert "root of all random seeds" in out
     iterations = load_config(*(name or ["quickstart"])).stages[0].iterations
     assert str(iterations) in out.partition("--stages.0.iterations")[2][:200]
 
@@ -225,13 +226,13 @@ def test_help_shows_a_flag_for_every_setting(command):
         settings = flatten(load_config("navigation_maml_ppo", flags).model_dump(exclude={"stability"}))
         missing = [setting for setting in settings if f"{flag_of(setting.split('.'))} " not in out]
         assert status == 0 and missing == []
-        (line,) = [line for line in out.splitlines() if line.startswith("  --stability NAME ... ")]
-        assert line.endswith(f"(default: {methods})")
+        (row,) = re.findall(r"^  --stability {ewc,replay,l2,mas,mer} \.\.\.\n((?: {30}.*\n)+)", out, re.MULTILINE)
+        assert row.endswith(f"(default: {methods})\n")
     assert "--stability.1.capacity " in out
 
 
 def test_a_setting_without_a_value_is_written_as_help_shows_it(command, trained, tmp_path):
-    """`{None}|INT … (default: None)`, says help."""
+    """`INT|None … (default: None)`, says help."""
     run_dir, flags = tmp_path / "run", ["--num-envs", "--stages.0.init-from", "--stages.0.score-range"]
     none = [word for flag in (*flags, "--agent.normalizer-iterations") for word in (flag, "None")]
     assert command("train", trained / "config.yaml", *none, "--run-dir", run_dir)[0] == 0
@@ -327,7 +328,7 @@ def test_evaluate_on_tasks_of_other_spaces_is_refused(mistake, trained):
 def test_a_report_takes_the_place_of_plain_files_alone(mistake, trained, tmp_path):
     """Whoever may do all would put a file where /dev/null was."""
     os.mkfifo(tmp_path / "pipe")
-    assert "is no plain file" in mistake("evaluate", trained, "--num-tasks", 1, "--json", tmp_path / "pipe")
+    assert "is not a plain file" in mistake("evaluate", trained, "--num-tasks", 1, "--json", tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
 
 

@@ -71,7 +71,7 @@ def test_the_task_of_a_stage_has_its_cue():
         (["{run}", "p.onnx", "--adapt-on", "goals", "--stage", "other"], "the run has no stage 'other'"),
         (["{run}", "p.onnx", "--adapt-on", ""], "unknown task or benchmark ''"),
         (["{run}", "p.onnx", "--adapt-on", "goals:3"], "there is no goals:3; the test split has 3 of goals"),
-        (["{run}", "p.onnx", "--adapt-on", "goals:x"], "expected a number behind the colon, e.g. goals:3"),
+        (["{run}", "p.onnx", "--adapt-on", "goals:x"], "expected a number after the colon, e.g. goals:3"),
         (["{run}", "p.onnx", "--adapt-on", "goal"], "unknown task or benchmark 'goal': did you mean 'goals'?"),
         (["{run}", "p.onnx", "--adapt-on", "reach-v3"], "observations have shape (39,); the agent was trained for"),
         (["nowhere", "p.onnx"], "nowhere holds no run"),

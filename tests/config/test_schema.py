@@ -312,7 +312,7 @@ def test_a_flag_makes_stages_and_sections_that_the_file_leaves_out(write):
         ("--stages.first.iterations 5", "there is no stages.first"),
         ("--stages.².iterations 5", "there is no stages.²"),
         ("--stages.-1.iterations 5", "there is no stages"),
-        ("--stages.iterations 5", "--stages.iterations: name an item of the list first, e.g. --stages.0.iterations"),
+        ("--stages.iterations 5", "--stages.iterations: choose an item of the list, e.g. --stages.0.iterations"),
         ("--agent.hidden-sizes.0 5", "--agent.hidden-sizes.0"),
         ("--seed 2020-13-45", "--seed"),
         ("--seed {", "--seed"),

@@ -208,10 +208,10 @@ def test_embedded_sequences_are_what_they_say():
         ({"name": ["reach-v3"], "seed": [1]}, "names 2 fields of tasks (name, seed); expected exactly one"),
         ({"name": []}, "name has no values; expected at least one"),
         ({"name": None}, "name has no values; expected at least one"),
-        ({"nmae": ["reach-v3"]}, "'nmae' is no setting of metaworld tasks; did you mean 'name'?"),
-        ({"velocity": [[0, 1]]}, "'velocity' is no setting of metaworld tasks"),
-        ({1: [2]}, "1 is no setting of metaworld tasks"),
-        ({"horizon": [100, 200]}, "tasks.horizon is set, too; leave out one of them"),
+        ({"nmae": ["reach-v3"]}, "'nmae' is not a setting of metaworld tasks; did you mean 'name'?"),
+        ({"velocity": [[0, 1]]}, "'velocity' is not a setting of metaworld tasks"),
+        ({1: [2]}, "1 is not a setting of metaworld tasks"),
+        ({"horizon": [100, 200]}, "tasks.horizon is also set; remove one of them"),
     ],
 )
 def test_a_wrong_for_each_is_told_in_one_line(for_each, expected, problem):
@@ -253,7 +253,7 @@ def test_mistakes_are_told_where_the_user_made_them_and_once(problem):
 
 
 def test_one_stage_alone_does_not_stand_for_several():
-    with pytest.raises(ValidationError, match="stands for several stages"):
+    with pytest.raises(ValidationError, match="expands to several stages"):
         StageConfig(for_each="CW10", tasks={"family": "metaworld", "name": "reach-v3"})
     assert StageConfig(for_each=None) == StageConfig()
 
@@ -291,5 +291,5 @@ def test_arbitrary_stages_never_raise_anything_but_a_user_error(stages):
 def test_a_stage_from_scratch_starts_from_no_other_run():
     stage = {"tasks": {"family": "navigation"}, "init_from": "runs/other"}
     assert as_config({"stages": [stage], "control": "joint"}).control == "joint"
-    with pytest.raises(UserError, match="control is scratch and a stage has init_from"):
+    with pytest.raises(UserError, match="control: scratch starts every stage with a new agent"):
         as_config({"stages": [stage], "control": "scratch"})

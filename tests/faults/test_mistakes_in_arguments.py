@@ -77,7 +77,7 @@ def test_case_01_near_verbs_are_suggested(refused, word):
         ("train quickstart --max-iterations x", "'x'"),
         ("train quickstart --max-minutes nan", "more than 0"),
         ("train quickstart --max-minutes=-inf", "more than 0"),
-        ("train quickstart --resume --overwrite", "exclude each other"),
+        ("train quickstart --resume --overwrite", "are mutually exclusive"),
     ],
 )
 def test_case_01_arguments_that_a_verb_does_not_take(refused, words, expected):
@@ -125,7 +125,7 @@ def test_case_02_a_misspelt_flag_is_answered_with_the_nearest(mistake, tmp_path)
         ("--agent {inner-lr:1}", "--agent"),
         ("--agent.name maml", "--agent.name: got 'maml', expected one of maml_ppo"),
         ("--agent.name 7", "expected one of maml_ppo"),
-        ("--stages.0 1", "--stages.0: name an item of the list first"),
+        ("--stages.0 1", "--stages.0: choose an item of the list"),
         ("--stages.9.iterations 1", "there is no stages.9"),
         ("--stages.-1.iterations 1", "there is no stages.-1"),
         ("--stages.0.tasks.nmae reach-v3", "did you mean --stages.0.tasks.name?"),

@@ -127,7 +127,7 @@ def test_case_04_values_out_of_range_are_told_all_at_once(mistake, tmp_path):
         ("seed", "0x" + "f" * 5000, "at most 64"),
         ("seed", "-0x" + "f" * 5000, "at most 64"),
         ("seed", f"'{2**64}'", "less than 18446744073709551616"),
-        ("seed", "9" * 5000, "is no int"),
+        ("seed", "9" * 5000, "is not a valid int"),
         ("worker_timeout_s", "0", "greater than 0"),
         ("keep_checkpoints", "0", "greater than or equal to 1"),
         ("evaluation.num_tasks", "0", "greater than or equal to 1"),
@@ -165,26 +165,26 @@ def test_case_05_a_wrong_type_and_malformed_yaml(mistake, config):
         ("stages: [{iterations: on}]", "stages.0.iterations: got True, expected a number"),
         ("agent: {inner_lr: fast}", "agent.inner_lr: got 'fast', expected a valid number"),
         ("agent: {name: rl2, input_time: perhaps}", "agent.input_time: got 'perhaps', expected a valid boolean"),
-        ("agent: 5", "agent: got 5, expected settings of its own"),
-        ("agent:", "agent: got None, expected settings of its own"),
-        ("agent: [a]", "agent: expected settings of its own"),
+        ("agent: 5", "agent: got 5, expected nested settings"),
+        ("agent:", "agent: got None, expected nested settings"),
+        ("agent: [a]", "agent: expected nested settings"),
         ("agent: {name: [maml_ppo]}", "agent: got ['maml_ppo'], expected one of maml_ppo"),
-        ("agent: {outer: 3}", "agent.outer: got 3, expected settings of its own"),
+        ("agent: {outer: 3}", "agent.outer: got 3, expected nested settings"),
         ("stages: reach", "stages: got 'reach', expected a list"),
         ("stages: {}", "stages: expected a list"),
         ("stages: []", "stages: expected at least 1 item"),
-        ("stages: [null]", "stages.0: got None, expected settings of its own"),
-        ("stages: [[]]", "stages.0: expected settings of its own"),
-        ("stages: [{tasks: 3}]", "stages.0.tasks: got 3, expected settings of its own"),
+        ("stages: [null]", "stages.0: got None, expected nested settings"),
+        ("stages: [[]]", "stages.0: expected nested settings"),
+        ("stages: [{tasks: 3}]", "stages.0.tasks: got 3, expected nested settings"),
         ("stages: [{init_from: ''}]", "stages.0.init_from: got '', expected at least 1 character"),
         ('stages: [{init_from: "a\\0b"}]', "stages.0.init_from: got 'a\\x00b', expected the path of a run directory"),
-        ("stability: 5", "stability.0: got 5, expected settings of its own"),
+        ("stability: 5", "stability.0: got 5, expected nested settings"),
         ("seed: 2020-01-01", "seed: got datetime.date(2020, 1, 1), expected a valid integer"),
         ("seed: !!binary aGk=", "seed: got b'hi', expected a valid integer"),
-        ('stages: [{name: "\\ud800"}]', ":1:17: not valid YAML: half a character"),
-        ("seed: 0b_", ":1:7: not valid YAML: '0b_' is no int"),
-        ("seed: 010", "010 would be read as 8"),
-        ("seed: 1:30", "1:30 would be read as 90"),
+        ('stages: [{name: "\\ud800"}]', ":1:17: not valid YAML: an unpaired surrogate"),
+        ("seed: 0b_", ":1:7: not valid YAML: '0b_' is not a valid int"),
+        ("seed: 010", "010 means 8 in YAML 1.1"),
+        ("seed: 1:30", "1:30 means 90 in YAML 1.1"),
         ("agent: {name: " + "x" * 5000 + "}", "x…, expected one of maml_ppo"),
     ],
 )
@@ -214,13 +214,13 @@ def test_case_05_expected_and_found_are_named(refused, config, text, expected):
         (b"seed: 2020-13-45", "not valid YAML"),
         (b"%YAML 9.9\n---\nseed: 1", "not valid YAML"),
         (b"seed: \x00", "not valid YAML"),
-        (b"seed: 1 # caf\xe9", "byte 14 is not UTF-8; save the file as UTF-8 text"),
+        (b"seed: 1 # caf\xe9", "byte 14 is not UTF-8; save the file as UTF-8"),
         ("seed: 1".encode("utf-16"), "byte 1 is not UTF-8"),
         (bytes(range(256)) * 40, "not valid YAML"),
         (b"PK\x03\x04" + bytes(1000), "not valid YAML"),
-        (b"[" * 100_000, "it is nested too deeply"),
-        (b"{a: " * 100_000, "it is nested too deeply"),
-        (b"- " * 100_000, "it is nested too deeply"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"{a: " * 100_000, "nested too deeply"),
+        (b"- " * 100_000, "nested too deeply"),
         (b"&a [*a]", "a value refers to itself"),
         (b"agent: &a {outer: *a}", "a value refers to itself"),
         (b"stages: [&a {tasks: {x: [*a]}}]", "a value refers to itself"),
@@ -233,7 +233,7 @@ def test_case_05_what_is_no_settings_is_told_with_its_place(refused, config, dat
 def test_case_05_aliases_that_stand_for_billions_of_values(refused, config):
     layers = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 12)]
     path = config("\n".join(["l0: &l0 [x, x]", *layers]))
-    refused("train", path, expected=["written out it has more than 100,000 values"])
+    refused("train", path, expected=["expanded it has more than 100,000 values"])
     refused("train", config("\n".join(["l0: &l0 {a: 1}", *layers, "agent: {outer: *l11}"])), expected=["100,000"])
 
 
@@ -248,7 +248,7 @@ def test_case_05_a_file_that_cannot_hold_settings(refused, config, tmp_path):
     (tmp_path / "dangling.yaml").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
     for name in ("folder.yaml", "pipe.yaml", "dangling.yaml", "loop.yaml", "missing.yaml", "/dev/null", "/dev/zero"):
-        refused("train", name, expected=["neither a file nor embedded", "metarl list configs"])
+        refused("train", name, expected=["neither a file nor an embedded config", "metarl list configs"])
     for name in ("", " ", "x/" * 3000, "x" * 300, "a\nb.yaml", "\x1b]0;x\x07", "~", "*"):
         refused("train", name, expected=["metarl: "])
     refused("train", "quickstrat", expected=["did you mean 'quickstart'?"])
@@ -303,7 +303,9 @@ def test_case_05_what_one_may_not_read():
 )
 def test_case_06_yaml_that_names_code_is_refused(refused, config, tmp_path, form):
     marker = tmp_path / "executed"
-    refused("train", config(form.format(marker=marker)), expected=["asks for an object; settings are text, numbers"])
+    refused(
+        "train", config(form.format(marker=marker)), expected=["asks for an object; settings can only be text, numbers"]
+    )
     with pytest.raises(UserError):  # nor in a flag
         load_config("quickstart", ["--seed", form.format(marker=marker).removeprefix("seed: ")])
     assert not marker.exists()

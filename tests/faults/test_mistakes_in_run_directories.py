@@ -27,9 +27,11 @@ def test_case_10_a_run_is_not_written_over(mistake, cli, copied):
 
 
 def test_case_10_no_run_to_go_on_with(refused, copied):
-    refused(*NAVIGATION, "--run-dir", copied.parent / "new", "--resume", expected=["holds no run to resume; leave out"])
+    refused(
+        *NAVIGATION, "--run-dir", copied.parent / "new", "--resume", expected=["holds no run to resume; drop --resume"]
+    )
     refused(*NAVIGATION, "--run-dir", copied, "--seed", "5", expected=["already holds a run"])
-    refused(*NAVIGATION, "--run-dir", copied, "--resume", "--overwrite", expected=["exclude each other"])
+    refused(*NAVIGATION, "--run-dir", copied, "--resume", "--overwrite", expected=["are mutually exclusive"])
 
 
 def test_case_10_a_mistake_with_overwrite_costs_no_run(refused, copied):
@@ -144,10 +146,10 @@ def tracked(changes):
         (b"[" * 100_000 + b"\n", "no JSON object"),
         (b'{"iteration": 1\n', "no JSON object"),
         (b"9" * 5000 + b"\n", "no JSON object"),
-        (b"{}\n", "iteration is not a whole number"),
-        (tracked({"iteration": "1"}), "iteration is not a whole number"),
-        (tracked({"iteration": True}), "iteration is not a whole number"),
-        (tracked({"env_steps": -1}), "env_steps is not a whole number"),
+        (b"{}\n", "iteration is not an integer"),
+        (tracked({"iteration": "1"}), "iteration is not an integer"),
+        (tracked({"iteration": True}), "iteration is not an integer"),
+        (tracked({"env_steps": -1}), "env_steps is not an integer"),
         (tracked({"stage": 1}), "stage is 1, the run has 1"),
         (tracked({"meta_train/return_post": "high"}), "meta_train/return_post is not a finite"),
         (tracked({"meta_train/return_post": {}}), "meta_train/return_post is not a finite"),

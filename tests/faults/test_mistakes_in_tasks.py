@@ -54,7 +54,7 @@ def test_case_07_of_a_trained_agent(refused, run_dir, name, expected):
 @pytest.mark.parametrize("index", ["x", "-1", "1.5", "²", "٣", "99999", "9" * 5000, "1:2", " 1"])
 def test_case_07_an_index_that_is_none(refused, run_dir, index):
     told = refused("play", run_dir, "--task", f"goals:{index}")
-    assert "expected a number behind the colon" in told or "counted from 0" in told
+    assert "expected a number" in told or "counted from 0" in told
 
 
 # 8: a meta-batch that the classes do not divide

@@ -29,7 +29,7 @@ def test_case_19_other_settings_are_listed_and_need_to_be_allowed(cli, mistake, 
     assert cli(*run, "--max-iterations", 1).status == 0
     changed = (*run, "--resume", "--agent.inner-lr", "0.02", "--seed", 7)
     mistake(*changed, expected=["seed (0, now 7)", "agent.inner_lr (0.1, now 0.02)", "--allow-config-change"])
-    mistake(*run, "--allow-config-change", expected=["goes with --resume"])
+    mistake(*run, "--allow-config-change", expected=["requires --resume"])
     assert load_config(tmp_path / "run" / "config.yaml").seed == 0
     done = cli(*changed, "--allow-config-change")
     assert done.status == 0 and "finished" in done.out

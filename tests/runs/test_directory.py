@@ -71,7 +71,7 @@ def test_a_config_file_that_was_edited_is_noticed(tmp_path):
     path.write_text(path.read_text().replace("inner_lr: 0.1", "inner_lr: 0.3"))
     edited = load_config(path)
     assert edited.agent.inner_lr == 0.3
-    with pytest.raises(UserError, match=r"config\.yaml \(it is not the one that 000001 was trained with\)"):
+    with pytest.raises(UserError, match=r"config\.yaml \(not the one that checkpoint 000001 was trained with\)"):
         train(edited, run_dir=tmp_path, resume=True)
     assert train(edited, run_dir=tmp_path, resume=True, allow_config_change=True).finished
     assert train(edited, run_dir=tmp_path, resume=True).finished
@@ -114,10 +114,10 @@ def test_a_run_is_made_longer(tmp_path, stop):
 @pytest.mark.parametrize(
     ("stop", "iterations", "message"),
     [
-        (3, (3, 4), r"stages\.0\.iterations: got 3, expected 2, which it has had"),
-        (3, (1, 4), r"stages\.0\.iterations: got 1, expected 2, which it has had"),
-        (4, (2, 1), r"stages\.1\.iterations: got 1, expected at least the 2 that it has had"),
-        (None, (2, 3), r"stages\.1\.iterations: got 3, expected at least the 4 that it has had"),
+        (3, (3, 4), r"stages\.0\.iterations: got 3, expected 2, the number that it has run"),
+        (3, (1, 4), r"stages\.0\.iterations: got 1, expected 2, the number that it has run"),
+        (4, (2, 1), r"stages\.1\.iterations: got 1, expected at least 2, the number"),
+        (None, (2, 3), r"stages\.1\.iterations: got 3, expected at least 4, the number"),
         (3, (2, 1), None),
         (None, (2, 5), None),
     ],
@@ -144,7 +144,7 @@ def test_stages_of_a_sequence_keep_their_names(tmp_path):
     for names, others in ((["a", "b"], ["z", "b"]), (["a"], ["z"])):
         run_dir = tmp_path / str(len(names))
         train(settings(*names), run_dir=run_dir, max_iterations=1)
-        told = pytest.raises(UserError, match=r"stages\.0\.name: got 'z', expected 'a', by which")
+        told = pytest.raises(UserError, match=r"stages\.0\.name: got 'z', expected 'a', the name of its scores")
         with told if len(names) > 1 else contextlib.nullcontext():
             assert train(settings(*others), run_dir=run_dir, resume=True, allow_config_change=True).finished
 
@@ -163,7 +163,7 @@ def test_the_number_of_stages_stays(tmp_path):
 def test_a_saved_policy_is_no_run_to_go_on_with(tmp_path):
     run = train(config("--stages.0.iterations 1"), run_dir=tmp_path / "run")
     run.policy.save(tmp_path / "policy")
-    with pytest.raises(UserError, match=r"holds a policy that was saved, not a run; .*init_from"):
+    with pytest.raises(UserError, match=r"holds a saved policy, not a run; .*init_from"):
         train(config("--stages.0.iterations 1"), run_dir=tmp_path / "policy", resume=True)
     assert metarl.load(tmp_path / "policy").env_steps == run.policy.env_steps
 

@@ -572,7 +572,7 @@ def test_another_number_of_distributions_than_stages_is_refused(tmp_path, count)
 
 
 def test_a_method_named_twice_is_refused():
-    with pytest.raises(UserError, match="stability names ewc twice; each method counts once"):
+    with pytest.raises(UserError, match="stability names ewc twice; name each method once"):
         as_config(config("maml", stability=["ewc", {"name": "ewc", "coef": 2.0}]))
 
 

@@ -425,7 +425,7 @@ def test_the_settings_come_back_from_yaml_and_are_flags(tmp_path):
         ({"iterations": -1}, "stages.0.curriculum.iterations: got -1, expected greater than or equal to 0"),
         ({"iterations": 3, "start_fraction": 0}, "start_fraction: got 0, expected greater than 0"),
         ({"iterations": 3, "start_fraction": 1.1}, "start_fraction: got 1.1, expected less than or equal to 1"),
-        ({"start_fraction": 0.5}, "start_fraction=0.5 with iterations=0: give the curriculum iterations"),
+        ({"start_fraction": 0.5}, "start_fraction=0.5 with iterations=0: set the iterations of the curriculum"),
         ({"iteration": 3}, "unknown setting; did you mean 'iterations'?"),
     ],
 )
