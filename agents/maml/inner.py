@@ -1,4 +1,4 @@
-"""Inner steps: how the parameters of a task inner_loop from the meta-parameters. Pure functions of explicit parameters.
+"""Inner steps: how the parameters of each task follow from the meta-parameters. Pure functions of parameters.
 
 The meta-learners of this package differ in their `InnerMethod`: what it learns in addition to θ, and how it makes one
 step of adaptation. All of them work on one task with plain parameters, or on M tasks at once with parameters stacked as
