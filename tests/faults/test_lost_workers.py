@@ -50,7 +50,7 @@ class Noisy:
 
 
 def rollout_of(envs, tasks, rollouts=4, agent=None):
-    agent = agent or Noisy()
+    agent = agent or Noisy(noise_size=envs.action_space.shape[0])
     seeds = children(np.random.SeedSequence(7), len(tasks))
     return collect(envs, agent, agent.initial_state(len(tasks)), tasks, rollouts, seeds)
 

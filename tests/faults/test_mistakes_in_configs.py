@@ -242,7 +242,7 @@ def test_case_05_a_file_that_cannot_hold_settings(refused, config, tmp_path):
     os.truncate(sparse, 100 << 20)
     refused("train", sparse, expected=[f"huge.yaml has more than {MOST_BYTES:,} bytes"])
     dashes = config(b"seed: 0 # " + b"x" * MOST_BYTES)
-    refused("train", dashes, expected=["is it another file?"])
+    refused("train", dashes, expected=["is this another file?"])
     (tmp_path / "folder.yaml").mkdir()
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "dangling.yaml").symlink_to(tmp_path / "nowhere")
