@@ -1,8 +1,12 @@
 """What tests of several folders share."""
 
+import hypothesis
 import pytest
 
 from metarl.cli import main
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture

@@ -24,17 +24,19 @@ class Line(gymnasium.Env):
     """Observes steps taken, a random start and the action that it received; pays 1 a step.
 
     Its task's index says more: task i terminates at step `ends_at[i]`, succeeds at step `solved_at[i]` only, and from
-    step `breaks_at[i]` on its reward, or its observation, is not finite.
+    step `breaks_at[i]` on its reward, or its observation, is not finite. If `growing`, step k pays k.
     """
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float64)
     action_space = gymnasium.spaces.Box(LOW.astype(np.float32), HIGH.astype(np.float32))
 
-    def __init__(self, task, ends_at=None, solved_at=None, breaks_at=None, breaks="reward", random=False):
+    def __init__(
+        self, task, ends_at=None, solved_at=None, breaks_at=None, breaks="reward", random=False, growing=False
+    ):
         self.ends_at = (ends_at or {}).get(task.index)
         self.solved_at = None if solved_at is None else solved_at.get(task.index, -1)
         self.breaks_at = (breaks_at or {}).get(task.index, 10**6)
-        self.breaks, self.random = breaks, random
+        self.breaks, self.random, self.growing = breaks, random, growing
 
     def _observation(self, action):
         broken = self.breaks == "observation" and self.elapsed >= self.breaks_at
@@ -51,6 +53,7 @@ class Line(gymnasium.Env):
     def step(self, action):
         self.elapsed += 1
         reward = float("nan") if self.breaks == "reward" and self.elapsed >= self.breaks_at else 1.0
+        reward *= self.elapsed if self.growing else 1
         info = {} if self.solved_at is None else {"success": self.elapsed == self.solved_at}
         return self._observation(action), reward, self.elapsed == self.ends_at, False, info
 
@@ -424,14 +427,15 @@ def test_shorter_episodes_are_laid_end_to_end():
 
 def test_an_agent_is_told_the_last_reward_and_where_episodes_begin():
     agent = Diary(2)
-    trial(2, rollouts=1, agent=agent, ends_at={1: 3})
+    trial(2, rollouts=1, agent=agent, ends_at={1: 3}, growing=True)
     assert len(agent.told) == 8
     rewards, starts, active = (
         torch.stack([getattr(time_step, name)[:, 0] for time_step in agent.told]).tolist()
         for name in ("rewards", "episode_start", "active")
     )
     assert str(rewards[0]) == "[nan, nan]"  # there was none
-    assert rewards[1:] == [[1.0, 1.0]] * 7  # a reward of 1 a step: also the last one of the episode before
+    assert [own for own, _ in rewards[1:]] == [1, 2, 3, 4, 1, 2, 3]  # also the last one of the episode before
+    assert [own for _, own in rewards[1:4] + rewards[4:7]] == [1, 2, 3, 3, 1, 2]
     assert starts == [[i in (0, 4)] * 2 for i in range(8)]
     assert active == [[True, i not in (3, 7)] for i in range(8)]
 

@@ -35,7 +35,8 @@ def make_policy(name, spaces=SPACES, seed=0, **settings):
     with torch.no_grad():
         for value in agent.parameters().values():
             value.copy_(value + 0.4 * torch.randn(value.shape, generator=generator))
-    seen = 2.0 + 3.0 * torch.randn(50, len(agent.normalizer.mean), generator=generator)
+    seen = torch.randn(50, len(agent.normalizer.mean), generator=generator)
+    seen = 2.0 + 3.0 * (seen - seen.mean(0)) / seen.std(0, correction=0)
     agent._use_normalizer(agent.normalizer.update(seen, torch.ones(50, dtype=torch.bool)))
     return Policy(config, agent, spaces, 1000, agent.initial_state(1))
 

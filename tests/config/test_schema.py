@@ -62,7 +62,7 @@ def test_values_that_are_hard_to_write_come_back(tmp_path):
     assert load_config(tmp_path / "a.yaml") == config
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 2**40),
     outer_lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
@@ -348,7 +348,7 @@ TREES = st.dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.text()
     | st.text(st.sampled_from("ab1:-[]{},&*!|>%@`'\"#?\n\t .~"))
@@ -375,7 +375,7 @@ def test_arbitrary_yaml_never_raises_anything_but_a_user_error(tmp_path_factory,
         assert isinstance(config, RunConfig) and math.isfinite(config.agent.inner_lr)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.text(max_size=12) | st.sampled_from(["--seed", "--stages.0", "--agent.inner-lr", "=", "1", "{"])))
 @example(["--seed", "2020-13-45"])
 @example(["--stages.².iterations", "5"])

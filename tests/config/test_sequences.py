@@ -131,7 +131,7 @@ def test_names_are_unique_and_those_of_single_stages_stay():
     assert [stage.name for stage in built.stages] == ["stage 1", "stage 2", "x", "x (2)"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from(["a", "a (2)", "a (2) (2)", "a (3)", "stage 1", "meta-training"]), min_size=1))
 def test_names_are_unique_whatever_they_were(given_names):
     found = names(*({"name": name} for name in given_names))
@@ -277,7 +277,7 @@ STAGES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(STAGES | VALUES, min_size=1, max_size=3))
 def test_arbitrary_stages_never_raise_anything_but_a_user_error(stages):
     try:

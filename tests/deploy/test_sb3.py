@@ -290,8 +290,12 @@ def run(env, steps, **reset):
 @pytest.mark.parametrize("terminates", [True, False])
 def test_an_episode_is_solved_if_it_was_at_any_step(terminates):
     env = EpisodeSuccess(Scripted(solved={(0, 1), (2, 3)}, terminates=terminates))
-    said = [[info.get("is_success") for *_, info in run(env, length)[1]] for length in (2, 1, 3)]
+    episodes = [run(env, length)[1] for length in (2, 1, 3)]
+    said = [[info.get("is_success") for *_, info in episode] for episode in episodes]
     assert said == [[None, True], [False], [None, None, True]]
+    for episode in episodes:  # a time limit handed on as a termination would keep PPO from bootstrapping
+        ends = [(terminated, truncated) for _, terminated, truncated, _ in episode]
+        assert ends == [(False, False)] * (len(episode) - 1) + [(terminates, not terminates)]
     silent = EpisodeSuccess(Scripted(terminates=terminates, defined=False))
     assert run(silent, 2)[1][-1][-1] == {}
 

@@ -126,6 +126,12 @@ def test_the_untrained_agent_is_another_one_and_the_same_for_all_policies(policy
     assert [r["returns"] for r in second["tasks"]] != [r["returns"] for r in report["tasks"]]
 
 
+def test_the_untrained_agent_is_not_the_one_that_the_run_began_with(policy, goals):
+    begun = build_agent(policy.config, policy.spaces, torch.device("cpu"))
+    first = evaluate(dataclasses.replace(policy, agent=begun, state=begun.initial_state(1)), goals.test_tasks)
+    assert first["aggregate"]["untrained_return_pre"] != first["aggregate"]["return_pre"]
+
+
 def test_a_report_is_a_function_of_the_seed(policy, goals, report):
     torch.manual_seed(9)
     np.random.seed(9)
@@ -155,12 +161,14 @@ def test_episodes_are_as_many_as_asked_for_else_as_the_config_has_for_evaluation
     assert [report["rollouts_per_task"] for report in found] == [1, 3, 2]
 
 
-def test_tasks_beyond_the_environments_are_evaluated_in_turn(policy, monkeypatch):
-    tasks = metarl.envs.distribution("navigation", name="goals", horizon=5, num_test=5).test_tasks
+def test_tasks_beyond_the_environments_are_evaluated_in_turn_with_seeds_of_their_own(
+    policy, goals, report, monkeypatch
+):
     monkeypatch.setattr(metarl.evaluation.held_out, "MAX_ENVS", 2)
-    report = evaluate(policy, tasks)
-    assert [row["index"] for row in report["tasks"]] == [0, 1, 2, 3, 4]
-    assert len({row["returns"][0] for row in report["tasks"]}) == 5
+    in_turn = evaluate(policy, goals.test_tasks)
+    assert [row["index"] for row in in_turn["tasks"]] == [row["index"] for row in report["tasks"]]
+    for row, together in zip(in_turn["tasks"], report["tasks"], strict=True):
+        assert row["returns"] == pytest.approx(together["returns"], abs=1e-5)
 
 
 def test_only_unseen_tasks_count_as_held_out(policy, goals):

@@ -173,7 +173,7 @@ def paths_in(content, above=()):
         yield from paths_in(value, (*above, key))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_manifest_changed_anywhere_is_rejected_or_as_good(newer, data):
     """Its hash is right. Whatever is read from it, there is no other exception, and it is told in a line."""

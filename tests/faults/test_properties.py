@@ -24,7 +24,7 @@ from metarl.types import Task, Trajectory
 def checked(examples):
     """The same examples in every run, however long each takes."""
     quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-    return settings(max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=quiet)
+    return settings(max_examples=examples, database=None, suppress_health_check=quiet)
 
 
 @pytest.fixture(scope="module")

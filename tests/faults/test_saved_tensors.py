@@ -43,7 +43,7 @@ def same(left, right):
     return left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     state=st.dictionaries(st.text(max_size=20), tensors(), max_size=5),
     again=st.booleans(),

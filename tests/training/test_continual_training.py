@@ -9,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import metarl
+import metarl.envs.manager
 import metarl.evaluation.held_out
 import metarl.training.loop
 import metarl.training.stage_evaluation
@@ -598,3 +599,53 @@ def test_methods_are_given_by_flags():
 def test_a_method_that_is_none_is_told(flags, message):
     with pytest.raises(UserError, match=message):
         load_config("navigation_maml_ppo", flags.split())
+
+
+class Listening:
+    """A stability method that draws from every stream that it is given."""
+
+    name = "listening"
+
+    def __init__(self):
+        self.drawn = []
+
+    def loss(self, agent, rng, fraction):
+        self.drawn.append(("loss", rng.random()))
+        return {}
+
+    def observe(self, agent, rollouts, before, rng):
+        self.drawn.append(("observe", rng.random()))
+
+    def end_stage(self, agent, rollouts, rng):
+        self.drawn.append(("end_stage", rng.random()))
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert not state
+
+
+def test_each_use_of_randomness_has_a_stream_of_its_own(tmp_path):
+    methods = [Listening(), Listening()]
+    train(config("maml"), methods=methods, run_dir=tmp_path)
+    values = [value for method in methods for _, value in method.drawn]
+    assert {use for use, _ in methods[0].drawn} == {"loss", "observe", "end_stage"}
+    assert len(set(values)) == len(values)
+
+
+def test_held_out_tasks_are_not_chosen_by_what_chooses_training_tasks(tmp_path, monkeypatch):
+    """As many tasks of either kind, from which as many are drawn: the same stream would draw the same numbers."""
+    original, chosen = metarl.envs.manager.EnvManager.sample, []
+
+    def sample(manager, count, rng, *rest):
+        found = original(manager, count, rng, *rest)
+        chosen.append([task.index for task in found])
+        return found
+
+    monkeypatch.setattr(metarl.envs.manager.EnvManager, "sample", sample)
+    stage = {"tasks": {"family": "navigation", "horizon": 5, "num_train": 50, "num_test": 50}, "iterations": 2}
+    settings = config("maml", [stage]) | {"num_tasks": 8, "evaluation": {"num_tasks": 8, "every_iterations": 0}}
+    train(settings, run_dir=tmp_path)
+    assert len(chosen) >= 3
+    assert len({tuple(indices) for indices in chosen}) == len(chosen)

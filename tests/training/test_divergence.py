@@ -191,6 +191,28 @@ def test_a_fisher_that_stays_so_stops_the_run(tmp_path):
     assert healed.finished
 
 
+@pytest.mark.parametrize("failures", [2, 3])
+def test_activations_that_are_not_finite_are_measured_again_and_never_end_in_a_traceback(
+    tmp_path, monkeypatch, caplog, failures
+):
+    original, calls = metarl.training.loop.network_use, []
+
+    def measure(*args):
+        calls.append(args)
+        if len(calls) <= failures:
+            raise ValueError("activations hold NaN or infinity")
+        return original(*args)
+
+    monkeypatch.setattr(metarl.training.loop, "network_use", measure)
+    if failures < 3:
+        assert train(config(iterations=1, stages=2), run_dir=tmp_path).finished
+        assert caplog.text.count("the end of stage 0 failed and is tried again: activations hold NaN") == 2
+        return
+    with pytest.raises(RunError, match=r"activations hold NaN.*3 times in a row"):
+        train(config(iterations=1, stages=2), run_dir=tmp_path)
+    assert load_latest(tmp_path / "checkpoints").position.iteration == 1
+
+
 class Broken(gymnasium.Env):
     """Observations of every task but the first are NaN after the second step of some episodes."""
 

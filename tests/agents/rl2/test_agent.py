@@ -525,6 +525,21 @@ def test_steps_end_when_the_kl_exceeds_its_bound():
     assert bound.update((), [rollout_of(bound, 1)])["train/optimizer_steps"] >= 1
 
 
+def test_a_minibatch_beyond_the_bound_ends_the_iteration_though_the_next_would_not():
+    agent = make_agent(epochs=2, minibatches=2)
+    rollout, loss, kl = rollout_of(agent), agent._loss, iter([0.0, 0.06, 0.0, 0.0])
+
+    def scripted(part):
+        value, metrics = loss(part)
+        return value, metrics | {"kl": torch.tensor(next(kl))}
+
+    agent._loss = scripted
+    metrics = agent.update((), [rollout])
+    assert metrics["train/optimizer_steps"] == 1
+    assert metrics["train/kl"] == pytest.approx(0.03)  # of the two that were looked at
+    assert list(kl) == [0.0, 0.0]
+
+
 def test_the_ratio_is_1_before_the_first_step_of_every_iteration():
     """What acts, and what learns from it, scale their inputs alike, though the statistics go on learning."""
     agent = make_agent(epochs=1, minibatches=1)

@@ -158,7 +158,7 @@ def test_reading_trials_leaves_the_rollout_as_it_was():
 # Chunks
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 4), st.integers(1, 20), st.integers(1, 25))
 def test_chunks_hold_every_step_once_and_in_order(batch, length, steps):
     part = torch.arange(1, batch * length + 1).view(batch, length)
@@ -171,7 +171,7 @@ def test_chunks_hold_every_step_once_and_in_order(batch, length, steps):
     assert torch.equal(wide[..., 0], cut) and torch.equal(wide[..., 1], -cut)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(0, 11), min_size=2, max_size=7).filter(any),
     st.integers(1, 13),
