@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from metarl.cli.arguments import Parser, any_path
 from metarl.errors import UserError
-from metarl.runs.lock import default_run_dir, locked
+from metarl.runs.lock import default_run_dir
 
 RUN_OPTIONS = """options of the run:
   --run-dir DIR           where results go (default: runs/<name of the config>)
@@ -58,8 +58,6 @@ def train(arguments: list[str]) -> int:
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
     run_dir = options.run_dir or default_run_dir(config_name)
-    with locked(run_dir, resume=options.resume, overwrite=options.overwrite):
-        pass  # an early check: the directory's mistakes are reported before torch is imported
 
     from metarl.config.schema import load_config
 

@@ -34,6 +34,10 @@ def test_case_10_no_run_to_go_on_with(refused, copied):
     refused(*NAVIGATION, "--run-dir", copied, "--resume", "--overwrite", expected=["are mutually exclusive"])
 
 
+def test_case_10_a_mistaken_flag_is_named_before_the_run_in_the_folder(refused, copied):
+    refused(*NAVIGATION, "--run-dir", copied, "--agent.inner-lrr", "0.1", expected=["mean --agent.inner-lr?"])
+
+
 def test_case_10_a_mistake_with_overwrite_costs_no_run(refused, copied):
     for flags in (["--agent.gamma", "7"], ["--stages.0.tasks.name", "gaols"], ["--device", "cuda:1"], ["--sede", "1"]):
         refused(*NAVIGATION, "--overwrite", "--run-dir", copied, *flags)

@@ -13,6 +13,7 @@ from metarl.errors import RunError, UserError
 from metarl.runs.checkpoint import load_latest
 from metarl.runs.tracking import Tracker, read_metrics
 from metarl.training.loop import train
+from metarl.training.stage_evaluation import checkpoint_score
 from metarl.types import Position
 
 SMALL = """
@@ -153,7 +154,7 @@ def test_the_number_of_stages_stays(tmp_path):
     """What is kept at a stage's end depends on whether others follow."""
     train(config("--stages.0.iterations 2"), run_dir=tmp_path)
     two = config("--stages.0.iterations 2").model_copy(update={"stages": config("--stages.0.iterations 2").stages * 2})
-    with pytest.raises(UserError, match=r"has 1 stages, the config 2: .*init_from"):
+    with pytest.raises(UserError, match=r"has 1 stages, the config 2; .*init-from"):
         train(two, run_dir=tmp_path, resume=True, allow_config_change=True)
 
 
@@ -199,7 +200,7 @@ def test_a_run_goes_on_from_before_its_first_iteration(tmp_path):
 
 def test_the_best_evaluation_is_kept_and_loaded(tmp_path, monkeypatch):
     scores = iter([0.2, 0.9, 0.1, 0.3])
-    monkeypatch.setattr(metarl.training.loop, "_score", lambda reports: next(scores))
+    monkeypatch.setattr(metarl.training.stage_evaluation, "checkpoint_score", lambda reports: next(scores))
     settings = config("--stages.0.iterations 4 --evaluation.every-iterations 1 --keep-checkpoints 1")
     train(settings, run_dir=tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000002", "000004"]
@@ -227,10 +228,10 @@ def test_a_checkpoint_has_the_score_of_an_evaluation_in_its_own_iteration(tmp_pa
 
 def test_the_best_of_several_stages_has_the_best_mean_over_all_of_them():
     reports = [{"aggregate": {"return_post": {"mean": r}, "success_post": {"mean": s}}} for r, s in ((5, 1), (1, 0))]
-    assert metarl.training.loop._score(reports) == 0.5
+    assert checkpoint_score(reports) == 0.5
     del reports[0]["aggregate"]["success_post"]
-    assert metarl.training.loop._score(reports) == 3
-    assert metarl.training.loop._score([{"aggregate": {}}]) is None
+    assert checkpoint_score(reports) == 3
+    assert checkpoint_score([{"aggregate": {}}]) is None
 
 
 # When things around it go wrong
@@ -239,7 +240,7 @@ def test_the_best_of_several_stages_has_the_best_mean_over_all_of_them():
 @pytest.mark.parametrize("at", [1, 3])
 def test_an_evaluation_that_breaks_costs_no_training(tmp_path, monkeypatch, caplog, at):
     """In mid-run or at the end: it is told, and what would have come of it is missing."""
-    evaluate, calls = metarl.training.loop.evaluate_agent, []
+    evaluate, calls = metarl.training.stage_evaluation.evaluate_agent, []
 
     def broken(*args, **kwargs):
         calls.append(None)
@@ -247,7 +248,7 @@ def test_an_evaluation_that_breaks_costs_no_training(tmp_path, monkeypatch, capl
             raise FloatingPointError("8 of 8 rollouts")
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(metarl.training.loop, "evaluate_agent", broken)
+    monkeypatch.setattr(metarl.training.stage_evaluation, "evaluate_agent", broken)
     run = train(config("--stages.0.iterations 3 --evaluation.every-iterations 1"), run_dir=tmp_path)
     assert run.finished and f"no evaluation after iteration {at}: 8 of 8" in caplog.text
     assert len([line for line in read_metrics(tmp_path) if "meta_test/return_post" in line]) == 2

@@ -14,7 +14,7 @@ from metarl.runs.lock import locked
 HOLD = """
 import sys, time
 from pathlib import Path
-from metarl.lock import locked
+from metarl.runs.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
