@@ -67,13 +67,13 @@ def test_nothing_that_draws_is_said_with_the_cure(machine):
     asked = machine()
     with pytest.raises(UserError, match="`apt install libosmesa6`, or libegl1 and a driver") as error:
         choose_gl()
-    assert "\n" not in str(error.value) and "only pictures need it" in str(error.value)
+    assert "\n" not in str(error.value) and "only rendering needs it" in str(error.value)
     assert asked == ["egl", "osmesa"] and "MUJOCO_GL" not in os.environ
 
 
 def test_drawing_that_is_switched_off_is_said(machine):
     machine("egl", MUJOCO_GL="Off")
-    with pytest.raises(UserError, match="MUJOCO_GL=off switches drawing off"):
+    with pytest.raises(UserError, match="MUJOCO_GL=off turns rendering off"):
         choose_gl()
 
 
@@ -84,7 +84,7 @@ def test_drawing_that_is_switched_off_is_said(machine):
 def test_what_mujoco_does_not_know_is_refused(machine, system, unknown, known):
     asked = machine(system=system, MUJOCO_GL=unknown)
     for check in (check_gl, choose_gl):
-        with pytest.raises(UserError, match=f"MUJOCO_GL={unknown} is nothing that MuJoCo draws with here; unset it"):
+        with pytest.raises(UserError, match=f"MUJOCO_GL={unknown} is not supported by MuJoCo on this system; unset it"):
             check()
     machine(system=system, MUJOCO_GL=known)
     check_gl()
