@@ -50,14 +50,12 @@ renderer.close()
 _PROBE_TIMEOUT_S = 60.0
 
 GIF_BYTES = 3_000_000
-"""What a GIF takes at most, if its frames are not too many even at the smallest size."""
+"""Default maximum size of a GIF."""
 
 _GIF_FPS = 10.0
 _GIF_SIZES = ((840, 1), (720, 1), (600, 1), (480, 1), (480, 2), (360, 2), (360, 4))
-"""Widths, and which of the frames are taken, that are tried in turn."""
-_GIF_LONGEST_MS = 655_350  # of a frame: 16 bits of hundredths of a second
-_GIF_COLOURS = 128
-_GIF_UNCHANGED = 255  # a colour that no palette has: there the frame before shows through
+"""(width, stride over frames) to try in turn."""
+_GIF_COLOURS = 128  # leaves room for transparency, with which Pillow encodes unchanged pixels
 
 
 def render_metadata(steps_per_second: float) -> dict[str, Any]:
@@ -169,73 +167,44 @@ def write_mp4(frames: Iterable[Frame], path: Path, fps: float) -> None:
 
 
 def write_gif(frames: Iterable[Frame], path: Path, fps: float, max_bytes: int = GIF_BYTES) -> None:
-    """Write a GIF that runs forever, with at most 10 frames a second, as wide as fits into `max_bytes`.
+    """Write a looping GIF, atomically, with at most 10 frames per second and the largest width that fits `max_bytes`.
 
     Args:
-        frames: `[H, W, 3]` each, alike.
-        path: where to; what is there is replaced.
-        fps: frames a second of `frames`.
-        max_bytes: what it may take; the smallest size that is tried is kept even if it takes more.
+        frames: the frames, `[H, W, 3]` each, of equal size.
+        path: the file to write or replace.
+        fps: frames per second of `frames`.
+        max_bytes: the maximum size of the file; if no size fits, the smallest is written.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: the file cannot be written.
     """
     from PIL import Image
 
     every = max(1, round(fps / _GIF_FPS))
-    pictures = [Image.fromarray(frame) for i, frame in enumerate(frames) if i % every == 0]
+    images = [Image.fromarray(frame) for i, frame in enumerate(frames) if i % every == 0]
     for width, stride in _GIF_SIZES:
-        gif = _gif(pictures[::stride], width, 1000 * every * stride / fps)
+        gif = _encode_gif(images[::stride], width, 1000 * every * stride / fps)
         if len(gif) <= max_bytes:
             break
     with _replacing(path) as temporary:
         temporary.write_bytes(gif)
 
 
-def _gif(pictures: Sequence[Image.Image], width: int, frame_ms: float) -> bytes:
-    """Return a GIF of that width, or of the pictures' own if they are narrower."""
+def _encode_gif(images: Sequence[Image.Image], width: int, frame_ms: float) -> bytes:
+    """Return a GIF of at most `width` pixels, in one palette and without dithering: static regions cost no bytes."""
     from PIL import Image
 
-    wide, high = pictures[0].size
-    width = min(width, wide)
-    size = width, round(high * width / wide)
-    small = [picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures]
-    # One palette for all frames, of a few of them one above another, and no dithering: what stands still stays the
-    # same from frame to frame. An octree keeps the colours of small things, which the median cut gives up.
-    some = small[:: max(1, len(small) // 6)]
-    sample = Image.new("RGB", (size[0], size[1] * len(some)))
-    for i, picture in enumerate(some):
-        sample.paste(picture, (0, i * size[1]))
-    palette = sample.quantize(_GIF_COLOURS, method=Image.Quantize.FASTOCTREE)
-    frames: list[Image.Image] = []
-    durations: list[int] = []
-    shown: NDArray[np.uint8] | None = None
-    duration = 10 * max(2, round(frame_ms / 10))  # a GIF counts in hundredths of a second
-    for picture in small:
-        indexed = picture.quantize(palette=palette, dither=Image.Dither.NONE)
-        wanted = np.asarray(indexed)
-        if shown is not None:
-            if (wanted == shown).all():
-                durations[-1] = min(durations[-1] + duration, _GIF_LONGEST_MS)
-                continue
-            indexed = Image.fromarray(np.where(wanted == shown, _GIF_UNCHANGED, wanted).astype(np.uint8), "P")
-            indexed.putpalette(palette.getpalette() or [])
-        frames.append(indexed)
-        durations.append(duration)
-        shown = wanted
+    full_width, full_height = images[0].size
+    width = min(width, full_width)
+    size = width, round(full_height * width / full_width)
+    resized = [image.resize(size, Image.Resampling.LANCZOS) for image in images]
+    sample = np.concatenate([np.asarray(image) for image in resized[:: max(1, len(resized) // 6)]])
+    # An octree keeps the colours of small objects, unlike the median cut.
+    palette = Image.fromarray(sample).quantize(_GIF_COLOURS, method=Image.Quantize.FASTOCTREE)
+    first, *rest = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in resized)
     target = io.BytesIO()
-    first, *rest = frames
-    first.save(
-        target,
-        "GIF",
-        save_all=True,
-        append_images=rest,
-        duration=durations,
-        loop=0,
-        optimize=False,
-        transparency=_GIF_UNCHANGED,
-        disposal=1,
-    )
+    duration_ms = 10 * max(2, round(frame_ms / 10))  # GIF counts in hundredths of a second
+    first.save(target, "GIF", save_all=True, append_images=rest, duration=duration_ms, loop=0, optimize=True)
     return target.getvalue()
 
 

@@ -25,7 +25,7 @@ def test_case_07_an_unknown_task_is_answered_with_the_nearest(mistake):
         ("family: metaworld, benchmark: ML1, name: reach", "did you mean 'reach-v3'?"),
         ("family: metaworld, benchmark: ML1, name: ''", "unknown Meta-World task"),
         ("family: metaworld, benchmark: ML11", "benchmark: got 'ML11', expected 'ML1', 'ML10'"),
-        ("family: metaworld, benchmark: ML1", "ML1 needs one class"),
+        ("family: metaworld, benchmark: ML1", "ML1 needs a name"),
         ("family: metaworld, benchmark: ML10, name: reach-v3", "ML1 needs a name, the others have none"),
         ("family: mujoco, name: AntDirr", "did you mean 'AntDir'?"),
         ("family: navigation, name: goal", "did you mean 'goals'?"),
