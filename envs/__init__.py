@@ -39,7 +39,7 @@ class Family(NamedTuple):
         make: builds the environment of a task, given the task and `render_mode`.
         names: returns the names that users choose from: name → the settings that select it.
         example: settings of one distribution, which `metarl doctor` steps for a moment.
-        env_id: returns the gymnasium id of a name; None where a name stands for several classes of tasks.
+        env_id: returns the gymnasium id of a name; None for a name with several classes of tasks.
         carried_options: settings that stay the same when a run is evaluated under another name of the family.
         shared_splits: names with so few tasks that training and test tasks are the same.
         kept_envs: environments that a run steps together at most, unless `num_envs` is set, because each needs much
@@ -58,7 +58,7 @@ class Family(NamedTuple):
 
 
 BuiltinTasksConfig = metaworld_env.MetaWorldConfig | mujoco_tasks.MujocoConfig | navigation.NavigationConfig
-"""Settings of the built-in families, told apart by their field `family`."""
+"""Settings of the built-in families, distinguished by the field `family`."""
 
 FAMILIES: Mapping[str, Family] = {
     "metaworld": Family(

@@ -1,4 +1,4 @@
-"""Tasks of one's own: a gymnasium environment and one function that builds it."""
+"""Custom tasks: wrap a function that builds your gymnasium environment in a task distribution."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Difficulty = Callable[[Task], float]
 
 
 class CustomTasks(NamedTuple):
-    """A task distribution made by `custom`."""
+    """Task distribution returned by `custom`."""
 
     train_tasks: list[Task]
     test_tasks: list[Task]
@@ -33,19 +33,23 @@ def custom(
     seed: int = 0,
     difficulty: Difficulty | None = None,
 ) -> CustomTasks:
-    """Return a distribution whose tasks are `make(task)`.
+    """Return a distribution whose environments are built by `make(task)`.
 
     Args:
         name: the name of the family.
-        make: builds the gymnasium environment of a task, alike for equal tasks: draw its goal from
-            `numpy.random.default_rng([task.seed, task.index])`. Test tasks come with other indices than training tasks.
-            With more than one worker it must be importable (not a lambda). If the environment reports
-            `info["success"]`, success is tracked.
-        num_train: how many training tasks.
-        num_test: how many held-out tasks.
-        horizon: steps after which an episode is truncated, if the environment did not end it before.
+        make: function that builds the gymnasium environment of a task. It must depend on the task alone: draw the goal
+            from `numpy.random.default_rng([task.seed, task.index])`. Training and test tasks have different indices.
+            Worker processes import it, so it must not be a lambda if there are any. Success is tracked if the
+            environment reports `info["success"]`.
+        num_train: the number of training tasks.
+        num_test: the number of held-out tasks.
+        horizon: the number of steps after which an episode is truncated.
         seed: the seed of the tasks.
-        difficulty: how hard a task is, harder is larger, which a curriculum needs; importable like `make`.
+        difficulty: function that returns the difficulty of a task, harder is larger; only a curriculum needs it.
+            Importable like `make`.
+
+    Raises:
+        ValueError: `num_train`, `num_test` or `horizon` is below 1.
     """
     if min(num_train, num_test, horizon) < 1:
         raise ValueError(f"num_train, num_test and horizon must be ≥ 1, got {num_train}, {num_test} and {horizon}")

@@ -1,6 +1,6 @@
-"""2D navigation: a point mass that must find a hidden goal. Vectorised numpy; owns its tasks, dynamics and rewards.
+"""2D navigation: a point mass that must find a hidden goal. Owns its tasks, dynamics and rewards, in vectorised numpy.
 
-Imports neither torch nor the rest of metarl but `types`, `errors` and `rendering`.
+Imports neither torch nor the rest of metarl except `types`, `settings`, `errors`, `registration` and `drawing`.
 """
 
 from __future__ import annotations
@@ -22,60 +22,62 @@ from metarl.types import BoolArray, FloatArray, Step, Task
 
 Name = Literal["goals", "semicircle", "cued_wedges", "rotated_wedges", "rotated_cued_wedges"]
 
-_STREAM = 2  # keeps the goals' random numbers apart from those of a run with the same seed
+_STREAM = 2  # makes the goals independent of a run with the same seed
 
 ACTION_SCALE = 0.1
-"""A full action moves the point by this much a step, in the units of the plane (Finn et al. 2017, 5.3)."""
+"""Distance per step of a full action, in units of the plane (Finn et al. 2017, 5.3)."""
 
 NUM_WEDGES = 4
-"""Families of the wedge distributions, the stages of a continual sequence."""
+"""Number of wedge families, which are the stages of a continual sequence."""
 
 
 class NavigationConfig(Settings):
     """2D navigation tasks.
 
-    The point starts at the origin and moves by 0.1 · clip(action, ±1) a step. Its goal is not observed.
+    The point starts at the origin and moves by 0.1 · clip(action, ±1) per step. The goal is not observed.
 
     - `goals`: goals uniform in [−0.5, 0.5]², reward = −distance after the move, horizon 100. The 2D task of Finn et al.
-      2017, 5.3, in the form of its published code (the distance, not its square); deviation: the episode does not end
-      within 0.01 of the goal, so that all returns sum 100 rewards.
+      2017, 5.3, in the form of its published code (the distance, not its square). Deviation: the episode does not end
+      within 0.01 of the goal, so that every return is a sum of 100 rewards.
     - `semicircle`: goals on the upper unit half circle, reward 1 within 0.2 of the goal, else 0, horizon 60: a sparse
-      reward that must be found by search (Rakelly et al. 2019).
+      reward that the agent must explore to find (Rakelly et al. 2019).
     - `cued_wedges`, `rotated_wedges`, `rotated_cued_wedges`: four families k = 0..3, one class each. The goal lies at
       angle k · 90° ± 40°, radius in [0.5, 1]; reward = −distance, horizon 20, position clipped to ±1.2. Rotated:
-      actions are turned by −90° · k, so that what one family taught is wrong in the next. Cued: the observation ends
-      in a one-hot k, which makes the sequence task-incremental.
+      actions are rotated by −90° · k, so that a policy for one family is wrong in the next. Cued: the observation
+      ends in a one-hot k, which makes the sequence task-incremental.
     """
 
     family: Literal["navigation"] = "navigation"
     name: Name = "goals"
-    """Which distribution of goals."""
-    horizon: int | None = Field(None, ge=1, description="steps an episode; none: that of the distribution")
+    """Name of the distribution of goals."""
+    horizon: int | None = Field(None, ge=1, description="steps per episode; none: the default of the distribution")
     wedges: Annotated[tuple[Literal[0, 1, 2, 3], ...], BeforeValidator(as_tuple)] = Field(
-        (0, 1, 2, 3), min_length=1, description="which wedge families take part (wedge distributions only)"
+        (0, 1, 2, 3), min_length=1, description="wedge families to draw goals from (wedge distributions only)"
     )
-    num_train: int = Field(1000, ge=1, description="training goals")
-    num_test: int = Field(100, ge=1, description="held-out goals")
+    num_train: int = Field(1000, ge=1, description="number of training goals of each class")
+    num_test: int = Field(100, ge=1, description="number of held-out goals of each class")
     seed: int = Field(0, ge=0, description="seed of the goals")
 
     @field_validator("name", mode="before")
     @classmethod
-    def _known(cls, name: object) -> object:
+    def _check_name(cls, name: object) -> object:
         if isinstance(name, str) and name not in get_args(Name):
             raise unknown_name("navigation distribution", name, get_args(Name), "metarl list envs")
         return name
 
     @field_validator("wedges")
     @classmethod
-    def _once(cls, wedges: tuple[int, ...]) -> tuple[int, ...]:
+    def _check_unique(cls, wedges: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(wedges)) < len(wedges):
-            raise ValueError(f"wedges {wedges} name a family twice; each counts once")
+            raise ValueError(f"wedges {wedges} lists a family twice; list each once")
         return wedges
 
     @model_validator(mode="after")
-    def _wedges_have_a_use(self) -> NavigationConfig:
+    def _check_wedges_apply(self) -> NavigationConfig:
         if "wedges" in self.model_fields_set and self.wedges != (0, 1, 2, 3) and not _VARIANTS[self.name].wedges:
-            raise ValueError(f"wedges={self.wedges} with name={self.name!r}: only wedge distributions have wedges")
+            raise ValueError(
+                f"wedges={self.wedges} with name={self.name!r}: only wedge distributions have them; leave out wedges"
+            )
         return self
 
 
@@ -87,7 +89,7 @@ class _Variant(NamedTuple):
     rotated: bool = False
     cued: bool = False
     bound: float = np.inf
-    half_height: float = 1.3  # of a picture
+    half_height: float = 1.3  # of the image, in units of the plane
 
 
 _VARIANTS: dict[str, _Variant] = {
@@ -126,7 +128,7 @@ class NavigationTasks:
         ]
 
     def difficulty(self, task: Task) -> float:
-        """Return how far the goal lies from the start; the same for all goals of `semicircle`."""
+        """Return the distance of the goal from the start; the same for all goals of `semicircle`."""
         return float(np.linalg.norm(goal(task)))
 
     def make(self, task: Task) -> NavigationEnv:
@@ -139,7 +141,7 @@ class NavigationTasks:
 
 
 def names() -> dict[str, dict[str, str]]:
-    """Return the distributions by name, each with the settings that select it."""
+    """Return the distributions by name: name → the settings that select it."""
     return {name: {"name": name} for name in _VARIANTS}
 
 
@@ -149,7 +151,7 @@ def env_id(name: str) -> str:
 
 
 def goal(task: Task) -> FloatArray:
-    """The hidden goal `[2]` of a task, a pure function of its fields."""
+    """Return the hidden goal `[2]` of a task, a pure function of its fields."""
     wedge = _wedge(task)
     position = (("train", "test").index(task.split), wedge, task.index)
     entropy = np.random.SeedSequence([task.seed, _STREAM], spawn_key=position)
@@ -171,11 +173,11 @@ class NavigationBatch:
     """E point masses stepped together, each with its own goal; a `BatchEnv`.
 
     Attributes:
-        positions: `[E, 2]`, of the points.
-        goals: `[E, 2]`.
+        positions: the positions of the points, `[E, 2]`.
+        goals: the goals, `[E, 2]`.
     """
 
-    lanes = 1  # one computation for all costs least
+    lanes = 1  # a single computation is fastest
 
     def __init__(self, name: str, max_envs: int) -> None:
         self.max_envs = max_envs
@@ -186,7 +188,7 @@ class NavigationBatch:
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, shape=(2,), dtype=np.float32)
 
     def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
-        """Put every point at the origin; the seeds have no effect, since nothing here is random."""
+        """Move every point to the origin; the seeds have no effect, since nothing is random."""
         count, variant = len(tasks), self._variant
         self.goals = np.stack([goal(task) for task in tasks])
         self._horizons = np.array([task.option("horizon") for task in tasks])
@@ -228,10 +230,10 @@ class NavigationEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
     """One point mass as a `gymnasium.Env`: a batch of one, so that both forms share their dynamics.
 
     Attributes:
-        task: the task that it is aimed at.
+        task: the current task.
         render_mode: `rgb_array` or None.
-        observation_names: `[O]`, what each entry of an observation is.
-        action_names: `[2]`.
+        observation_names: `[O]`, the name of each entry of an observation.
+        action_names: `[2]`, the name of each entry of an action.
     """
 
     metadata = render_metadata(10)
@@ -248,7 +250,7 @@ class NavigationEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         self.set_task(task)
 
     def set_task(self, task: Task) -> None:
-        """Change the goal; takes effect at the next reset."""
+        """Switch to another task; takes effect at the next reset."""
         self.task = task
 
     def reset(
@@ -267,10 +269,10 @@ class NavigationEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         return step.observations[0], float(step.rewards[0]), False, bool(step.truncated[0]), info
 
     def render(self) -> NDArray[np.uint8] | None:
-        """Return a picture `[360, 480, 3]`, or None if `render_mode` is None.
+        """Return an image `[360, 480, 3]`, or None if `render_mode` is None.
 
-        The goal is orange, the disc around it is where it counts as reached; the point is blue, its trail goes through
-        where it was at earlier pictures of the episode.
+        The goal is orange, inside the disc in which it counts as reached. The point is blue; its trail connects the
+        positions at the previous calls in this episode.
 
         Raises:
             gymnasium.error.ResetNeeded: no episode has begun.

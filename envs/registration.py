@@ -1,8 +1,8 @@
 """Gymnasium ids of metarl's environments; importing `metarl.envs` registers them.
 
-The ids are `metarl/HalfCheetahDir-v0`, `metarl/NavigationGoals-v0`, `metarl/reach-v3` and so on: one for each name that
-the families of `metarl.envs.FAMILIES` list and that stands for one kind of environment. Since version 1.0, gymnasium
-loads no plugins by itself, so a program has to say where the ids come from:
+The ids are `metarl/HalfCheetahDir-v0`, `metarl/NavigationGoals-v0`, `metarl/reach-v3` and so on: one for each name in
+`metarl.envs.FAMILIES` that has a single kind of environment. Gymnasium has loaded no plugins by itself since version
+1.0, so a program has to register the ids:
 
     import gymnasium
     import metarl
@@ -10,7 +10,7 @@ loads no plugins by itself, so a program has to say where the ids come from:
     gymnasium.register_envs(metarl.envs)
     env = gymnasium.make("metarl/reach-v3", split="test", index=3)
 
-or `gymnasium.make("metarl.envs:metarl/reach-v3")`. A simulator is imported when one of its environments is made.
+or call `gymnasium.make("metarl.envs:metarl/reach-v3")`. A simulator is imported when its first environment is built.
 """
 
 from __future__ import annotations
@@ -60,27 +60,27 @@ def make(
 ) -> gymnasium.Env[Any, Any]:
     """Build the environment of a task; `gymnasium.make(id, ...)` calls this with the family and name of the id.
 
-    The environment truncates its episodes at the task's horizon by itself; pass `horizon=50` to change it.
+    The environment truncates its own episodes at the horizon of the task; pass e.g. `horizon=50` to change it.
 
     Args:
         family: a key of `metarl.envs.FAMILIES`.
-        name: one of the family's distributions, or a class of Meta-World (ML1).
-        task: a task of that name, or the output of `Task.to_json`, as text or (after a spec was JSON) as a mapping.
-            None: take one from the distribution.
-        split: `train` or `test`: where to take the task from, if none is given.
-        index: position of the task in that split.
+        name: a distribution of the family, or a class of Meta-World (ML1).
+        task: a task of that name, or the output of `Task.to_json` as a string or, from a deserialised spec, a mapping.
+            None selects a task by `split` and `index`.
+        split: `train` or `test`, if there is no `task`.
+        index: the position of the task in the split.
         render_mode: `rgb_array` for an environment whose `render` returns an image.
-        options: settings of the distribution, e.g. `horizon` and `seed`.
+        options: the settings of the distribution, e.g. `horizon` and `seed`.
 
     Raises:
-        ValueError: no such task or option, or a task together with arguments that would choose one.
+        ValueError: no such task or option, or both a task and arguments that select one.
     """
     from metarl.envs import FAMILIES, distribution
     from metarl.envs import make as make_env
 
     if task is not None:
         if (split, index, options) != ("train", 0, {}):
-            raise ValueError(f"got a task and split={split!r}, index={index}, options {options}; a task fixes them all")
+            raise ValueError(f"got a task with split={split!r}, index={index}, options={options}; pass the task alone")
         return make_env(_parse_task(task, family, name), render_mode)
     tasks = distribution(family, **FAMILIES[family].names()[name], **options)
     if split not in ("train", "test"):
@@ -96,5 +96,5 @@ def _parse_task(task: Task | str | Mapping[str, Any], family: str, name: str) ->
     if not isinstance(task, Task):
         task = Task.from_json(task if isinstance(task, str) else json.dumps(dict(task)))
     if task.family != family or name not in (task.benchmark, task.name):
-        raise ValueError(f"the task is {task.to_json()}; expected one of {family} {name}")
+        raise ValueError(f"the task is {task.to_json()}; expected a task of {family} {name}")
     return task

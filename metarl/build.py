@@ -15,7 +15,7 @@ from metarl.envs import FAMILIES, StageIdTasks, distribution, make
 from metarl.envs.manager import Curriculum, EnvManager, JointManager, Manager
 from metarl.envs.vector.pool import env_spaces
 from metarl.envs.vector.serial import usable_cores
-from metarl.envs.vector.union import check_apart, make_stage_envs
+from metarl.envs.vector.union import check_distinct_tasks, make_stage_envs
 from metarl.errors import UserError, unknown_name
 from metarl.protocols import Agent, AgentBuilder, Collector, TaskDistribution
 from metarl.seeding import Purpose, integer_seed
@@ -103,7 +103,7 @@ def stage_distributions(
     elif isinstance(given, Sequence) and not hasattr(given, "train_tasks"):
         if len(given) != count:
             raise UserError(f"{len(given)} distributions for {count} stages; give one for each, or one for all")
-        check_apart(given)
+        check_distinct_tasks(given)
         own = list(given)
     else:
         own = [cast(TaskDistribution, given)] * count

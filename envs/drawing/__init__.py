@@ -1,1 +1,1 @@
-"""Drawing: which OpenGL renders, cameras, and the plane of 2D navigation."""
+"""Off-screen rendering: choice of OpenGL backend, MuJoCo cameras, 2D navigation, MP4 and GIF files."""

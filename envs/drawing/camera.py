@@ -1,7 +1,7 @@
-"""Pictures of MuJoCo simulations, drawn off screen. Of metarl it imports `rendering` and `errors`.
+"""Off-screen images of MuJoCo simulations. Of metarl it imports only `rendering`, `errors` and `types`.
 
-A camera draws by what `rendering.choose_gl` finds when it is made: unlike with MuJoCo's own `Renderer`, it does not
-matter what was set when mujoco was imported.
+A camera calls `rendering.choose_gl` when it is created. MuJoCo's own `Renderer` instead reads `MUJOCO_GL` when mujoco
+is imported.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from metarl.errors import UserError
 from metarl.types import FloatArray
 
 HEIGHT, WIDTH = 360, 480
-"""Of a picture, in pixels."""
+"""Size of an image in pixels."""
 
 SHADOW_PIXELS = 1024
-"""Edge of the shadow map; MuJoCo's 4096 takes half of the time of a picture where the CPU draws."""
+"""Size of the shadow map; MuJoCo's 4096 takes half of the rendering time on a CPU."""
 
 GOAL_COLOUR = (0.94, 0.89, 0.26, 1.0)
-"""Okabe and Ito's yellow: no robot, table or floor has it."""
+"""Okabe and Ito's yellow, which no robot, table or floor has."""
 
 
 class View(NamedTuple):
-    """Where the camera stands, as seen from the point that it looks at.
+    """Position of the camera, relative to the point that it looks at.
 
     Attributes:
-        distance: metres.
-        azimuth: degrees; at 90 it looks along +y.
-        elevation: degrees; negative looks down.
+        distance: the distance in m.
+        azimuth: the azimuth in degrees; at 90 the camera looks along +y.
+        elevation: the elevation in degrees; negative looks down.
     """
 
     distance: float
@@ -45,13 +45,13 @@ class View(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """What is drawn although the simulation does not have it: a goal.
+    """Marker of a goal, drawn on top of the simulation.
 
     Attributes:
-        shape: of MuJoCo's geoms.
-        position: `[3]`, metres.
-        size: `[3]`, as MuJoCo has it for the shape.
-        direction: `[3]`, where an arrow points; upright if it is not one.
+        shape: the geom type of MuJoCo.
+        position: the position in m, `[3]`.
+        size: the size in MuJoCo's convention for the geom type, `[3]`.
+        direction: the local z axis, `[3]`: the direction of an arrow; upright by default.
     """
 
     shape: Any
@@ -61,29 +61,29 @@ class Mark(NamedTuple):
 
 
 def ball(position: FloatArray, radius: float) -> Mark:
-    """Return a mark at a point."""
+    """Return a ball centred at a point."""
     return Mark(mujoco.mjtGeom.mjGEOM_SPHERE, position, (radius, radius, radius))
 
 
 def post(position: FloatArray, radius: float, height: float) -> Mark:
-    """Return an upright mark whose middle is at a point."""
+    """Return an upright post centred at a point."""
     return Mark(mujoco.mjtGeom.mjGEOM_CYLINDER, position, (radius, height / 2, 0.0))
 
 
 def arrow(position: FloatArray, direction: FloatArray, length: float) -> Mark:
-    """Return an arrow that begins at a point."""
+    """Return an arrow that starts at a point."""
     return Mark(mujoco.mjtGeom.mjGEOM_ARROW, position, (0.05, 0.05, length), direction)
 
 
 class Camera:
-    """Draws one model.
+    """Off-screen renderer of one model.
 
     Args:
-        model: MuJoCo's; its shadows become coarser.
-        view: where it stands.
+        model: the MuJoCo model; its shadow map is reduced to `SHADOW_PIXELS`.
+        view: the position of the camera.
 
     Raises:
-        UserError: nothing here can draw; see `rendering.choose_gl`.
+        UserError: no OpenGL backend works; see `rendering.choose_gl`.
     """
 
     def __init__(self, model: Any, view: View) -> None:
@@ -91,30 +91,30 @@ class Camera:
         model.vis.quality.shadowsize = min(model.vis.quality.shadowsize, SHADOW_PIXELS)
         self._rectangle = mujoco.MjrRect(0, 0, WIDTH, HEIGHT)
         self._scene, self._options = mujoco.MjvScene(model, maxgeom=2000), mujoco.MjvOption()
-        self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False  # costs as much again, and shows goals twice
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False  # doubles the time, and shows goals twice
         self._surface = _Surface(model)
-        weakref.finalize(self, self._surface.close).atexit = False  # at exit that is the surface's own business
+        weakref.finalize(self, self._surface.close).atexit = False  # at exit the surface closes itself
 
     def render(self, data: Any, lookat: FloatArray, marks: Sequence[Mark] = ()) -> NDArray[np.uint8]:
-        """Return `[HEIGHT, WIDTH, 3]`, a pure function of the simulation.
+        """Return an image `[HEIGHT, WIDTH, 3]`, a pure function of the arguments.
 
         Args:
-            data: MuJoCo's, after a forward pass.
-            lookat: `[3]`, the point in the middle.
-            marks: drawn beside what the model has; they shine through what is before them.
+            data: the MuJoCo data, after a forward pass.
+            lookat: the point in the centre of the image, `[3]`.
+            marks: the markers to add; they shine through objects in front of them.
         """
         self._surface.make_current()
         camera = mujoco.MjvCamera()
         camera.lookat[:] = lookat
         camera.distance, camera.azimuth, camera.elevation = self._view
-        picture = self._drawn(data, camera, mujoco.mjtCatBit.mjCAT_ALL, marks)
+        image = self._draw(data, camera, mujoco.mjtCatBit.mjCAT_ALL, marks)
         if marks:
-            alone = self._drawn(data, camera, 0, marks)
-            picture = np.where(alone.any(-1, keepdims=True), alone // 2 + picture // 2, picture)
-        return picture
+            only_marks = self._draw(data, camera, 0, marks)
+            image = np.where(only_marks.any(-1, keepdims=True), only_marks // 2 + image // 2, image)
+        return image
 
-    def _drawn(self, data: Any, camera: Any, categories: Any, marks: Sequence[Mark]) -> NDArray[np.uint8]:
-        """Draw the model's geoms of some categories, and marks; where nothing is, it is black if there are none."""
+    def _draw(self, data: Any, camera: Any, categories: Any, marks: Sequence[Mark]) -> NDArray[np.uint8]:
+        """Draw marks and the geoms of `categories` (`mjtCatBit`); with none, the background is black."""
         scene = self._scene
         mujoco.mjv_updateScene(self._model, data, self._options, None, camera, categories, scene)
         for mark in marks:
@@ -124,7 +124,7 @@ class Camera:
         mujoco.mjr_render(self._rectangle, scene, self._surface.context)
         pixels = np.empty((HEIGHT, WIDTH, 3), dtype=np.uint8)
         mujoco.mjr_readPixels(pixels, None, self._rectangle, self._surface.context)
-        return np.ascontiguousarray(pixels[::-1])  # OpenGL's first row is the lowest
+        return np.ascontiguousarray(pixels[::-1])  # the first row of OpenGL is the bottom one
 
     def _add(self, mark: Mark) -> None:
         quaternion, matrix = np.empty(4), np.empty(9)
@@ -136,12 +136,12 @@ class Camera:
         self._scene.ngeom += 1
 
     def close(self) -> None:
-        """Free what OpenGL holds; calling it twice is fine."""
+        """Free OpenGL resources; calling it twice is fine."""
         self._surface.close()
 
 
 class _Surface:
-    """What one camera draws on: an OpenGL context, in which MuJoCo leaves lights behind, so that none is shared."""
+    """OpenGL context of one camera, not shared: MuJoCo leaves lights behind in it."""
 
     def __init__(self, model: Any) -> None:
         backend = choose_gl()
@@ -149,13 +149,13 @@ class _Surface:
             self._gl = importlib.import_module(f"mujoco.{backend}").GLContext(WIDTH, HEIGHT)
             self._gl.make_current()
             self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-        except Exception as error:  # each backend has errors of its own
+        except Exception as error:  # each backend raises its own types
             first, *_ = str(error).splitlines() or [""]
             raise UserError(
-                f"MUJOCO_GL={backend} cannot draw here ({type(error).__name__}: {first}); unset it to have one found"
+                f"MUJOCO_GL={backend} cannot draw here ({type(error).__name__}: {first}); unset it to try others"
             ) from error
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
-        atexit.register(self.close)  # before EGL ends, at exit too, and complains about what it then finds
+        atexit.register(self.close)  # at exit too, before EGL terminates and complains about live contexts
 
     def make_current(self) -> None:
         self._gl.make_current()

@@ -1,4 +1,4 @@
-"""Pictures of 2D navigation, drawn with Pillow. Imports nothing of metarl but `types`."""
+"""Images of 2D navigation, drawn with Pillow. Of metarl it imports only `types`."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from PIL import Image, ImageDraw
 from metarl.types import FloatArray
 
 HEIGHT, WIDTH = 360, 480
-"""Of a picture, in pixels."""
+"""Size of an image in pixels."""
 
-_SMOOTH = 3  # drawn larger, then shrunk: Pillow's shapes have hard edges
-_GRID = 0.5  # between lines, in units of the plane
+_SMOOTH = 3  # supersampling factor, since Pillow's shapes have hard edges
+_GRID = 0.5  # distance between grid lines, in units of the plane
 _PAPER, _LINES, _AXES = "#FFFFFF", "#E8E8E8", "#BBBBBB"
 # Okabe and Ito's palette for the colour-blind.
 _POINT, _TRAIL, _GOAL, _REACH = "#0072B2", "#56B4E9", "#E69F00", "#F9E5BA"
 
 
 def draw_plane(trail: Sequence[FloatArray], goal: FloatArray, radius: float, half_height: float) -> NDArray[np.uint8]:
-    """Return a picture `[HEIGHT, WIDTH, 3]` with y upwards.
+    """Return an image `[HEIGHT, WIDTH, 3]`, y upwards.
 
     Args:
-        trail: `[2]` each, where the point was and, last, where it is; beyond the edge it is drawn at the edge.
-        goal: `[2]`.
-        radius: within which the goal counts as reached.
-        half_height: how far the picture reaches up and down from the origin.
+        trail: the positions of the point, `[2]` each, oldest first; one outside the image is drawn at its edge.
+        goal: the goal, `[2]`.
+        radius: the distance at which the goal counts as reached.
+        half_height: the distance from the origin to the upper and lower edge, in units of the plane.
     """
     scale = _SMOOTH * HEIGHT / 2 / half_height
     half_width = half_height * WIDTH / HEIGHT

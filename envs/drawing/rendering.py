@@ -1,8 +1,7 @@
-"""How pictures come about: which OpenGL MuJoCo draws with, and writing MP4 and GIF. Imports `errors` alone of metarl.
+"""Choice of OpenGL backend, render modes, and MP4 and GIF files. Of metarl it imports only `errors`.
 
-MuJoCo draws off screen through EGL (a GPU's driver, or Mesa) or OSMesa (the CPU alone). Which of them works is found
-out in a process of its own: a broken driver leaves PyOpenGL in a state from which the process does not recover, and
-writes on stderr as it goes.
+MuJoCo renders off screen through EGL (a GPU driver, or Mesa) or OSMesa (the CPU). Each is tested in a subprocess,
+because a broken driver writes on stderr and leaves PyOpenGL in a state from which a process cannot recover.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Frame = NDArray[np.uint8]
-"""A picture `[H, W, 3]`."""
+"""Image `[H, W, 3]`."""
 
 RENDER_MODES = ("rgb_array",)
-"""What the environments of metarl know beside None."""
+"""Render modes of the environments of metarl, besides None."""
 
 OFF_SCREEN = ("egl", "osmesa")
-"""What can draw without a display, in the order in which they are tried: a GPU first."""
+"""OpenGL backends that need no display, in the order in which they are tried: GPU first."""
 
 _SWITCHED_OFF = ("0", "disable", "disabled", "false", "off")
-_DEFAULT = ("", "1", "enable", "enabled", "glfw", "on", "true")  # MuJoCo's words for it
+_DEFAULT = ("", "1", "enable", "enabled", "glfw", "on", "true")  # in MuJoCo's spelling
 _OF_SYSTEM = {"Linux": ("egl", "osmesa", "glx"), "Windows": ("wgl",), "Darwin": ("cgl",)}
 _PROBE = """
 import mujoco
@@ -51,33 +50,31 @@ renderer.close()
 _PROBE_TIMEOUT_S = 60.0
 
 GIF_BYTES = 3_000_000
-"""What a GIF takes at most, if its frames are not too many even at the smallest size."""
+"""Default maximum size of a GIF."""
 
 _GIF_FPS = 10.0
 _GIF_SIZES = ((840, 1), (720, 1), (600, 1), (480, 1), (480, 2), (360, 2), (360, 4))
-"""Widths, and which of the frames are taken, that are tried in turn."""
-_GIF_LONGEST_MS = 655_350  # of a frame: 16 bits of hundredths of a second
-_GIF_COLOURS = 128
-_GIF_UNCHANGED = 255  # a colour that no palette has: there the frame before shows through
+"""(width, stride over frames) to try in turn."""
+_GIF_COLOURS = 128  # leaves room for transparency, with which Pillow encodes unchanged pixels
 
 
 def render_metadata(steps_per_second: float) -> dict[str, Any]:
-    """Return the metadata of an environment, as gymnasium has it."""
+    """Return the `metadata` of a gymnasium environment."""
     return {"render_modes": list(RENDER_MODES), "render_fps": round(steps_per_second)}
 
 
 def check_render_mode(render_mode: str | None) -> None:
-    """Raise ValueError for a mode that no environment of metarl has."""
+    """Raise ValueError for an unknown render mode."""
     if render_mode is not None and render_mode not in RENDER_MODES:
         raise ValueError(f"render_mode is {render_mode!r}; expected None or {' or '.join(map(repr, RENDER_MODES))}")
 
 
 def check_gl() -> None:
-    """Raise UserError if `MUJOCO_GL` is nothing that MuJoCo knows on this system: it cannot be imported then."""
+    """Raise UserError if `MUJOCO_GL` has a value with which mujoco cannot be imported on this system."""
     chosen = _chosen_gl()
     if chosen not in (*_SWITCHED_OFF, *_DEFAULT, *_OF_SYSTEM.get(platform.system(), ())):
-        cure = ", or set it to egl or osmesa" if platform.system() == "Linux" else ""
-        raise UserError(f"MUJOCO_GL={chosen} is nothing that MuJoCo draws with here; unset it{cure}")
+        alternative = ", or set it to egl or osmesa" if platform.system() == "Linux" else ""
+        raise UserError(f"MUJOCO_GL={chosen} is not supported by MuJoCo on this system; unset it{alternative}")
 
 
 def _chosen_gl() -> str:
@@ -85,18 +82,18 @@ def _chosen_gl() -> str:
 
 
 def choose_gl() -> str:
-    """Return what MuJoCo draws with: `egl`, `osmesa`, `glfw` or, on macOS, `cgl`.
+    """Return the OpenGL backend for MuJoCo: `egl`, `osmesa`, `glfw` or, on macOS, `cgl`.
 
-    `MUJOCO_GL` decides if it is set. Else what was found to work is written there, for whatever else draws in this
-    process and those that it starts. MuJoCo's own `Renderer` reads it when mujoco is imported.
+    `MUJOCO_GL` decides if it is set. Otherwise it is set to the first backend that works, for all later rendering in
+    this process and its children. MuJoCo's own `Renderer` reads it when mujoco is imported.
 
     Raises:
-        UserError: nothing here can draw; the message names what to install, or what to do about `MUJOCO_GL`.
+        UserError: no backend works; the message says what to install, or how to change `MUJOCO_GL`.
     """
     check_gl()
     chosen = _chosen_gl()
     if chosen in _SWITCHED_OFF:
-        raise UserError(f"MUJOCO_GL={chosen} switches drawing off; unset it, or set it to egl or osmesa")
+        raise UserError(f"MUJOCO_GL={chosen} turns rendering off; unset it, or set it to egl or osmesa")
     if platform.system() != "Linux":
         return "cgl" if platform.system() == "Darwin" else "glfw"
     if chosen:
@@ -109,13 +106,13 @@ def choose_gl() -> str:
             os.environ["MUJOCO_GL"] = backend
             return backend
     raise UserError(
-        "no OpenGL here can draw: `apt install libosmesa6`, or libegl1 and a driver for it; only pictures need it"
+        "no OpenGL backend works here: `apt install libosmesa6`, or libegl1 and a driver; only rendering needs it"
     )
 
 
 @functools.cache
 def gl_works(backend: str) -> bool:
-    """Return whether MuJoCo can draw a small scene with a backend, in a process of its own; takes about a second."""
+    """Return whether MuJoCo can draw a small scene with a backend, in a subprocess; takes about a second."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _PROBE],
@@ -130,7 +127,7 @@ def gl_works(backend: str) -> bool:
 
 
 def check_mp4() -> None:
-    """Raise UserError if MP4 cannot be written here: it needs the extra `video`."""
+    """Raise UserError if MP4 cannot be written because the extra `video` is missing."""
     try:
         import imageio_ffmpeg
 
@@ -140,15 +137,15 @@ def check_mp4() -> None:
 
 
 def write_mp4(frames: Iterable[Frame], path: Path, fps: float) -> None:
-    """Write a video (H.264), which appears whole or not at all.
+    """Write an MP4 (H.264), atomically.
 
     Args:
-        frames: `[H, W, 3]` each, alike; H and W even.
-        path: where to; what is there is replaced.
-        fps: frames a second.
+        frames: the frames, `[H, W, 3]` each, of equal size; H and W even.
+        path: the file to write or replace.
+        fps: frames per second.
 
     Raises:
-        UserError: the extra `video` is missing, or nothing can be written there.
+        UserError: the extra `video` is missing, or the file cannot be written.
     """
     check_mp4()
     import imageio_ffmpeg
@@ -170,87 +167,58 @@ def write_mp4(frames: Iterable[Frame], path: Path, fps: float) -> None:
 
 
 def write_gif(frames: Iterable[Frame], path: Path, fps: float, max_bytes: int = GIF_BYTES) -> None:
-    """Write a GIF that runs forever, with at most 10 frames a second, as wide as fits into `max_bytes`.
+    """Write a looping GIF, atomically, with at most 10 frames per second and the largest width that fits `max_bytes`.
 
     Args:
-        frames: `[H, W, 3]` each, alike.
-        path: where to; what is there is replaced.
-        fps: frames a second of `frames`.
-        max_bytes: what it may take; the smallest size that is tried is kept even if it takes more.
+        frames: the frames, `[H, W, 3]` each, of equal size.
+        path: the file to write or replace.
+        fps: frames per second of `frames`.
+        max_bytes: the maximum size of the file; if no size fits, the smallest is written.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: the file cannot be written.
     """
     from PIL import Image
 
     every = max(1, round(fps / _GIF_FPS))
-    pictures = [Image.fromarray(frame) for i, frame in enumerate(frames) if i % every == 0]
+    images = [Image.fromarray(frame) for i, frame in enumerate(frames) if i % every == 0]
     for width, stride in _GIF_SIZES:
-        gif = _gif(pictures[::stride], width, 1000 * every * stride / fps)
+        gif = _encode_gif(images[::stride], width, 1000 * every * stride / fps)
         if len(gif) <= max_bytes:
             break
     with _replacing(path) as temporary:
         temporary.write_bytes(gif)
 
 
-def _gif(pictures: Sequence[Image.Image], width: int, frame_ms: float) -> bytes:
-    """Return a GIF of that width, or of the pictures' own if they are narrower."""
+def _encode_gif(images: Sequence[Image.Image], width: int, frame_ms: float) -> bytes:
+    """Return a GIF of at most `width` pixels, in one palette and without dithering: static regions cost no bytes."""
     from PIL import Image
 
-    wide, high = pictures[0].size
-    width = min(width, wide)
-    size = width, round(high * width / wide)
-    small = [picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures]
-    # One palette for all frames, of a few of them one above another, and no dithering: what stands still stays the
-    # same from frame to frame. An octree keeps the colours of small things, which the median cut gives up.
-    some = small[:: max(1, len(small) // 6)]
-    sample = Image.new("RGB", (size[0], size[1] * len(some)))
-    for i, picture in enumerate(some):
-        sample.paste(picture, (0, i * size[1]))
-    palette = sample.quantize(_GIF_COLOURS, method=Image.Quantize.FASTOCTREE)
-    frames: list[Image.Image] = []
-    durations: list[int] = []
-    shown: NDArray[np.uint8] | None = None
-    duration = 10 * max(2, round(frame_ms / 10))  # a GIF counts in hundredths of a second
-    for picture in small:
-        indexed = picture.quantize(palette=palette, dither=Image.Dither.NONE)
-        wanted = np.asarray(indexed)
-        if shown is not None:
-            if (wanted == shown).all():
-                durations[-1] = min(durations[-1] + duration, _GIF_LONGEST_MS)
-                continue
-            indexed = Image.fromarray(np.where(wanted == shown, _GIF_UNCHANGED, wanted).astype(np.uint8), "P")
-            indexed.putpalette(palette.getpalette() or [])
-        frames.append(indexed)
-        durations.append(duration)
-        shown = wanted
+    full_width, full_height = images[0].size
+    width = min(width, full_width)
+    size = width, round(full_height * width / full_width)
+    resized = [image.resize(size, Image.Resampling.LANCZOS) for image in images]
+    sample = np.concatenate([np.asarray(image) for image in resized[:: max(1, len(resized) // 6)]])
+    # An octree keeps the colours of small objects, unlike the median cut.
+    palette = Image.fromarray(sample).quantize(_GIF_COLOURS, method=Image.Quantize.FASTOCTREE)
+    first, *rest = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in resized)
     target = io.BytesIO()
-    first, *rest = frames
-    first.save(
-        target,
-        "GIF",
-        save_all=True,
-        append_images=rest,
-        duration=durations,
-        loop=0,
-        optimize=False,
-        transparency=_GIF_UNCHANGED,
-        disposal=1,
-    )
+    duration_ms = 10 * max(2, round(frame_ms / 10))  # GIF counts in hundredths of a second
+    first.save(target, "GIF", save_all=True, append_images=rest, duration=duration_ms, loop=0, optimize=True)
     return target.getvalue()
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, which then takes its place; OSError becomes a UserError."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # ffmpeg tells the format by the suffix
+    """Yield a temporary path that then replaces `path`; an OSError becomes a UserError."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # ffmpeg infers the format from the suffix
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # where nothing can be written this says why; ffmpeg would with a screenful
+        temporary.touch()  # fails with a short reason; ffmpeg would print a screenful
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        cause = error.strerror or str(error).partition("\n")[0]  # a screenful from imageio_ffmpeg
+        cause = error.strerror or str(error).partition("\n")[0]  # imageio_ffmpeg raises a screenful
         raise UserError(f"cannot write {path}: {cause}; choose another place") from error
     finally:
         with suppress(OSError):

@@ -1,1 +1,1 @@
-"""Meta-World: its tasks, its environments made fast, their models and scenes."""
+"""Meta-World: tasks, a fast version of the official environments, their models and rendering."""

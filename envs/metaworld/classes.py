@@ -1,4 +1,4 @@
-"""Names of Meta-World's 50 task classes, known without importing the simulator (0.3 s)."""
+"""Names of the 50 Meta-World task classes, available without importing the simulator (0.3 s)."""
 
 from __future__ import annotations
 

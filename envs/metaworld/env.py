@@ -1,10 +1,10 @@
-"""Meta-World 3 (Yu et al. 2019): the ML1, ML10, ML25 and ML45 benchmarks, and lists of tasks of one's own.
+"""Meta-World 3 (Yu et al. 2019): the ML1, ML10, ML25 and ML45 benchmarks, and custom lists of classes.
 
-Owns the tasks and how one environment is built from a `Task`; physics and rewards are those of the `metaworld` package,
-imported at the first use (0.3 s) and never changed. Of metarl it imports `types`, `errors` and `rendering`; no torch.
+Owns the tasks and builds an environment from a `Task`. Physics and rewards are those of the `metaworld` package, which
+is imported at first use (0.3 s) and never changed. Of metarl it imports `types`, `settings`, `errors` and `rendering`.
 
-A goal is a vector that upstream draws from the global `np.random` while it runs 500 physics steps a goal. Here the same
-numbers come from a private stream without physics: a task is rebuilt from its fields alone, at once and bit for bit.
+Upstream draws a goal vector from the global `np.random`, running 500 physics steps for each goal. Here the same numbers
+come from a private stream without physics, so that a task is rebuilt from its fields alone, instantly and bit for bit.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ RewardVersion = Literal["v1", "v2", "sparse"]
 Official = Literal["ML1", "ML10", "ML25", "ML45"]
 
 MULTI_CLASS = ("ML10", "ML25", "ML45")
-"""Benchmarks that name their classes themselves."""
+"""Benchmarks with a fixed list of classes."""
 
 GOALS_PER_CLASS = 50
-"""Goals of each class in each split, as upstream (`metaworld._N_GOALS`)."""
+"""Goals per class in each split, as upstream (`metaworld._N_GOALS`)."""
 
 MAX_HORIZON = 500
-"""Steps after which the official environments refuse to go on."""
+"""Longest episode of the official environments, in steps."""
 
 _NOW = (
     *("hand_x", "hand_y", "hand_z", "gripper_opening"),
@@ -43,7 +43,7 @@ _NOW = (
         for part in ("x", "y", "z", "quaternion_0", "quaternion_1", "quaternion_2", "quaternion_3")
     ),
 )
-"""What is observed of one moment; where a class has one object, the second is zeros."""
+"""Names of the observation of one time step; the second object is zeros in classes with a single object."""
 
 _MIN_DISTANCE = {
     f"{name}-v3": metres
@@ -55,24 +55,24 @@ _MIN_DISTANCE = {
     )
     for name in listed.split()
 }
-"""Metres in the plane between object and goal, below which `reset_model` of that class draws again."""
+"""Minimum distance in m in the plane between object and goal; below it, `reset_model` of the class redraws."""
 
 _FIXED_GOAL = {"sweep-into-v3": (0.0, 0.84)}
-"""Where upstream measures that distance to a constant and not to the goal that was drawn."""
+"""Classes for which upstream measures that distance to a constant instead of the goal."""
 
 
 class MetaWorldConfig(Settings):
     """Meta-World tasks with hidden goals.
 
     - `ML1`: one class, `name`; the held-out tasks are other goals.
-    - `ML10`, `ML25`, `ML45`: held-out tasks are of classes not seen in training. Deviation: upstream's ML25 lists
-      basketball-v3 in both splits; here it is left out of the test split, which leaves four held-out classes.
-    - `custom`: the ML1 tasks of each of `names`, so that one can be rebuilt without the list. Held out are the ML1 test
-      tasks of `test_names` or, without them, those of `names`: other goals.
+    - `ML10`, `ML25`, `ML45`: the held-out tasks are of classes not seen in training. Deviation: upstream's ML25 lists
+      basketball-v3 in both splits; here the test split omits it, which leaves four held-out classes.
+    - `custom`: the ML1 training tasks of each of `names`; a task is an ML1 task, rebuilt without the list. The held-out
+      tasks are the ML1 test tasks of `test_names` or, without them, of `names`: other goals.
     """
 
     family: Literal["metaworld"] = "metaworld"
-    benchmark: Literal[Official, "custom"] = Field("ML1", description="which distribution of tasks")
+    benchmark: Literal[Official, "custom"] = Field("ML1", description="distribution of tasks")
     name: str | None = Field(None, description="the class of ML1, e.g. reach-v3 (ML1 only)")
     names: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = Field(
         (), description="classes to train on (custom only)"
@@ -80,34 +80,34 @@ class MetaWorldConfig(Settings):
     test_names: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = Field(
         (), description="held-out classes (custom only); none: other goals of `names`"
     )
-    horizon: int = Field(MAX_HORIZON, ge=1, le=MAX_HORIZON, description="steps an episode")
+    horizon: int = Field(MAX_HORIZON, ge=1, le=MAX_HORIZON, description="steps per episode")
     reward_version: RewardVersion = Field(
-        "v2", description="Meta-World's reward_function_version, or sparse: 1 where the task is solved, else 0"
+        "v2", description="Meta-World's reward_function_version, or sparse: 1 if the task is solved, else 0"
     )
     seed: int = Field(0, ge=0, le=2**32 - 2, description="seed of the goals")
 
     @model_validator(mode="after")
-    def _names_fit_the_benchmark(self) -> MetaWorldConfig:
+    def _check_names(self) -> MetaWorldConfig:
         if (self.name is None) == (self.benchmark == "ML1"):
             raise ValueError(
-                f"name={self.name!r} with benchmark={self.benchmark!r}: ML1 needs one class, others take none"
+                f"name={self.name!r} with benchmark={self.benchmark!r}: ML1 needs a name, the others have none"
             )
         if bool(self.names) != (self.benchmark == "custom") or (self.test_names and not self.names):
             raise ValueError(
                 f"names={self.names} and test_names={self.test_names} with benchmark={self.benchmark!r}: "
-                "`custom` needs names, the others take neither"
+                "custom needs names, the others have neither"
             )
         listed = [*self.names, *self.test_names, *([self.name] if self.name is not None else [])]
         for name in listed:
             _check_name(name)
-        twice = sorted({name for name in listed if listed.count(name) > 1})
-        if twice:
-            raise ValueError(f"{', '.join(twice)} listed twice; a class is listed once, to train on or held out")
+        duplicates = sorted({name for name in listed if listed.count(name) > 1})
+        if duplicates:
+            raise ValueError(f"{', '.join(duplicates)} listed twice; list each class once, in names or test_names")
         return self
 
 
 class MetaWorldTasks:
-    """The tasks of a `MetaWorldConfig`: a `TaskDistribution`, class by class in upstream's order, 50 goals each."""
+    """The tasks of a `MetaWorldConfig`, 50 goals for each class in upstream's order; a `TaskDistribution`."""
 
     def __init__(self, config: MetaWorldConfig) -> None:
         self.config = config
@@ -119,7 +119,7 @@ class MetaWorldTasks:
 
     @cached_property
     def test_tasks(self) -> list[Task]:
-        """The official test tasks: unseen goals of ML1, goals of unseen classes elsewhere."""
+        """The official test tasks: unseen goals for ML1, goals of unseen classes otherwise."""
         return self._tasks("test")
 
     def _tasks(self, split: str) -> list[Task]:
@@ -143,52 +143,52 @@ class MetaWorldTasks:
         return make(task)
 
     def difficulty(self, task: Task) -> float:
-        """Return how hard a task is; harder is larger.
+        """Return the difficulty of a task; harder is larger.
 
-        Of several classes in `names`, the place in that list: the user orders it from easy to hard. Of one class, the
-        length in metres of the way of the hand: see `way_of_the_hand`.
+        With several classes in `names` it is the position in that list, which the user orders from easy to hard. With
+        one class it is `hand_path_length`.
 
         Raises:
-            ValueError: the classes are the benchmark's own, which are in no order of difficulty.
+            ValueError: the classes are those of a benchmark, which have no order of difficulty.
         """
         config = self.config
         if config.benchmark in MULTI_CLASS:
             raise ValueError(
-                f"the classes of {config.benchmark} are in no order of difficulty; list those of your own from easy to "
-                "hard, as names of benchmark custom"
+                f"the classes of {config.benchmark} have no order of difficulty; set benchmark to custom and "
+                "list names from easy to hard"
             )
-        return float(config.names.index(task.name)) if len(config.names) > 1 else way_of_the_hand(task)
+        return float(config.names.index(task.name)) if len(config.names) > 1 else hand_path_length(task)
 
 
 def make(task: Task, render_mode: str | None = None) -> MetaWorldEnv:
-    """Build the environment of a task from its fields alone; takes about 0.3 s, so reuse it through `set_task`.
+    """Build the environment of a task from its fields alone, in about 0.3 s; reuse it through `set_task`.
 
     Raises:
-        ValueError: a field of the task is not one of this family; the message names it.
+        ValueError: a field of the task is invalid for this family.
     """
     return MetaWorldEnv(task, render_mode)
 
 
 def names() -> dict[str, dict[str, str]]:
-    """Return the benchmarks and classes by name, each with the settings that select it."""
+    """Return the benchmarks and classes by name: name → the settings that select it."""
     return {name: {"benchmark": name} for name in MULTI_CLASS} | {
         name: {"benchmark": "ML1", "name": name} for name in CLASSES
     }
 
 
 def env_id(name: str) -> str | None:
-    """Return the gymnasium id of a class; None for a benchmark, which has many classes."""
+    """Return the gymnasium id of a class; None for a benchmark, which has several classes."""
     return None if name in MULTI_CLASS else f"metarl/{name}"
 
 
 def goal_vector(task: Task) -> FloatArray:
-    """The `rand_vec` of a task, `[D]`: where its object or its goal lies, or both; a pure function of its fields.
+    """Return the `rand_vec` of a task, `[D]`: the position of its object, its goal or both.
 
-    Equal bit for bit to the one in the official benchmark of that seed. As upstream, the test split of ML1 is drawn
-    with `seed + 1`: the held-out goals of one seed are the training goals of the next.
+    It is a pure function of the fields, equal bit for bit to the official benchmark with the same seed. As upstream,
+    the test split of ML1 is drawn with `seed + 1`: the held-out goals of one seed are the training goals of the next.
 
     Raises:
-        ValueError: a field of the task is not one of this family; the message names it.
+        ValueError: a field of the task is invalid for this family.
     """
     if task.family != "metaworld":
         raise ValueError(f"task.family is {task.family!r}; expected 'metaworld'")
@@ -209,29 +209,29 @@ def goal_vector(task: Task) -> FloatArray:
     return goal
 
 
-def way_of_the_hand(task: Task) -> float:
-    """The metres from where the hand starts to where the object is drawn, and from there to where the goal is drawn.
+def hand_path_length(task: Task) -> float:
+    """Return the length in m of the path from the initial hand position to the object and on to the goal.
 
-    The goal is left out in classes that draw none, and the object in the reach classes, where it only stands about.
+    Classes that draw no goal end at the object. The reach classes skip the object, which plays no role there.
     """
-    places = goal_vector(task).reshape(-1, 3)
-    places = np.vstack([_hand_start(task.name), places[-1:] if task.name.startswith("reach") else places])
-    return float(np.linalg.norm(np.diff(places, axis=0), axis=1).sum())
+    points = goal_vector(task).reshape(-1, 3)
+    points = np.vstack([_hand_start(task.name), points[-1:] if task.name.startswith("reach") else points])
+    return float(np.linalg.norm(np.diff(points, axis=0), axis=1).sum())
 
 
 class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
-    """One official environment with the goal hidden, held by composition.
+    """One official environment with a hidden goal.
 
-    Observations `[39]` float64: hand and gripper (4) and objects (14) now, the same 18 one step ago, and three zeros
-    where the goal would be. Actions `[4]` in ±1: the hand's displacement and the gripper's effort.
+    Observations `[39]` float64: hand and gripper (4) and objects (14), the same 18 at the previous step, and three
+    zeros in place of the goal. Actions `[4]` in ±1: the displacement of the hand and the effort of the gripper.
 
-    It truncates at the task's horizon and never terminates, not even upon success.
+    An episode is truncated at the horizon of the task and never terminates, not even on success.
 
     Attributes:
-        task: the task that it is aimed at.
+        task: the current task.
         render_mode: `rgb_array` or None.
-        observation_names: `[39]`, what each entry of an observation is. Quaternions are in the order of the class.
-        action_names: `[4]`.
+        observation_names: `[39]`, the name of each entry of an observation. The class orders its quaternions.
+        action_names: `[4]`, the name of each entry of an action.
         dt: the control period in s.
     """
 
@@ -250,13 +250,15 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         self.set_task(task)
 
     def set_task(self, task: Task) -> None:
-        """Change to another task of the same class without compiling the model again; ends the episode in progress.
+        """Switch to another task of the same class without recompiling the model; call `reset` next.
 
         Raises:
-            ValueError: the task is of another class, or a field of it is not one of this family.
+            ValueError: the task is of another class, or a field is invalid for this family.
         """
         if task.name != self.task.name:
-            raise ValueError(f"task.name is {task.name!r}, the environment is of {self.task.name!r}; use make(task)")
+            raise ValueError(
+                f"task.name is {task.name!r}; this environment is built for {self.task.name!r}: call make(task)"
+            )
         horizon, reward_version = _options(task)
         official, self._sparse = self._official, reward_version == "sparse"
         official._last_rand_vec = goal_vector(task).copy()
@@ -268,7 +270,7 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[FloatArray, dict[str, Any]]:
-        """Begin an episode: a pure function of the task. The seed has no effect on it, as upstream."""
+        """Begin an episode, a pure function of the task; as upstream, the seed has no effect."""
         super().reset(seed=seed)
         observation, info = self._official.reset()
         self._steps_left = self._horizon
@@ -278,11 +280,12 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         """Take one official step, 5 × 0.0025 s.
 
         Returns:
-            The observation `[39]`, reward, False, whether the horizon is reached, upstream's info (`success`: 0 or 1).
+            The observation `[39]`, the reward, terminated (always False), truncated (at the horizon), and upstream's
+            info with `success`, 0 or 1.
 
         Raises:
             gymnasium.error.ResetNeeded: the episode has ended, or none has begun.
-            FloatingPointError: the physics diverged, or the action is not finite; upstream would go on from a
+            FloatingPointError: the physics diverged, or the action is not finite; upstream would continue from a
                 simulation that MuJoCo has silently reset.
         """
         if self._steps_left == 0:
@@ -297,13 +300,13 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         return observation, info["success"] if self._sparse else float(reward), False, self._steps_left == 0, info
 
     def render(self) -> NDArray[np.uint8] | None:
-        """Return a picture `[360, 480, 3]`, the goal a yellow ball, or None if `render_mode` is None.
+        """Return an image `[360, 480, 3]` with the goal as a yellow ball, or None if `render_mode` is None.
 
-        The first one compiles the official model (0.2 s).
+        The first call compiles the official model (0.2 s).
 
         Raises:
             gymnasium.error.ResetNeeded: no episode has begun.
-            UserError: nothing here can draw; see `metarl.envs.drawing.rendering`.
+            UserError: no OpenGL backend works; see `metarl.envs.drawing.rendering`.
         """
         if self.render_mode is None:
             return None
@@ -317,7 +320,7 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         return image
 
     def close(self) -> None:
-        """Nothing stays behind; calling it twice is fine."""
+        """Free all resources; calling it twice is fine."""
         self._official.close()
         if self._scene is not None:
             self._scene.close()
@@ -325,14 +328,14 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
 
 
 def _build(task: Task) -> Any:
-    """The one place where an official environment is created."""
+    """Create the official environment of a task; the only function that does."""
     from metarl.envs.metaworld.fast import fast_class
 
-    goal_vector(task)  # names a wrong field before the model is compiled
+    goal_vector(task)  # validates the task before the model is compiled
     _, reward_version = _options(task)
     official = fast_class(_official_class(task.name))(reward_function_version=_official_version(reward_version))
     official._partially_observable = True
-    official.__dict__.pop("sawyer_observation_space", None)  # cached, and a step clips to it: it must know of that
+    official.__dict__.pop("sawyer_observation_space", None)  # cached with a visible goal, and steps clip to it
     return official
 
 
@@ -371,16 +374,16 @@ def _official_classes(benchmark: str, split: str) -> tuple[str, ...]:
 
 @cache
 def _classes(benchmark: str, split: str) -> tuple[str, ...]:
-    """The official classes of a split, but those that are trained on too."""
-    seen = _official_classes(benchmark, "train") if split == "test" else ()
-    return tuple(name for name in _official_classes(benchmark, split) if name not in seen)
+    """Return the official classes of a split; the test split without any training class."""
+    excluded = _official_classes(benchmark, "train") if split == "test" else ()
+    return tuple(name for name in _official_classes(benchmark, split) if name not in excluded)
 
 
 @lru_cache(maxsize=256)
 def _goals(classes: tuple[str, ...], seed: int) -> dict[str, FloatArray]:
-    """What `metaworld._make_tasks` draws for `classes` in turn: `[50, D]` each, read-only.
+    """Return the goals that `metaworld._make_tasks` draws for each class in turn, `[50, D]`, read-only.
 
-    Upstream's `reset` calls `reset_model` twice, and each draws until the vector is valid; the last one is the goal.
+    Upstream's `reset` calls `reset_model` twice. Each call draws until the vector is valid; the second gives the goal.
     """
     rng = np.random.RandomState(seed)  # the stream of np.random.seed(seed)
     goals = {}
@@ -404,24 +407,24 @@ def _draw(name: str, box: gymnasium.spaces.Box, rng: np.random.RandomState) -> F
 
 @cache
 def _reset_box(name: str) -> gymnasium.spaces.Box:
-    """The bounds of a class's `rand_vec`, object before goal, `[3]` or `[6]`."""
+    """Return the bounds of the `rand_vec` of a class, object before goal, `[3]` or `[6]`."""
     box: gymnasium.spaces.Box = _without_robot(name)._random_reset_space
     return box
 
 
 @cache
 def _hand_start(name: str) -> FloatArray:
-    """Where the hand of a class starts, `[3]`."""
+    """Return the initial hand position of a class, `[3]`."""
     return np.array(_without_robot(name).hand_init_pos, dtype=np.float64)
 
 
 def _without_robot(name: str) -> Any:
-    """An environment of a class after its constructor, run without compiling the robot's model; good for constants."""
+    """Return an environment of a class built without compiling the robot's model: only its constants are valid."""
     import mujoco
     from metaworld.sawyer_xyz_env import SawyerMocapBase
 
     class WithoutRobot(SawyerMocapBase):
-        """Stands between `SawyerXYZEnv` and the constructor that would load its XML."""
+        """Replaces the base class whose constructor would load the XML."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.model = mujoco.MjModel.from_xml_string(
@@ -433,4 +436,4 @@ def _without_robot(name: str) -> Any:
             return np.zeros(3)
 
     no_observation = {"_get_curr_obs_combined_no_goal": lambda self: np.zeros(18)}
-    return type("Bare", (_official_class(name), WithoutRobot), no_observation)()
+    return type("ConstantsOnly", (_official_class(name), WithoutRobot), no_observation)()

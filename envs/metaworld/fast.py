@@ -1,20 +1,20 @@
 """The official Sawyer environments of Meta-World, several times faster and equal bit for bit.
 
-`fast_class` makes a subclass of an official one. The official text stays the source of every reward, observation and
-reset: its functions run again over other globals, in which the helpers that cost most are replaced by ones that return
-the same bits. The metaworld package itself is not changed. Where the time is saved:
+`fast_class` derives a subclass from an official class. Every reward, observation and reset still comes from the
+official source: its functions are rebuilt over new globals, in which the slowest helpers are replaced by faster ones
+that return the same bits. The metaworld package itself is not changed. Time is saved because
 
-- bodies, geoms and sites are looked up once by name, and their arrays are live views;
-- norms, tolerances and rotations of single vectors leave out what numpy and scipy do around them (`sawyer_text.py`);
-- the model has lost what is only drawn: meshes, textures, lights, cameras (`sawyer_model.py`);
-- the first of five substeps takes over the positions and contacts of the last forward pass, as only the hand's target
-  has moved since; forces that nothing reads (`mj_rnePostConstraint`) are not computed;
-- a reset is a pure function of the task: the second one of a task restores what the first one left.
+- bodies, geoms and sites are looked up by name once, and their arrays are live views;
+- norms, tolerances and rotations of single vectors skip the overhead of numpy and scipy (`fast_functions.py`);
+- the model has no visual elements: meshes, textures, lights, cameras (`model.py`);
+- the first of five substeps reuses the positions and contacts of the last forward pass, since only the target of the
+  hand has moved; forces that nothing reads (`mj_rnePostConstraint`) are not computed;
+- a reset is a pure function of the task: the second reset of a task restores a snapshot of the first.
 
 Numbers keep their types: float32 actions multiply into rewards, so a Python float in place of a `np.float64` would
-round elsewhere. `tests/envs/test_metaworld_parity.py` compares all 50 tasks with the untouched package.
+round differently. `tests/envs/metaworld/test_parity.py` compares all 50 tasks with the unchanged package.
 
-Of metarl it imports its two helpers alone.
+Of metarl it imports only `fast_functions` and `model`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SUBSTEPS = 5
 """Physics steps of 0.0025 s in one environment step."""
 
 MAX_SNAPSHOTS = 500
-"""States after a reset that a class remembers, a few kB each; the oldest go first."""
+"""Snapshots kept per class, a few kB each; the oldest are dropped first."""
 
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 _POSITIONS = mujoco.mjtStage.mjSTAGE_POS.value
@@ -48,23 +48,25 @@ _HAND_LOW, _HAND_HIGH = SawyerXYZEnv._HAND_SPACE.low.tolist(), SawyerXYZEnv._HAN
 
 @cache
 def fast_class(official: Any) -> Any:
-    """Return a subclass of an official environment class that does the same, faster.
+    """Return a faster subclass of an official environment class with the same results.
 
-    Differences that no caller of `step` and `reset` sees: there is nothing to render, it is built again and not copied,
-    and the simulation's state is changed through `reset`, `set_state` and `step` alone (the next step relies on it).
+    It cannot render or be copied, and only `reset`, `set_state` and `step` may change the state of the simulation,
+    since the next step relies on it.
 
-    Its `step` raises ValueError for an action that is not `[4]`, and FloatingPointError for one that is NaN or infinite
-    and where the physics diverges; upstream goes on from a simulation that MuJoCo has silently reset.
+    Its `step` raises ValueError for an action that is not `[4]`, and FloatingPointError if the action is not finite or
+    the physics diverges; upstream would continue from a simulation that MuJoCo has silently reset.
     """
     functions = {name: rebuilt(value) for name, value in vars(official).items() if name != "__init__"}
     changed = {name: value for name, value in functions.items() if value is not vars(official)[name]}
     fast = type(official.__name__, (_Fast, official), {**changed, "_snapshots": {}})
-    fast_globals(official.__module__)[official.__name__] = fast  # the text calls static methods by its class's name
+    fast_globals(official.__module__)[official.__name__] = (
+        fast  # its source calls static methods through the class name
+    )
     return fast
 
 
-class _Named:
-    """What `MjData.body(name)` and its like return, each array of it fetched once: they are live views."""
+class _CachedAccessor:
+    """Result of `MjData.body(name)` and the like that fetches each array once; the arrays are live views."""
 
     def __init__(self, accessor: Any) -> None:
         self.__dict__["_accessor"] = accessor
@@ -77,23 +79,24 @@ class _Named:
         setattr(self._accessor, name, value)
 
 
-class _ByName(dict[str, _Named]):
+class _AccessorCache(dict[str, _CachedAccessor]):
     def __init__(self, find: Callable[[str], Any]) -> None:
         super().__init__()
         self._find = find
 
-    def __missing__(self, name: str) -> _Named:
-        named = self[name] = _Named(self._find(name))
-        return named
+    def __missing__(self, name: str) -> _CachedAccessor:
+        accessor = self[name] = _CachedAccessor(self._find(name))
+        return accessor
 
 
-class _NamedData:
-    """An `MjData` that looks bodies, geoms, sites and joints up by name once."""
+class _CachedData:
+    """An `MjData` that looks up each body, geom, site and joint by name once."""
 
     def __init__(self, data: Any) -> None:
         self.__dict__["_data"] = data
-        self.__dict__["named"] = {kind: _ByName(getattr(data, kind)) for kind in ("body", "geom", "site", "joint")}
-        for kind, by_name in self.named.items():
+        kinds = ("body", "geom", "site", "joint")
+        self.__dict__["accessors"] = {kind: _AccessorCache(getattr(data, kind)) for kind in kinds}
+        for kind, by_name in self.accessors.items():
             self.__dict__[kind] = by_name.__getitem__
 
     def __getattr__(self, name: str) -> Any:
@@ -104,7 +107,7 @@ class _NamedData:
 
 
 class _Simulation:
-    """MuJoCo's model and data of one environment, and the arrays of it that each step reads or writes."""
+    """MuJoCo model and data of one environment, and the arrays that every step reads or writes."""
 
     def __init__(self, model: Any, low: NDArray[np.float64], high: NDArray[np.float64]) -> None:
         self.model, self.data = model, mujoco.MjData(model)
@@ -112,17 +115,17 @@ class _Simulation:
         self.hand = self.data.body("hand").xpos
         self.right_claw, self.left_claw = self.data.body("rightclaw").xpos, self.data.body("leftclaw").xpos
         self.low, self.high = low.tolist(), high.tolist()
-        self.forwarded = False  # whether the last thing done was a forward pass at the present state
-        self.hand_inside = False  # whether the hand, one step ago, was inside the observation space
+        self.forwarded = False  # whether the last operation was a forward pass at the current state
+        self.hand_inside = False  # whether the hand was inside the observation space one step ago
         self.time_s = 0.0
 
     def silence(self) -> None:
-        """Keep MuJoCo from printing warnings and writing MUJOCO_LOG.TXT, which it does at the first of each kind."""
+        """Suppress MuJoCo's output: it prints the first warning of each kind and writes it to MUJOCO_LOG.TXT."""
         self.data.warning.number[:] = 1
 
 
 class _Snapshot:
-    """What a reset leaves: the physics, the parts of the model that resets move, and the attributes it assigned."""
+    """State after a reset: the physics, the model fields that resets change, and the assigned attributes."""
 
     def __init__(self, env: _Fast, assigned: set[str], observation: NDArray[np.float64]) -> None:
         model, data = env._sim.model, env._sim.data
@@ -131,9 +134,9 @@ class _Snapshot:
         self._model = [(field, getattr(model, field).copy()) for field in ("body_pos", "site_pos")]
         views = {
             id(view): (kind, name, attribute)
-            for kind, by_name in env.data.named.items()
-            for name, named in by_name.items()
-            for attribute, view in vars(named).items()
+            for kind, by_name in env.data.accessors.items()
+            for name, accessor in by_name.items()
+            for attribute, view in vars(accessor).items()
             if type(view) is np.ndarray
         }
         values = {name: vars(env)[name] for name in assigned}
@@ -142,13 +145,13 @@ class _Snapshot:
         self._observation = observation.copy()
 
     def restore(self, env: _Fast) -> NDArray[np.float64]:
-        """Put an environment of the same class into this state, and return the observation."""
+        """Restore this state in an environment of the same class, and return the observation."""
         model, data = env._sim.model, env._sim.data
         for field, values in self._model:
             getattr(model, field)[:] = values
         mujoco.mj_setState(model, data, self._state, _STATE)
         mj_forward(model, data)
-        mujoco.mj_setState(model, data, self._state, _STATE)  # the pass has changed where the solver starts from
+        mujoco.mj_setState(model, data, self._state, _STATE)  # the pass has changed the warm start of the solver
         for name, value in self._values.items():
             setattr(env, name, copy.copy(value))
         for name, (kind, key, attribute) in self._views.items():
@@ -157,7 +160,7 @@ class _Snapshot:
 
 
 class _Fast:
-    """The methods of `SawyerXYZEnv` and gymnasium's `MujocoEnv` that are done otherwise; comes first in the bases."""
+    """Mixin that overrides methods of `SawyerXYZEnv` and gymnasium's `MujocoEnv`; the first base class."""
 
     _snapshots: dict[Any, _Snapshot]
     _sim: _Simulation
@@ -166,11 +169,11 @@ class _Fast:
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.data = _NamedData(self._sim.data)
+        self.data = _CachedData(self._sim.data)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse to be copied and pickled: live views would stay those of the original."""
-        raise TypeError(f"{type(self).__name__} cannot be copied; build another one with metarl.envs.make(task)")
+        """Refuse to copy and to pickle: live views would still refer to the original."""
+        raise TypeError(f"{type(self).__name__} cannot be copied; build a new one with metarl.envs.make(task)")
 
     def _initialize_simulation(self: Any) -> tuple[Any, Any]:
         model = copy.copy(model_without_visuals(self.fullpath))
@@ -178,7 +181,7 @@ class _Fast:
         return model, self._sim.data
 
     def set_state(self, qpos: NDArray[np.float64], qvel: NDArray[np.float64]) -> None:
-        """As gymnasium's `MujocoEnv.set_state`."""
+        """Same as gymnasium's `MujocoEnv.set_state`."""
         self._sim.data.qpos[:], self._sim.data.qvel[:] = qpos, qvel
         mj_forward(self.model, self._sim.data)
 
@@ -189,7 +192,7 @@ class _Fast:
     def reset(
         self: Any, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float64], dict[str, Any]]:
-        """As `SawyerXYZEnv.reset`; a goal set by a task is reached from a snapshot from its second reset on."""
+        """Same as `SawyerXYZEnv.reset`; from the second reset of a task on, restore a snapshot."""
         self._sim.forwarded = self._sim.hand_inside = False
         self.curr_path_length = 0
         if not self._freeze_rand_vec:
@@ -199,7 +202,7 @@ class _Fast:
             if key in self._snapshots:
                 observation = self._snapshots[key].restore(self)
             else:
-                assigned, observation = _recorded(self, self._official_reset)
+                assigned, observation = _record_assignments(self, self._official_reset)
                 self._snapshots[key] = _Snapshot(self, assigned, observation)
                 if len(self._snapshots) > MAX_SNAPSHOTS:
                     del self._snapshots[next(iter(self._snapshots))]
@@ -209,7 +212,7 @@ class _Fast:
         return observation, {}
 
     def _official_reset(self: Any) -> NDArray[np.float64]:
-        """The two calls of `reset_model`, the second from MuJoCo's initial state."""
+        """Call `reset_model` twice, the second time from MuJoCo's initial state."""
         self.reset_model()
         mujoco.mj_resetData(self.model, self._sim.data)
         observation: NDArray[np.float64] = self.reset_model().astype(np.float64)
@@ -217,7 +220,7 @@ class _Fast:
         return observation
 
     def step(self: Any, action: NDArray[np.float32]) -> tuple[NDArray[np.float64], Any, bool, bool, dict[str, Any]]:
-        """As `SawyerXYZEnv.step`."""
+        """Same as `SawyerXYZEnv.step`."""
         if not self._set_task_called:
             raise RuntimeError("You must call env.set_task before using env.step")
         if self.curr_path_length >= self.max_path_length:
@@ -229,7 +232,7 @@ class _Fast:
         return observation, reward, False, self.curr_path_length == self.max_path_length, info
 
     def _simulate(self: Any, action: NDArray[np.float32]) -> None:
-        """`set_xyz_action`, `do_simulation` and the forward pass after them."""
+        """Same as `set_xyz_action`, `do_simulation` and the forward pass after them."""
         if np.shape(action) != (4,):
             raise ValueError(f"action has shape {np.shape(action)}; expected (4,)")
         delta = np.asarray(action)[:3]
@@ -239,7 +242,7 @@ class _Fast:
             if not np.isfinite(action).all():
                 raise FloatingPointError(f"action {action} is not finite")
             delta = np.clip(delta, -1, 1)
-        dx, dy, dz = (delta * self.action_scale).tolist()  # in the type of the action, as upstream
+        dx, dy, dz = (delta * self.action_scale).tolist()  # in the dtype of the action, as upstream
         sim = self._sim
         model, data, mocap, low, high = sim.model, sim.data, sim.mocap, sim.low, sim.high
         x, y, z = mocap.tolist()
@@ -248,8 +251,8 @@ class _Fast:
         mocap[2] = min(max(z + dz, low[2]), high[2])
         sim.ctrl[0], sim.ctrl[1] = effort, -effort
         if sim.forwarded:
-            # Since the last forward pass only the target of the hand and the controls have changed. Of what depends on
-            # positions, they enter through the weld between target and hand alone.
+            # Since the last forward pass, only the target of the hand and the controls have changed. Among the
+            # quantities that depend on positions, they affect only the weld between target and hand.
             mj_kinematics(model, data)
             mj_makeConstraint(model, data)
             mj_forwardSkip(model, data, _POSITIONS, False)
@@ -260,13 +263,13 @@ class _Fast:
             data.mocap_quat[0] = (1, 0, 1, 0)
             mj_step(model, data, SUBSTEPS)
         mj_forward(model, data)
-        if data.time <= sim.time_s:  # MuJoCo has found NaN or a huge number, and begun anew
+        if data.time <= sim.time_s:  # MuJoCo found NaN or a huge number, and reset itself
             sim.forwarded = False
             raise FloatingPointError(f"the physics of {type(self).__name__} diverged; drop the episode")
         sim.forwarded, sim.time_s = True, data.time
 
     def _observe(self: Any) -> NDArray[np.float64]:
-        """`_get_obs` and the clipping after it."""
+        """Same as `_get_obs` and the clipping after it."""
         observation = np.zeros(39)
         x, y, z = self._observe_now(observation)
         observation[18:36] = self._prev_obs
@@ -279,19 +282,19 @@ class _Fast:
         )
         if not self._partially_observable:
             observation[36:] = self._get_pos_goal()
-        if not (inside and sim.hand_inside and self._partially_observable):  # the space has no other finite bounds
+        if not (inside and sim.hand_inside and self._partially_observable):  # no other bound is finite
             space = self.sawyer_observation_space
             np.clip(observation, space.low, space.high, out=observation)
         sim.hand_inside = inside
         return observation
 
     def _observe_now(self: Any, observation: NDArray[np.float64]) -> Any:
-        """Write the first 18 entries, and return where the hand is."""
+        """Write the first 18 entries, and return the position of the hand."""
         sim = self._sim
         x, y, z = hand = sim.hand.tolist()
         observation[0], observation[1], observation[2] = x, y, z
-        apart = sim.right_claw - sim.left_claw
-        observation[3] = min(sqrt(apart.dot(apart)) / 0.1, 1.0)
+        gap = sim.right_claw - sim.left_claw
+        observation[3] = min(sqrt(gap.dot(gap)) / 0.1, 1.0)
         positions, quaternions = self._get_pos_objects(), self._get_quat_objects()
         if len(positions) == 3:
             observation[4:7] = positions
@@ -310,7 +313,7 @@ class _Fast:
         return int(self.data.geom("objGeom").id)
 
     def touching_object(self, object_geom_id: int) -> bool:
-        """As `SawyerXYZEnv.touching_object`: whether both pads press upon a geom."""
+        """Same as `SawyerXYZEnv.touching_object`: return whether both pads press on a geom."""
         data = self._sim.data
         if data.ncon == 0:
             return False
@@ -335,7 +338,7 @@ class _Fast:
         high_density: bool = False,
         medium_density: bool = False,
     ) -> Any:
-        """As `SawyerXYZEnv._gripper_caging_reward`, term by term, on numbers instead of arrays."""
+        """Same as `SawyerXYZEnv._gripper_caging_reward`, term by term, on scalars instead of arrays."""
         if high_density and medium_density:
             raise ValueError("Can only be either high_density or medium_density")
         product = official_rewards.hamacher_product
@@ -372,8 +375,8 @@ class _Fast:
         return caging_and_gripping
 
 
-def _recorded(env: Any, call: Callable[[], Any]) -> tuple[set[str], Any]:
-    """Call, and return the names of the attributes of `env` that it assigned, and what it returned."""
+def _record_assignments(env: Any, call: Callable[[], Any]) -> tuple[set[str], Any]:
+    """Return the names of the attributes of `env` that `call` assigns, and its result."""
     assigned: set[str] = set()
 
     class Recording(type(env)):  # type: ignore[misc]

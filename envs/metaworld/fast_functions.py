@@ -1,6 +1,6 @@
-"""The helpers over which the official text of Meta-World runs again: the same bits, without numpy's overhead.
+"""Fast helpers for the official source of Meta-World: the same bits, without the overhead of numpy and scipy.
 
-Of metarl it imports nothing.
+Imports nothing of metarl.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 
 def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:
-    """`np.linalg.norm`: the root of the same dot product."""
+    """Same as `np.linalg.norm`: the root of the same dot product."""
     if type(x) is not np.ndarray or x.ndim != 1 or (ord is not None and ord != 2) or axis is not None or keepdims:
         return np.linalg.norm(x, ord, axis, keepdims)
     x = x.ravel()
@@ -52,7 +52,7 @@ def tolerance(
     sigmoid: str = "gaussian",
     value_at_margin: float = _AT_MARGIN,
 ) -> Any:
-    """`reward_utils.tolerance` of one number, for the settings that rewards use; upstream's own for all others."""
+    """Same as `reward_utils.tolerance`; faster for scalars with the settings that rewards use."""
     low, high = bounds
     if type(x) is np.ndarray or not margin > 0 or low > high or value_at_margin != _AT_MARGIN:
         return official_rewards.tolerance(x, bounds, margin, sigmoid, value_at_margin)  # type: ignore[arg-type]
@@ -67,11 +67,11 @@ def tolerance(
 
 
 class _Rotation:
-    """`scipy.spatial.transform.Rotation`, as far as the official text uses it."""
+    """The part of `scipy.spatial.transform.Rotation` that the official source uses."""
 
     @staticmethod
     def from_matrix(matrix: NDArray[np.float64]) -> _Rotation:
-        """Of a rotation matrix `[3, 3]` from MuJoCo, so orthogonal: scipy's check of that is left out."""
+        """Return the rotation of a matrix `[3, 3]`, without scipy's check: MuJoCo's matrices are orthogonal."""
         rotation = _Rotation()
         rotation._matrix = matrix
         return rotation
@@ -106,7 +106,7 @@ _REPLACED = {
 
 @cache
 def fast_globals(module: str) -> dict[str, Any]:
-    """The globals over which the functions of an official module run: its own, with the costly helpers replaced."""
+    """Return the globals of an official module with the slow helpers replaced."""
     official = vars(sys.modules[module])
     return {**official, **{name: value for name, value in _REPLACED.items() if name in official}}
 
@@ -115,7 +115,7 @@ _REQUIRES_TASK = SawyerXYZEnv._Decorators.assert_task_is_set(lambda: None).__cod
 
 
 def rebuilt(value: Any) -> Any:
-    """The same function over fast globals; without upstream's check for a task, which `step` makes."""
+    """Return the same function over fast globals, without upstream's check for a task, which `step` performs."""
     if isinstance(value, staticmethod):
         return staticmethod(rebuilt(value.__func__))
     if isinstance(value, property):

@@ -1,6 +1,6 @@
-"""Pictures of Meta-World: the official model with all that is drawn, in the pose of one that has lost it.
+"""Rendering of Meta-World: the full official model, in the state of the fast model, which has no visual elements.
 
-Of metarl it imports `camera` alone.
+Of metarl it imports only `camera`.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from numpy.typing import NDArray
 from metarl.envs.drawing.camera import Camera, View, ball
 
 VIEW = View(distance=1.42, azimuth=155.0, elevation=-28.0)
-"""From the robot's left. The cameras of the official models stand upside down in the MuJoCo of today."""
+"""View from the left of the robot. The cameras of the official models are upside down in current MuJoCo."""
 
 LOOKAT = np.array([0.0, 0.6, 0.16])
-"""Metres: above the middle of the table."""
+"""A point above the centre of the table, in m."""
 
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 
 
 class SawyerScene:
-    """Draws one environment of `sawyer.py`, with a ball where its goal is.
+    """Renderer of a fast environment (`fast.py`), with a ball at the goal.
 
     Args:
-        official: the environment; the scene is good for all tasks of its class.
+        official: the environment; the scene renders any task of its class.
     """
 
     def __init__(self, official: Any) -> None:
         self._model = mujoco.MjModel.from_xml_path(official.fullpath)
-        assert _names(self._model) == _names(official.model), "bodies or sites are others than in the fast model"
-        # Some classes leave their own marks of the goal at other places than the goal.
+        assert _names(self._model) == _names(official.model), "bodies, sites or joints differ from the fast model"
+        # Some classes place their own goal markers away from the goal.
         for site, _ in official._target_site_config:
             self._model.site(site).rgba[3] = 0.0
         self._data = mujoco.MjData(self._model)
@@ -40,9 +40,9 @@ class SawyerScene:
         self._camera = Camera(self._model, VIEW)
 
     def render(self, official: Any) -> NDArray[np.uint8]:
-        """Return `[H, W, 3]` of the environment that the scene was made for; nothing of it changes."""
+        """Return an image `[H, W, 3]` of `official`, which is not changed."""
         fast = official._sim
-        for field in ("body_pos", "site_pos"):  # what resets move
+        for field in ("body_pos", "site_pos"):  # changed by resets
             getattr(self._model, field)[:] = getattr(fast.model, field)
         mujoco.mj_getState(fast.model, fast.data, self._state, _STATE)
         mujoco.mj_setState(self._model, self._data, self._state, _STATE)
@@ -50,7 +50,7 @@ class SawyerScene:
         return self._camera.render(self._data, LOOKAT, [ball(official._target_pos[:3], 0.02)])
 
     def close(self) -> None:
-        """Free what OpenGL holds."""
+        """Free OpenGL resources."""
         self._camera.close()
 
 

@@ -1,1 +1,1 @@
-"""MuJoCo families: their tasks, bodies, and names of observations and actions."""
+"""MuJoCo families: tasks, bodies, environments, and names of observations and actions."""

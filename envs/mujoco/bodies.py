@@ -1,6 +1,6 @@
 """Definitions of the MuJoCo locomotion families: body, observation, reward, termination, camera.
 
-`env.py` steps them. Imports neither torch nor the rest of metarl but `types` and the drawing of `metarl.envs`.
+`env.py` steps them. Imports neither torch nor the rest of metarl except `types` and the drawing of `metarl.envs`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 
 @functools.cache
 def nominal_model(xml: str) -> Any:
-    """Return the compiled model of an asset; it is shared, so never change it."""
+    """Return the compiled model of an asset; it is shared, so do not modify it."""
     return mujoco.MjModel.from_xml_path(str(_ASSETS / xml))
 
 
@@ -80,13 +80,13 @@ def _draw_goal(rng: np.random.Generator, task: Task, config: MujocoConfig) -> Pa
 
 
 def draw_multipliers(rng: np.random.Generator, task: Task, config: MujocoConfig) -> Parameters:
-    """Draw the multipliers of a RandParams task, each array in its shape; ones where it is not scaled."""
+    """Draw the multipliers of a RandParams task, in the shape of each array; ones for arrays that are not scaled."""
     model = nominal_model(SPECS[task.benchmark].xml)
     # All arrays are drawn, scaled or not, so that the multipliers of one do not depend on the others.
-    drawn = {
+    multipliers = {
         field: base ** rng.uniform(-3.0, 3.0, getattr(model, field).shape) for field, base in SCALED_PARAMETERS.items()
     }
-    return {field: value if field in config.scaled else np.ones_like(value) for field, value in drawn.items()}
+    return {field: value if field in config.scaled else np.ones_like(value) for field, value in multipliers.items()}
 
 
 def _ant_names(model: Any) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
-"""MuJoCo locomotion environments: one body from gymnasium's v5 environments, aimed at one task.
+"""MuJoCo locomotion environments: one body from gymnasium's v5 environments and one task.
 
 The tasks are in `tasks.py`, the differences between the families in `bodies.py`. Imports neither torch nor the rest of
-metarl but `types`, `settings`, `errors` and the drawing of `metarl.envs`.
+metarl except `types`, `settings`, `errors` and the drawing of `metarl.envs`.
 
-MuJoCo is stepped directly, without gymnasium's environment classes, and equals them bit for bit: the first observation
-after `reset(seed=...)`, every observation, every reward where the definitions coincide, and `terminated`.
+MuJoCo is stepped directly, without gymnasium's environment classes. The results equal theirs bit for bit: the first
+observation after `reset(seed=...)`, every observation, every reward where the definitions coincide, and `terminated`.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ def parameters(task: Task) -> Parameters:
 
 
 def difficulty(task: Task) -> float:
-    """Return how far `task` is from what its body does most easily; harder is larger. Pure, like `parameters`.
+    """Return the difficulty of `task`; harder is larger. A pure function, like `parameters`.
 
     Returns:
-        The angle in rad between the direction and the one in which the body faces, +x: 0 for HalfCheetahDir-forward,
-        π for backward; the target speed in m/s, regardless of sign; the distance of the goal from the start in m; or
-        for RandParams the root mean square of the logarithms of the multipliers of the scaled arrays, except where the
-        array is zero and a multiplier has no effect.
+        The angle in rad between the direction and +x, where the body faces (0 for HalfCheetahDir-forward, π for
+        backward); the absolute target speed in m/s; the distance of the goal from the start in m; or, for RandParams,
+        the root mean square of the logarithms of the multipliers of the scaled arrays, without the elements that are
+        zero, on which a multiplier has no effect.
     """
-    drawn = parameters(task)
-    aim = next(iter(drawn.values()))
-    if "direction" in drawn:
+    hidden = parameters(task)
+    aim = next(iter(hidden.values()))
+    if "direction" in hidden:
         return float(np.arccos(np.ravel(aim)[0]))
-    if len(drawn) == 1:
+    if len(hidden) == 1:
         return float(np.linalg.norm(aim))
     nominal = nominal_model(SPECS[task.benchmark].xml)
     scaled = task_config(task).scaled
-    logs = np.concatenate([np.log(drawn[field][getattr(nominal, field) != 0]) for field in scaled])
+    logs = np.concatenate([np.log(hidden[field][getattr(nominal, field) != 0]) for field in scaled])
     return float(np.sqrt(np.mean(np.square(logs))))
 
 
 class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
-    """One body, aimed at one task; `set_task` switches to another of the same class without recompiling the model.
+    """One body with one task; `set_task` switches to another task of the same class without recompiling the model.
 
     Observations are float64 `[O]`. `info` is empty: these families define no success.
 
@@ -96,22 +96,22 @@ class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
     def set_task(self, task: Task) -> None:
         """Switch to `task`; call `reset` next.
 
-        RandParams scale the arrays of the nominal model, so the previous task has no effect. As in rand_param_envs only
-        these arrays change: values that the compiler derived from the nominal masses stay (`body_subtreemass`,
+        RandParams scale the arrays of the nominal model, so the previous task has no effect. As in rand_param_envs,
+        only these arrays change: values that the compiler derived from the nominal masses stay (`body_subtreemass`,
         `dof_M0`, and `body_invweight0` and `dof_invweight0`, which set how soft contacts and joint limits are).
 
         Raises:
-            ValueError: the task is of another class or benchmark, or is not one of these families.
+            ValueError: the task is of another class or benchmark, or does not belong to these families.
         """
         config = task_config(task)
         old, new = (self.task.benchmark, self.task.name), (task.benchmark, task.name)
         if new != old:
-            raise ValueError(f"set_task got a task of {new}, this environment is built for {old}; call make(task)")
-        drawn = parameters(task)
+            raise ValueError(f"set_task got a task of {new}; this environment is built for {old}: call make(task)")
+        hidden = parameters(task)
         nominal = nominal_model(self._spec.xml)
-        for field in SCALED_PARAMETERS.keys() & drawn.keys():
-            getattr(self.model, field)[:] = getattr(nominal, field) * drawn[field]
-        self._aim = next(iter(drawn.values()))
+        for field in SCALED_PARAMETERS.keys() & hidden.keys():
+            getattr(self.model, field)[:] = getattr(nominal, field) * hidden[field]
+        self._aim = next(iter(hidden.values()))
         self._horizon = config.horizon
         self._elapsed_steps = 0
         self.task = task
@@ -123,7 +123,7 @@ class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         super().reset(seed=seed)
         spec, model, data = self._spec, self.model, self.data
         mujoco.mj_resetData(model, data)  # the solver's warm start would leak from the previous episode
-        data.warning.number[:] = 1  # MuJoCo prints, and writes MUJOCO_LOG.TXT, at the first warning of each kind
+        data.warning.number[:] = 1  # or MuJoCo prints the first warning of each kind, and writes MUJOCO_LOG.TXT
         noise = spec.reset_noise
         data.qpos[:] = model.qpos0 + self.np_random.uniform(-noise, noise, model.nq)
         if spec.normal_velocities:
@@ -141,7 +141,7 @@ class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
             action: `[A]`, in the units of the action space; MuJoCo clips the forces, the cost uses the raw action.
 
         Raises:
-            ValueError: the action has another shape.
+            ValueError: the action is not `[A]`.
             FloatingPointError: the action is NaN or infinite, or the physics diverged and MuJoCo has silently reset it.
         """
         spec, model, data = self._spec, self.model, self.data
@@ -177,7 +177,7 @@ class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         moves next to the body at the target velocity.
 
         Raises:
-            UserError: no OpenGL works here; see `metarl.envs.drawing.rendering`.
+            UserError: no OpenGL backend works; see `metarl.envs.drawing.rendering`.
         """
         if self.render_mode is None:
             return None
@@ -188,7 +188,7 @@ class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         return self._camera.render(self.data, lookat, spec.mark(self.data, self._aim))
 
     def close(self) -> None:
-        """Free the rendering resources; calling it twice is fine."""
+        """Free rendering resources; calling it twice is fine."""
         if self._camera is not None:
             self._camera.close()
             self._camera = None

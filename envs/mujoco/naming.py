@@ -1,4 +1,4 @@
-"""What MuJoCo's coordinates are called, by the joints and bodies of a model. Imports nothing of metarl."""
+"""Names of MuJoCo coordinates, from the joints and bodies of a model. Imports nothing of metarl."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def actuators(model: Any) -> tuple[str, ...]:
 
 
 def per_body(model: Any, quantity: str, size: int) -> tuple[str, ...]:
-    """Return the names of `size` numbers for each body but the world, e.g. `torso_contact_0`."""
+    """Return the names of `size` numbers for each body except the world, e.g. `torso_contact_0`."""
     bodies = [model.body(i).name or f"body{i}" for i in range(1, model.nbody)]
     return tuple(f"{body}_{quantity}_{k}" for body in bodies for k in range(size))
 
 
-def _by_joint(model: Any, of_a_free_joint: tuple[str, ...], suffix: str) -> tuple[str, ...]:
+def _by_joint(model: Any, free_joint_parts: tuple[str, ...], suffix: str) -> tuple[str, ...]:
     names: list[str] = []
     for i in range(model.njnt):
         name = model.joint(i).name + suffix
         free = model.jnt_type[i] == mujoco.mjtJoint.mjJNT_FREE
-        names += [f"{name}_{part}" for part in of_a_free_joint] if free else [name]
+        names += [f"{name}_{part}" for part in free_joint_parts] if free else [name]
     return tuple(names)

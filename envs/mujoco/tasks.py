@@ -1,7 +1,7 @@
 """Tasks of the MuJoCo locomotion families: settings, names, training and held-out tasks.
 
-Does not import MuJoCo: what a task means to the simulator is in `env.py`, what each family observes and is rewarded for
-in `bodies.py`.
+Does not import MuJoCo: `env.py` applies a task to the simulator, and `bodies.py` defines the observations and rewards
+of each family.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Name = Literal[
 ]
 
 NAMES: tuple[str, ...] = get_args(Name)
-"""The families, in the order in which they are listed."""
+"""The families, in the order in which `metarl list envs` shows them."""
 
 SHARED_SPLITS = frozenset({"HalfCheetahDir"})
-"""Families with so few tasks that training and test tasks are the same."""
+"""Families with too few tasks for a held-out split: training and test tasks are the same."""
 
 SPLITS = ("train", "test")
 """The splits of a task; the position of each is part of the seed of its tasks."""
@@ -49,7 +49,7 @@ SCALED_PARAMETERS: dict[Scaled, float] = {
 
 
 def _split_words(value: object) -> object:
-    """Turn a string into the tuple of its words: a task's option holds a list that way."""
+    """Return the tuple of words of a string, which is how a task option stores a list."""
     return tuple(value.split()) if isinstance(value, str) else value
 
 
@@ -81,7 +81,7 @@ class MujocoConfig(Settings):
     """
 
     family: Literal["mujoco"] = "mujoco"
-    name: Name = Field("HalfCheetahDir", description="family of tasks")
+    name: Name = Field("HalfCheetahDir", description="task family")
     horizon: int = Field(200, ge=1, le=1000, description="control steps per episode, which is then truncated")
     num_train: int = Field(100, ge=1, description="number of training tasks; HalfCheetahDir always has its two")
     num_test: int = Field(
@@ -126,7 +126,7 @@ class MujocoConfig(Settings):
 
 
 class MujocoTasks:
-    """The tasks of one MuJoCo family; task i of a split does not depend on how many there are."""
+    """The tasks of one MuJoCo family; task i of a split does not depend on the number of tasks."""
 
     def __init__(self, config: MujocoConfig) -> None:
         self.config = config
@@ -167,19 +167,19 @@ class MujocoTasks:
 
 
 def make(task: Task, render_mode: str | None = None) -> MujocoTaskEnv:
-    """Build the environment of `task` from the task alone; raises ValueError if it is not one of these families."""
+    """Build the environment of `task` from the task alone; raises ValueError if it belongs to no such family."""
     from metarl.envs.mujoco.env import MujocoTaskEnv
 
     return MujocoTaskEnv(task, render_mode)
 
 
 def names() -> dict[str, dict[str, str]]:
-    """Return the families by name, each with the settings that select it."""
+    """Return the families by name: name → the settings that select it."""
     return {name: {"name": name} for name in NAMES}
 
 
 def task_config(task: Task) -> MujocoConfig:
-    """Return the settings that a task carries; raises ValueError if it is not one of these families."""
+    """Return the settings of a task; raises ValueError if it belongs to none of these families."""
     options: dict[str, Any] = dict(task.options)
     config = MujocoConfig.model_validate({"family": task.family, "name": task.benchmark, "seed": task.seed, **options})
     if task.name not in _classes(config.name):

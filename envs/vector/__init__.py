@@ -1,1 +1,1 @@
-"""Many environments stepped together: in this process, in workers, and those of all stages."""
+"""Vectorised environments: stepped in this process or in workers, for one stage or all."""

@@ -1,6 +1,6 @@
 """The environments of one process and the arrays that they read and write.
 
-Which process has which environments, and whether others share the arrays, is up to `vector` and `workers`.
+`serial` and `workers` decide which process owns which environments, and whether processes share the arrays.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from metarl.protocols import TaskDistribution
 from metarl.types import BoolArray, FloatArray, Step, Task
 
 LANES = 2
-"""While the environments of one lane are stepped, actions are computed for the other (if a task has two episodes)."""
+"""One lane of environments steps while actions are computed for the other (if a task has two episodes or more)."""
 
 POOL = 400
-"""Environments that all processes keep together at least, in use or idle, since building one takes longer than the
-memory is worth (3.2 MB for a Meta-World environment, under 1 MB for a MuJoCo one)."""
+"""Minimum total capacity of the pools of all processes, in environments, in use or idle. Building one takes long and
+keeping it is cheap: 3.2 MB for a Meta-World environment, under 1 MB for a MuJoCo one."""
 
 
 def env_spaces(distribution: TaskDistribution) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
-    """Return the observation and action space; raises ValueError for any but flat boxes with bounded actions."""
+    """Return the observation and action space; raises ValueError unless both are one-dimensional, actions bounded."""
     env = distribution.make(distribution.train_tasks[0])
     observation_space, action_space = env.observation_space, env.action_space
     env.close()
     if not isinstance(observation_space, gymnasium.spaces.Box) or len(observation_space.shape) != 1:
-        raise ValueError(f"observation space is {observation_space}; expected a Box of one dimension: flatten it")
+        raise ValueError(f"observation space is {observation_space}; expected a one-dimensional Box: flatten it")
     if not isinstance(action_space, gymnasium.spaces.Box) or len(action_space.shape) != 1:
-        raise ValueError(f"action space is {action_space}; expected a Box of one dimension")
+        raise ValueError(f"action space is {action_space}; expected a one-dimensional Box: flatten it")
     if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
-        raise ValueError(f"action space is {action_space}; expected finite bounds, to which actions are scaled")
+        raise ValueError(f"action space is {action_space}; expected finite bounds, since actions are scaled to them")
     return observation_space, action_space
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """The arrays that E environments read and write; shared between processes if there are workers."""
+    """Arrays that E environments read and write; shared between processes if there are workers."""
 
     observations: FloatArray  # [E, O]
     actions: NDArray[np.float32]  # [E, A]
@@ -49,7 +49,7 @@ class Buffers:
     terminated: BoolArray  # [E]
     truncated: BoolArray  # [E]
     active: BoolArray  # [E]
-    progress: NDArray[np.int64]  # [processes], grows with each environment that is built, reset or stepped there
+    progress: NDArray[np.int64]  # [processes], counts the environments built, reset and stepped by each process
 
     @staticmethod
     def shapes(
@@ -69,28 +69,28 @@ class Buffers:
 
     @classmethod
     def view(cls, memory: dict[str, Any], shapes: dict[str, tuple[tuple[int, ...], DTypeLike]]) -> Buffers:
-        """Return arrays over `memory`, one writable buffer of bytes each."""
+        """Return arrays backed by `memory`, which has one writable byte buffer for each array."""
         return cls(
             **{name: np.frombuffer(memory[name], dtype).reshape(shape) for name, (shape, dtype) in shapes.items()}
         )
 
     def step(self, rows: slice) -> Step:
-        """Return views of the environments `rows`."""
+        """Return the results of the environments `rows`, as views."""
         return Step(
             self.observations[rows], self.rewards[rows], self.terminated[rows], self.truncated[rows], self.success[rows]
         )
 
 
 class EnvPool:
-    """The environments of one process: those in use, in order, and a pool of idle ones to retarget.
+    """The environments of one process: those in use, in order, and idle ones to reuse for other tasks.
 
-    The process has every `stride`-th of all environments in use, from `first` on, which is its number, too.
+    Process `first` of `stride` owns the environments `first`, `first + stride`, `first + 2 · stride`, …
 
     Args:
-        distribution: builds them.
-        buffers: of the environments of all processes.
-        pool_size: how many this process keeps, in use or idle; those in use are never fewer than its tasks.
-        first: the number of the process, and of its first environment.
+        distribution: the task distribution, which builds the environments.
+        buffers: the arrays of all processes.
+        pool_size: the number of environments to keep, in use or idle; more are kept only if more are in use.
+        first: the index of the process, and of its first environment.
         stride: the number of processes.
     """
 
@@ -100,12 +100,12 @@ class EnvPool:
         self._distribution, self._buffers, self._pool_size = distribution, buffers, pool_size
         self._first, self._stride = first, stride
         self._done = 0
-        self._progress()
+        self._report_progress()
         self._used: list[tuple[Task, gymnasium.Env[Any, Any]]] = []
-        self._idle: list[tuple[Task, gymnasium.Env[Any, Any]]] = []  # the longest unused first
+        self._idle: list[tuple[Task, gymnasium.Env[Any, Any]]] = []  # least recently used first
 
     def assign(self, tasks: Sequence[Task]) -> None:
-        """Have one environment for each task."""
+        """Bring one environment per task into use, in order."""
         if [task for task, _ in self._used] == list(tasks):
             return
         for task, env in self._used:
@@ -116,7 +116,7 @@ class EnvPool:
         self._used = []
         for task in tasks:
             self._used.append((task, self._take(task)))
-            self._progress()
+            self._report_progress()
         surplus = max(0, len(self._used) + len(self._idle) - self._pool_size)
         for _, env in self._idle[:surplus]:
             env.close()
@@ -131,33 +131,33 @@ class EnvPool:
                 return env
         return self._distribution.make(task)
 
-    def _progress(self) -> None:
-        """Say that something has been done; from the first time on the process has started."""
+    def _report_progress(self) -> None:
+        """Increment the progress counter of this process; the first call reports that it has started."""
         self._done += 1
         self._buffers.progress[self._first] = self._done
 
     def reset(self, seeds: NDArray[np.uint32]) -> None:
-        """Reset all that this process has, its seeds in order; observations go to the buffers."""
+        """Reset the environments in use with `seeds`, in order; write observations to the buffers."""
         for i, (_, env) in enumerate(self._used):
             self._buffers.observations[self._first + i * self._stride] = env.reset(seed=int(seeds[i]))[0]
-            self._progress()
+            self._report_progress()
 
     def step(self, start: int, stop: int) -> None:
-        """Step those of `start` to `stop` that are active with the actions in the buffers; results go there, too."""
+        """Step the active environments from `start` to `stop`, from the actions to the results in the buffers."""
         buffers = self._buffers
-        mine = range(self._first, self._first + len(self._used) * self._stride, self._stride)
+        owned = range(self._first, self._first + len(self._used) * self._stride, self._stride)
         skipped = max(0, -(-(start - self._first) // self._stride))
-        for i, (_, env) in zip(mine[skipped:], self._used[skipped:], strict=True):
+        for i, (_, env) in zip(owned[skipped:], self._used[skipped:], strict=True):
             if i >= stop:
                 break
             if buffers.active[i]:
                 try:
                     observation, reward, terminated, truncated, info = env.step(buffers.actions[i].copy())
-                except FloatingPointError:  # the physics diverged; NaN tells the caller to drop the episode
+                except FloatingPointError:  # the physics diverged: the caller drops an episode with NaN
                     buffers.rewards[i] = np.nan
-                    self._progress()
+                    self._report_progress()
                     continue
-                self._progress()
+                self._report_progress()
                 buffers.observations[i] = observation
                 buffers.rewards[i] = reward
                 buffers.terminated[i] = terminated
@@ -165,7 +165,7 @@ class EnvPool:
                 buffers.success[i] = info.get("success", np.nan)
 
     def close(self) -> None:
-        """Close all that the process has, those in use and idle ones."""
+        """Close all environments of the process, in use and idle."""
         for _, env in self._used + self._idle:
             env.close()
         self._used, self._idle = [], []

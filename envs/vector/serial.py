@@ -1,6 +1,6 @@
-"""Steps many environments: one after another in this process, in worker processes, or as one computation.
+"""Vectorised environments: stepped in turn in this process, in worker processes, or as one computation.
 
-What is stepped, and in which order results come back, does not depend on the number of workers.
+Neither the results nor their order depends on the number of workers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ def make_envs(
     """Return a `BatchEnv` for the tasks of a distribution.
 
     Args:
-        distribution: if it has a method `make_batch(max_envs)`, that one steps all environments as one computation.
-        max_envs: how many environments are stepped together at most.
-        num_workers: processes; 0 steps in this one.
-        worker_timeout_s: seconds without any progress after which a process counts as hung and is started again.
+        distribution: the task distribution. If it has a method `make_batch(max_envs)`, its environments are stepped as
+            one computation, without workers.
+        max_envs: the maximum number of environments stepped together.
+        num_workers: the number of worker processes; 0 steps in this process.
+        worker_timeout_s: seconds without progress after which a worker counts as hung and is restarted.
     """
     make_batch = getattr(distribution, "make_batch", None)
     if make_batch is not None:
@@ -38,16 +39,16 @@ def make_envs(
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class SerialEnvs:
-    """Environments stepped one after another in this process; a `BatchEnv`.
+    """Environments stepped in turn in this process; a `BatchEnv`.
 
     Args:
-        distribution: builds them.
-        max_envs: how many at most.
+        distribution: the task distribution, which builds the environments.
+        max_envs: the maximum number of environments.
     """
 
     lanes = LANES

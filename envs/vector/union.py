@@ -1,4 +1,4 @@
-"""Environments of several task distributions, the stages of a run, in one set of processes."""
+"""Environments of several task distributions, the stages of a run, in a shared set of processes."""
 
 from __future__ import annotations
 
@@ -15,52 +15,54 @@ from metarl.protocols import BatchEnv, TaskDistribution
 from metarl.types import Task
 
 
-def check_apart(distributions: Sequence[TaskDistribution]) -> None:
-    """Check that equal tasks of different distributions are the same, as those of built-in families are.
+def check_distinct_tasks(distributions: Sequence[TaskDistribution]) -> None:
+    """Check that no task belongs to two custom distributions, which may build different environments for it.
+
+    Equal tasks of the built-in families always have equal environments.
 
     Raises:
-        UserError: two distributions of one's own have an equal task; its environment is that of either.
+        UserError: two custom distributions have an equal task.
     """
     owner: dict[Task, TaskDistribution] = {}
     for distribution in distributions:
         for task in (*distribution.train_tasks, *distribution.test_tasks):
             if task.family not in FAMILIES and owner.setdefault(task, distribution) is not distribution:
-                raise UserError(f"two stages have distributions called {task.family!r}; give each a name of its own")
+                raise UserError(f"two stages have a custom distribution named {task.family!r}; give each a unique name")
 
 
 class UnionOfTasks:
-    """Several distributions as one, so that their environments share worker processes and a pool.
+    """Union of several distributions, so that their environments share worker processes and a pool.
 
     Args:
-        distributions: with equal spaces; see `check_apart`.
+        distributions: distributions with equal spaces and distinct tasks; see `check_distinct_tasks`.
     """
 
     def __init__(self, distributions: Sequence[TaskDistribution]) -> None:
         self._distributions = list(distributions)
         self._owner: dict[Task, int] = {}
-        for number, distribution in enumerate(distributions):
+        for index, distribution in enumerate(distributions):
             for task in (*distribution.train_tasks, *distribution.test_tasks):
-                self._owner.setdefault(task, number)
+                self._owner.setdefault(task, index)
 
     @property
     def train_tasks(self) -> list[Task]:
-        """Of all."""
+        """The training tasks of all distributions."""
         return [task for distribution in self._distributions for task in distribution.train_tasks]
 
     @property
     def test_tasks(self) -> list[Task]:
-        """Of all."""
+        """The held-out tasks of all distributions."""
         return [task for distribution in self._distributions for task in distribution.test_tasks]
 
     @property
     def make_batch(self) -> Callable[[int], BatchEnv] | None:
-        """That of the distributions, if one computation can step the tasks of all; else None."""
+        """`make_batch` of the distributions, if one computation can step the tasks of all; else None."""
         kinds = {(task.family, task.benchmark) for task in self._owner}
-        own: Callable[[int], BatchEnv] | None = getattr(self._distributions[0], "make_batch", None)
-        return own if len(kinds) == 1 else None
+        make_batch: Callable[[int], BatchEnv] | None = getattr(self._distributions[0], "make_batch", None)
+        return make_batch if len(kinds) == 1 else None
 
     def make(self, task: Task) -> gymnasium.Env[Any, Any]:
-        """Build the environment of `task`, as the first distribution that has it does."""
+        """Build the environment of `task` with the first distribution that contains it."""
         return self._distributions[self._owner[task]].make(task)
 
 
@@ -70,22 +72,23 @@ def make_stage_envs(
     num_workers: int,
     worker_timeout_s: float = WORKER_TIMEOUT,
 ) -> list[BatchEnv]:
-    """Return environments for each of several distributions; close each of them, once or more often.
+    """Return the environments of each stage; the caller closes all of them.
+
+    Stages may share an object, which is safe to close repeatedly.
 
     Args:
-        distributions: of the stages; the same object may come again.
-        max_envs: how many are stepped together, for each.
-        num_workers: processes, for all together.
+        distributions: the task distribution of each stage; an object may appear more than once.
+        max_envs: the maximum number of environments stepped together, for each stage.
+        num_workers: the number of worker processes for all stages together.
         worker_timeout_s: see `make_envs`.
     """
-    check_apart(distributions)
-    made: dict[int, BatchEnv] = {}
-    shared = [i for i, each in enumerate(distributions) if getattr(each, "make_batch", None) is None]
-    different = list({id(distributions[i]): distributions[i] for i in shared}.values())
-    if different:
-        whole = different[0] if len(different) == 1 else UnionOfTasks(different)
-        envs = make_envs(whole, max(max_envs[i] for i in shared), num_workers, worker_timeout_s)
-        made |= dict.fromkeys(shared, envs)
-    for i in set(range(len(distributions))) - made.keys():
-        made[i] = make_envs(distributions[i], max_envs[i], num_workers)
-    return [made[i] for i in range(len(distributions))]
+    check_distinct_tasks(distributions)
+    envs: dict[int, BatchEnv] = {}
+    shared = [i for i, tasks in enumerate(distributions) if getattr(tasks, "make_batch", None) is None]
+    unique = list({id(distributions[i]): distributions[i] for i in shared}.values())
+    if unique:
+        union = unique[0] if len(unique) == 1 else UnionOfTasks(unique)
+        envs |= dict.fromkeys(shared, make_envs(union, max(max_envs[i] for i in shared), num_workers, worker_timeout_s))
+    for i in set(range(len(distributions))) - envs.keys():
+        envs[i] = make_envs(distributions[i], max_envs[i], num_workers)
+    return [envs[i] for i in range(len(distributions))]

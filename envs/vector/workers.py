@@ -1,8 +1,8 @@
-"""Steps environments in worker processes, through shared memory: the main process's side of it, and a worker's own.
+"""Environments stepped in worker processes through shared memory: both the main process and the workers.
 
-A step costs one short message a worker and copies no array: observations, actions and rewards lie in memory that all
-processes share. Environment i belongs to worker i modulo their number, so that each has its share of every task and of
-every lane.
+A step sends one short message to each worker and copies no array: observations, actions and rewards are in shared
+memory. Environment i belongs to worker i modulo the number of workers, which spreads every task and every lane over all
+workers.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from metarl.protocols import EpisodesLostError, TaskDistribution
 from metarl.types import BoolArray, FloatArray, Step, Task
 
 WORKER_TIMEOUT = 60.0
-"""Seconds without any progress after which a worker process counts as hung, unless told otherwise."""
+"""Default number of seconds without progress after which a worker counts as hung."""
 
 START_TIMEOUT = 300.0
-"""The same for one that is still starting, if that is longer: it imports what its environments need."""
+"""Minimum of that number for a worker that is starting, since it first imports its environments."""
 
 _ROWS = struct.Struct("<qq")
-"""A request to step the environments from the first number to the second; a longer one is to reset."""
+"""Request to step the environments from `start` to `stop`; a request of another size is a pickled reset."""
 
 _OK = b"ok"
-"""The answer to either; any other is a traceback."""
+"""Answer to a request that succeeded; any other answer is a traceback."""
 
 
 @dataclass
 class _Worker:
-    """A worker process as the main process sees it."""
+    """A worker process, seen from the main process."""
 
     number: int
     connection: Connection
-    poll: Callable[[float], Any]  # waits for that many seconds; whether there is something to receive
+    poll: Callable[[float], Any]  # waits up to the given seconds; truthy if there is an answer to receive
     process: Any
-    lost: str = ""  # how it came to its end, once that is known
+    lost: str = ""  # why the process ended, once known
 
     def end(self, cause: str = "") -> None:
-        """Note how the process came to its end, or kill it for `cause`; nothing is received from it any more."""
+        """End the connection and record why the process ended; kill it first if there is a `cause`."""
         if cause:
             self.process.kill()
         self.process.join(timeout=5.0)
@@ -65,11 +65,11 @@ class _Worker:
             self.process.kill()
             self.process.join(timeout=5.0)
         self.connection.close()
-        self.lost = f"environment worker {self.number} {cause or _how_it_ended(self.process.exitcode)}"
+        self.lost = f"environment worker {self.number} {cause or _describe_exit(self.process.exitcode)}"
 
 
-def _poll_of(connection: Connection) -> Callable[[float], Any]:
-    """Return what does the same as `connection.poll`, which takes longer to prepare than most answers to come."""
+def _fast_poll(connection: Connection) -> Callable[[float], Any]:
+    """Return an equivalent of `connection.poll`, whose own set-up takes longer than most answers."""
     if not hasattr(select, "poll"):
         return connection.poll
     poll = select.poll()
@@ -77,37 +77,36 @@ def _poll_of(connection: Connection) -> Callable[[float], Any]:
     return lambda seconds: poll.poll(1000.0 * seconds)
 
 
-def _how_it_ended(exit_code: int) -> str:
+def _describe_exit(exit_code: int) -> str:
     if exit_code >= 0:
         return f"ended with exit code {exit_code}"
-    name = next((each.name for each in signal.Signals if each == -exit_code), f"signal {-exit_code}")
+    name = next((number.name for number in signal.Signals if number == -exit_code), f"signal {-exit_code}")
     return f"was killed by {name}" + (" (as happens when memory runs out)" if name == "SIGKILL" else "")
 
 
 class WorkerEnvs:
-    """Environments stepped by worker processes, several each; a `BatchEnv`.
+    """Environments stepped by worker processes, several in each; a `BatchEnv`.
 
-    Workers are started by `spawn`: a script that trains needs the usual `if __name__ == "__main__":`. They end with
-    this process, however it ends. On Linux they also end with the thread that has started them (the one that makes
-    these environments, or resets them after a loss): the next reset starts them again, but better make and use them
-    in one thread.
+    Workers start by `spawn`: a script that trains needs the usual `if __name__ == "__main__":`. They end with this
+    process, however it ends. On Linux they also end with the thread that started them, which is the one that created
+    these environments or reset them after a loss. The next reset restarts them, but use a single thread.
 
-    A worker that dies, or that hangs, costs the episodes under way. The next reset starts it again, with fresh
-    environments, so that episodes with the same seeds come out the same.
+    If a worker dies or hangs, the episodes in progress are lost. The next reset restarts the worker with fresh
+    environments, so that equal seeds still give equal episodes.
 
     Args:
-        distribution: builds them, in the workers; must be picklable.
-        max_envs: how many at most.
-        num_workers: how many processes, at least 1.
-        worker_timeout_s: seconds in which a worker must have built, reset or stepped an environment, else it is hung.
+        distribution: the task distribution, which builds the environments in the workers; must be picklable.
+        max_envs: the maximum number of environments.
+        num_workers: the number of processes, at least 1.
+        worker_timeout_s: seconds without a built, reset or stepped environment after which a worker counts as hung.
 
     Attributes:
-        restarts: how often a worker was started again.
+        restarts: the number of worker restarts so far.
 
     Raises:
-        EpisodesLostError: (by `reset` and `step_wait`) a worker died, or hung and was killed.
-        RuntimeError: (by `reset` and `step_wait`) an environment raised, with its traceback, or a worker could not
-            start; or the environments are closed, which an interruption while waiting does, too.
+        EpisodesLostError: (from `reset` and `step_wait`) a worker died, or hung and was killed.
+        RuntimeError: (from `reset` and `step_wait`) an environment raised an exception (the message has its traceback),
+            a worker could not start, or the environments are closed, as they are after an interrupted wait.
     """
 
     lanes = LANES
@@ -133,25 +132,25 @@ class WorkerEnvs:
         self._watch = _Watch(self._buffers.progress, worker_timeout_s)
         self._distribution = distribution
         self._pool_size = -(-max(max_envs, POOL) // num_workers)
-        self._requests = 0  # sent, and not yet answered by all
+        self._requests = 0  # requests sent but not yet answered by all workers
         self._workers = [self._start(number, num_workers) for number in range(num_workers)]
-        self._stop = weakref.finalize(self, _stop, self._workers)  # at exit, too
+        self._stop = weakref.finalize(self, _stop, self._workers)  # also at exit
 
     def _start(self, number: int, stride: int) -> _Worker:
         self._buffers.progress[number] = 0
         ours, theirs = self._context.Pipe()
-        place = (self._pool_size, number, stride)
-        arguments = (os.getpid(), theirs, self._distribution, *place, self._memory, self._shapes)
+        pool = (self._pool_size, number, stride)
+        arguments = (os.getpid(), theirs, self._distribution, *pool, self._memory, self._shapes)
         process = self._context.Process(target=_work, args=arguments, daemon=True)
-        with _worker_environment(), _signals_held_back():
+        with _worker_environment(), _blocked_signals():
             process.start()
         theirs.close()
-        return _Worker(number, ours, _poll_of(ours), process)
+        return _Worker(number, ours, _fast_poll(ours), process)
 
     def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
         """See `BatchEnv.reset`."""
         self._check_open()
-        while self._requests:  # of an episode that was given up
+        while self._requests:  # of an abandoned episode
             with contextlib.suppress(RuntimeError):
                 self._wait()
         self._restart()
@@ -171,9 +170,9 @@ class WorkerEnvs:
         return self._buffers.step(rows)
 
     def _restart(self) -> None:
-        """Start those workers again that have died."""
+        """Restart the workers that have died."""
         self._check_open()
-        with self._closed_if_interrupted():
+        with self._close_if_interrupted():
             for number, worker in enumerate(self._workers):
                 if worker.lost or not worker.process.is_alive():
                     worker.connection.close()
@@ -181,21 +180,21 @@ class WorkerEnvs:
                     self.restarts += 1
 
     def _ask(self, requests: Sequence[bytes]) -> None:
-        """Send each worker its request: what to reset to, or which rows to step."""
+        """Send each worker its request: a reset, or the rows to step."""
         self._check_open()
-        with self._closed_if_interrupted():
+        with self._close_if_interrupted():
             for worker, request in zip(self._workers, requests, strict=True):
-                with contextlib.suppress(OSError):  # a dead worker is found when its answer is missing
+                with contextlib.suppress(OSError):  # a dead worker is noticed when its answer is missing
                     worker.connection.send_bytes(request)
             self._requests += 1
 
     def _wait(self) -> None:
-        """Wait until all workers have answered the oldest request, so that no answer is left for the next one."""
+        """Wait until all workers have answered the oldest request, so that no answer is left over for the next."""
         self._check_open()
         if not self._requests:
-            raise RuntimeError("step_wait without step_async")
+            raise RuntimeError("step_wait without step_async; call step_async first")
         failures, losses = [], []
-        with self._closed_if_interrupted():
+        with self._close_if_interrupted():
             self._requests -= 1
             self._watch.begin()
             for worker in self._workers:
@@ -204,7 +203,7 @@ class WorkerEnvs:
                     losses.append(worker.lost)
                     if self._buffers.progress[worker.number] == 0 and (worker.process.exitcode or 0) > 0:
                         failures.append(
-                            "it could not start: see its traceback above, and whether the script has `if "
+                            "it could not start: see its traceback above, and check that the script has `if "
                             '__name__ == "__main__":`'
                         )
                 elif answer != _OK:
@@ -215,10 +214,10 @@ class WorkerEnvs:
             raise EpisodesLostError("; ".join(losses))
 
     def _answer(self, worker: _Worker) -> bytes:
-        """Receive the next answer of a worker; if none will come, the worker is `lost` then."""
+        """Return the next answer of a worker; if it will never answer, set its `lost`."""
         try:
             while not worker.poll(self._watch.slice_s):
-                if self._watch.hangs(worker.number):
+                if self._watch.is_hung(worker.number):
                     seconds = f"{self._watch.limit_s(worker.number):g} s (worker_timeout_s)"
                     worker.end(f"made no progress for {seconds} and was killed")
                     return _OK
@@ -232,8 +231,8 @@ class WorkerEnvs:
             raise RuntimeError("the environments are closed; make new ones")
 
     @contextlib.contextmanager
-    def _closed_if_interrupted(self) -> Iterator[None]:
-        """Close upon Ctrl-C and the like: which requests are answered is unknown then."""
+    def _close_if_interrupted(self) -> Iterator[None]:
+        """Close on Ctrl-C and other exceptions, after which it is unknown which requests were answered."""
         try:
             yield
         except BaseException:
@@ -247,14 +246,14 @@ class WorkerEnvs:
 
 
 class _Watch:
-    """Tells which workers make no progress, in one wait for all of them.
+    """Detects workers that make no progress during a wait for all of them.
 
-    Time counts only as far as this process has waited, slice by slice: one that was stopped along with its workers
-    (Ctrl-Z) goes on where it was.
+    The time is the sum of the slices that this process has waited, not the time of day: suspending the whole run
+    (Ctrl-Z) hangs no worker.
 
     Args:
-        progress: `[workers]`, as they write it.
-        timeout_s: how long a worker may take to make some.
+        progress: the progress counters of the workers, `[workers]`.
+        timeout_s: seconds without progress after which a worker counts as hung.
     """
 
     def __init__(self, progress: NDArray[np.int64], timeout_s: float) -> None:
@@ -265,23 +264,23 @@ class _Watch:
     def begin(self) -> None:
         """Begin a wait."""
         self._waited_s = 0.0
-        self._seen: dict[int, tuple[int, float]] = {}  # its progress, and how long the wait had been when it came
+        self._seen: dict[int, tuple[int, float]] = {}  # worker → last progress, and the time waited when it was seen
 
     def limit_s(self, number: int) -> float:
-        """How long a worker may take; the first time, it has to start."""
+        """Return the timeout of a worker; it is longer until the worker has started."""
         return self._timeout_s if self._progress[number] else max(self._timeout_s, START_TIMEOUT)
 
-    def hangs(self, number: int) -> bool:
-        """Note that a slice of time has passed without an answer; returns whether that worker is hung."""
+    def is_hung(self, number: int) -> bool:
+        """Add a slice of time without an answer; return whether worker `number` is hung."""
         self._waited_s += self.slice_s
-        for each, progress in enumerate(self._progress.tolist()):
-            if self._seen.setdefault(each, (progress, self._waited_s))[0] != progress:
-                self._seen[each] = (progress, self._waited_s)
+        for worker, progress in enumerate(self._progress.tolist()):
+            if self._seen.setdefault(worker, (progress, self._waited_s))[0] != progress:
+                self._seen[worker] = (progress, self._waited_s)
         return self._waited_s - self._seen[number][1] >= self.limit_s(number)
 
 
 def _stop(workers: Sequence[_Worker]) -> None:
-    """End worker processes: a closed connection tells them to, and one that hangs is killed."""
+    """Stop worker processes: close their connections, then kill any that are still alive after 5 s."""
     for worker in workers:
         worker.connection.close()
     deadline = time.monotonic() + 5.0
@@ -296,8 +295,9 @@ WORKER_ENVIRONMENT = {
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
 }
-"""One thread of linear algebra each, since workers would compete for the cores otherwise. And memory from 1 MiB on is
-mapped: glibc would place MuJoCo's arenas, 15 MB of which 0.1 are used, on what compiling a model has left dirty."""
+"""Environment variables of workers. One thread of linear algebra each, or workers would compete for the cores. Blocks
+of 1 MiB and more are mapped, or glibc would place MuJoCo's arenas (15 MB, of which 0.1 are used) on dirty pages that
+compiling a model has left."""
 
 
 @contextlib.contextmanager
@@ -312,15 +312,16 @@ def _worker_environment() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Have what is started meanwhile not end upon Ctrl-C before it can say so itself; this process hears of it after.
+def _blocked_signals() -> Iterator[None]:
+    """Block Ctrl-C and SIGTERM, so that a process started here inherits the mask and lives until it ignores them.
 
-    A group of processes gets such a signal as a whole, and the main process may want to finish what it does.
+    A process group receives such a signal as a whole, but the main process decides when to stop. It receives a blocked
+    signal afterwards.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # which takes these signals, if it begins only now
+    resource_tracker.ensure_running()  # starting it inside would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_PROCESS_DECIDES)
     try:
         yield
@@ -329,7 +330,7 @@ def _signals_held_back() -> Iterator[None]:
 
 
 _MAIN_PROCESS_DECIDES = (signal.SIGINT, signal.SIGTERM)
-"""Signals that workers leave to the main process, which ends them."""
+"""Signals that workers ignore; the main process stops them."""
 
 
 def _work(
@@ -342,11 +343,11 @@ def _work(
     memory: dict[str, Any],
     shapes: dict[str, tuple[tuple[int, ...], DTypeLike]],
 ) -> None:
-    """Serve one worker's environments until the other end of the connection closes."""
+    """Run a worker: answer requests until the main process closes the connection."""
     for signal_number in _MAIN_PROCESS_DECIDES:
         signal.signal(signal_number, signal.SIG_IGN)
-    _end_with(parent)
-    slots = EnvPool(distribution, Buffers.view(memory, shapes), pool_size, number, stride)
+    _die_with(parent)
+    pool = EnvPool(distribution, Buffers.view(memory, shapes), pool_size, number, stride)
     while True:
         try:
             request = connection.recv_bytes()
@@ -355,24 +356,24 @@ def _work(
         answer = _OK
         try:
             if len(request) == _ROWS.size:
-                slots.step(*_ROWS.unpack(request))
+                pool.step(*_ROWS.unpack(request))
             else:
                 tasks, seeds = pickle.loads(request)
-                slots.assign(tasks)
-                slots.reset(seeds)
+                pool.assign(tasks)
+                pool.reset(seeds)
         except Exception:
             answer = traceback.format_exc().encode()
         try:
             connection.send_bytes(answer)
-        except OSError:  # closed meanwhile
+        except OSError:  # the main process has closed the connection
             break
-    slots.close()
+    pool.close()
 
 
-def _end_with(parent: int) -> None:
-    """Have this process killed when its parent ends; without Linux the closed connection ends it when it is read."""
+def _die_with(parent: int) -> None:
+    """Make the kernel kill this process when its parent ends; without Linux, the closed connection ends it."""
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it has ended already
+    if os.getppid() != parent:  # the parent has ended already
         os._exit(1)

@@ -26,7 +26,7 @@ def export(arguments: list[str]) -> int:
         type=task_name,
         help="adapt to a task first, as in training, e.g. reach-v3 or reach-v3:7",
     )
-    parser.add_argument("--stage", metavar="NAME", help="whose TASK, and whose cue (the last)")
+    parser.add_argument("--stage", metavar="NAME", help="stage to take TASK and the stage id from (the last)")
     parser.add_argument("--split", choices=("test", "train"), help="which TASK (test)")
     parser.add_argument("--rollouts-per-task", type=positive, help="episodes of a phase to adapt on (as in training)")
     parser.add_argument("--seed", type=not_negative, help="of the episodes to adapt on (the run's)")

@@ -50,7 +50,7 @@ def test_a_saved_policy_is_exported_as_it_is(command, run_dir, tmp_path):
     assert status == 0 and "once.onnx: adapted, " in said
 
 
-def test_the_task_of_a_stage_has_its_cue():
+def test_the_task_of_a_stage_has_its_stage_id():
     wedges = [
         {"tasks": {"family": "navigation", "name": "cued_wedges", "wedges": [k]}, "iterations": 1} for k in (0, 1)
     ]

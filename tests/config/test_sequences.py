@@ -171,7 +171,7 @@ def test_flags_are_laid_over_the_template():
     assert [stage.tasks.name for stage in load_config("cw10_rl2", flags).stages] == ["push-v3"]
 
 
-def test_the_cue_is_a_setting_that_is_off():
+def test_the_stage_id_is_off_by_default():
     assert RunConfig().stage_id == "none"
     assert load_config("cw10_rl2", ["--stage-id", "input"]).stage_id == "input"
     with pytest.raises(UserError, match="--stage-id: got 'yes', expected 'none', 'input' or 'head'"):

@@ -371,7 +371,7 @@ def test_an_opengl_that_does_not_exist_is_said_at_once(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert (
         done.stderr
-        == "metarl: MUJOCO_GL=foo is nothing that MuJoCo draws with here; unset it, or set it to egl or osmesa\n"
+        == "metarl: MUJOCO_GL=foo is not supported by MuJoCo on this system; unset it, or set it to egl or osmesa\n"
     )
 
 

@@ -71,7 +71,7 @@ HAND = np.array([0.0, 0.6, 0.2])
 
 
 @pytest.mark.parametrize("name", ["reach-v3", "reach-wall-v3", "push-v3", "pick-place-v3", "sweep-v3"])
-def test_one_class_of_meta_world_is_as_hard_as_the_way_of_the_hand_is_long(name):
+def test_one_class_of_meta_world_is_as_hard_as_the_path_of_the_hand_is_long(name):
     tasks = metarl.envs.distribution("metaworld", benchmark="ML1", name=name, seed=3)
     for task in tasks.train_tasks[:2]:
         vector = goal_vector(task)
@@ -95,5 +95,5 @@ def test_classes_of_meta_world_are_as_hard_as_they_come_late_in_the_list():
 @pytest.mark.parametrize("benchmark", ["ML10", "ML25", "ML45"])
 def test_the_classes_of_an_official_benchmark_have_no_order(benchmark):
     tasks = metarl.envs.distribution("metaworld", benchmark=benchmark)
-    with pytest.raises(ValueError, match=f"the classes of {benchmark} are in no order of difficulty"):
+    with pytest.raises(ValueError, match=f"the classes of {benchmark} have no order of difficulty"):
         tasks.difficulty(tasks.train_tasks[0])

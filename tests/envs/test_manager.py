@@ -75,7 +75,7 @@ def test_it_keeps_no_state_and_leaves_the_global_generator_alone():
 
 
 def test_no_tasks_is_an_error():
-    with pytest.raises(ValueError, match="no tasks to sample from"):
+    with pytest.raises(ValueError, match="tasks is empty; expected at least one"):
         EnvManager([])
 
 

@@ -107,11 +107,14 @@ def test_many_of_them_step_together(mode):
 def test_what_does_not_exist_is_named():
     goals = metarl.envs.distribution("navigation", name="goals").train_tasks[0]
     for mistake, choice in (
-        ("expected one of navigation cued_wedges", {"task": goals}),
-        ("expected one of navigation cued_wedges", {"task": Task("mine", "cued_wedges", "test", "cued_wedges", 0, 0)}),
+        ("expected a task of navigation cued_wedges", {"task": goals}),
+        (
+            "expected a task of navigation cued_wedges",
+            {"task": Task("mine", "cued_wedges", "test", "cued_wedges", 0, 0)},
+        ),
         ("not a task", {"task": "{}"}),
-        ("split='test'.*a task fixes them all", {"task": goals, "split": "test"}),
-        ("horizon.*a task fixes them all", {"task": goals, "horizon": 3}),
+        ("split='test'.*pass the task alone", {"task": goals, "split": "test"}),
+        ("horizon.*pass the task alone", {"task": goals, "horizon": 3}),
         ("split is 'eval'", {"split": "eval"}),
         ("index is 400; the test split of cued_wedges has tasks 0 to 399", {"split": "test", "index": 400}),
         ("index is -1", {"index": -1}),

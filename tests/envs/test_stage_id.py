@@ -1,4 +1,4 @@
-"""Cued environments: a one-hot of the stage at the end of observations, and all else as without it."""
+"""Stage ids: observations end in the one-hot stage id; everything else is as without it."""
 
 import pickle
 import warnings
@@ -84,21 +84,21 @@ def hardness(task):
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
 def test_tasks_are_the_same_with_the_stage_among_their_options(family, settings):
     plain = distribution(family, **settings)
-    cued = StageIdTasks(plain, 1, 3)
-    for ours, theirs in ((cued.train_tasks, plain.train_tasks), (cued.test_tasks, plain.test_tasks)):
+    tasks_with_id = StageIdTasks(plain, 1, 3)
+    for ours, theirs in ((tasks_with_id.train_tasks, plain.train_tasks), (tasks_with_id.test_tasks, plain.test_tasks)):
         assert [without_stage_id(task) for task in ours] == theirs
         assert {(task.option("stage"), task.option("stages")) for task in ours} == {(1, 3)}
         assert all(has_stage_id(task) for task in ours) and not any(has_stage_id(task) for task in theirs)
-    assert cued.train_tasks is cued.train_tasks
-    np.testing.assert_array_equal(one_hot(cued.train_tasks[0]), STAGE_1_OF_3)
+    assert tasks_with_id.train_tasks is tasks_with_id.train_tasks
+    np.testing.assert_array_equal(one_hot(tasks_with_id.train_tasks[0]), STAGE_1_OF_3)
 
 
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
-def test_an_environment_is_rebuilt_from_its_task_and_adds_nothing_but_the_cue(family, settings):
-    cued, plain = StageIdTasks(distribution(family, **settings), 1, 3), distribution(family, **settings)
-    task = cued.train_tasks[1]
+def test_an_environment_is_rebuilt_from_its_task_and_adds_nothing_but_the_stage_id(family, settings):
+    tasks_with_id, plain = StageIdTasks(distribution(family, **settings), 1, 3), distribution(family, **settings)
+    task = tasks_with_id.train_tasks[1]
     reference = plain.make(plain.train_tasks[1])
-    for env in (cued.make(task), metarl.envs.make(Task.from_json(task.to_json()))):
+    for env in (tasks_with_id.make(task), metarl.envs.make(Task.from_json(task.to_json()))):
         size = reference.observation_space.shape[0]
         space = env.observation_space
         assert space.dtype == reference.observation_space.dtype
@@ -121,12 +121,12 @@ def test_an_environment_is_rebuilt_from_its_task_and_adds_nothing_but_the_cue(fa
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
 def test_passes_the_environment_checker(family, settings):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # unbounded observations, no spec: as without the cue
-        cued = StageIdTasks(distribution(family, **settings), 0, 2)
-        check_env(cued.make(cued.train_tasks[0]), skip_render_check=True)
+        warnings.simplefilter("ignore")  # unbounded observations, no spec: as without the stage id
+        tasks_with_id = StageIdTasks(distribution(family, **settings), 0, 2)
+        check_env(tasks_with_id.make(tasks_with_id.train_tasks[0]), skip_render_check=True)
 
 
-def test_set_task_aims_the_environment_below_and_takes_over_the_cue():
+def test_set_task_switches_the_inner_environment_and_the_stage_id():
     plain = distribution("mujoco", name="HalfCheetahVel", num_train=2)
     first, second = (StageIdTasks(plain, stage, 2).train_tasks[stage] for stage in (0, 1))
     env = metarl.envs.make(first)
@@ -137,14 +137,14 @@ def test_set_task_aims_the_environment_below_and_takes_over_the_cue():
     np.testing.assert_array_equal(env.reset(seed=1)[0], fresh.reset(seed=1)[0])
     assert env.reset(seed=1)[0][-2:].tolist() == [0.0, 1.0]
     assert env.step(np.ones(6))[1] == fresh.step(np.ones(6))[1]
-    with pytest.raises(ValueError, match="a task of 3 stages, the environment is of 2"):
+    with pytest.raises(ValueError, match="a task with 3 stages; this environment has 2"):
         env.set_task(StageIdTasks(plain, 1, 3).train_tasks[0])
     assert env.env.task == plain.train_tasks[1]  # nothing has changed
 
 
 def test_a_custom_environment_keeps_its_type_its_horizon_and_its_rendering():
-    cued = StageIdTasks(custom("still", Still, num_train=2, num_test=1, horizon=2), 0, 2)
-    env = cued.make(cued.train_tasks[1])
+    tasks_with_id = StageIdTasks(custom("still", Still, num_train=2, num_test=1, horizon=2), 0, 2)
+    env = tasks_with_id.make(tasks_with_id.train_tasks[1])
     observation, info = env.reset(seed=3, options={"a": 1})
     assert observation.dtype == np.float32 and env.observation_space.dtype == np.float32
     assert observation.tolist() == [1.0, 1.0, 0.0]
@@ -159,9 +159,9 @@ def test_a_custom_environment_keeps_its_type_its_horizon_and_its_rendering():
 
 def test_environments_are_used_again(monkeypatch):
     monkeypatch.setattr(Retargetable, "built", 0)
-    cued = StageIdTasks(custom("still", Retargetable, num_train=4, num_test=1, horizon=2), 1, 2)
-    envs = SerialEnvs(cued, 2)
-    for tasks in (cued.train_tasks[:2], cued.train_tasks[2:], cued.train_tasks[1::-1]):
+    tasks_with_id = StageIdTasks(custom("still", Retargetable, num_train=4, num_test=1, horizon=2), 1, 2)
+    envs = SerialEnvs(tasks_with_id, 2)
+    for tasks in (tasks_with_id.train_tasks[:2], tasks_with_id.train_tasks[2:], tasks_with_id.train_tasks[1::-1]):
         expected = [[task.index, 0.0, 1.0] for task in tasks]
         assert envs.reset(tasks, seeds(2)).tolist() == expected
     assert Retargetable.built == 3  # one for the spaces, two that are stepped
@@ -208,7 +208,7 @@ def test_a_batch_equals_single_environments_row_by_row():
                         expected[row], expected_reward, *_ = envs[row].step(actions[row])
                         assert reward == expected_reward
                     np.testing.assert_array_equal(observation, expected[row])
-    with pytest.raises(ValueError, match=r"tasks are of \[2, 3\] stages; expected 3"):
+    with pytest.raises(ValueError, match=r"tasks have \[2, 3\] stages; expected 3"):
         batch.reset([tasks[0], StageIdTasks(plain, 0, 2).train_tasks[0]], seeds(2))
 
 
@@ -222,12 +222,12 @@ def test_the_batch_below_is_given_the_tasks_that_it_knows():
 
 @pytest.mark.parametrize(("family", "settings"), FAMILIES[:2])
 def test_workers_equal_one_process_to_the_bit(family, settings):
-    cued = StageIdTasks(distribution(family, **settings), 2, 4)
-    assert len(cued.train_tasks) > 2  # and they travel with it
-    one, two = (make_envs(cued, 3, num_workers=number) for number in (0, 2))
+    tasks_with_id = StageIdTasks(distribution(family, **settings), 2, 4)
+    assert len(tasks_with_id.train_tasks) > 2  # and they travel with it
+    one, two = (make_envs(tasks_with_id, 3, num_workers=number) for number in (0, 2))
     rng = np.random.default_rng(2)
     try:
-        for tasks in (cued.train_tasks[:3], cued.train_tasks[4:1:-1], cued.test_tasks[:2]):
+        for tasks in (tasks_with_id.train_tasks[:3], tasks_with_id.train_tasks[4:1:-1], tasks_with_id.test_tasks[:2]):
             count = len(tasks)
             np.testing.assert_array_equal(one.reset(tasks, seeds(count)), two.reset(tasks, seeds(count)))
             rows, size = slice(0, count), one.action_space.shape[0]
@@ -249,40 +249,40 @@ def test_workers_equal_one_process_to_the_bit(family, settings):
 
 
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
-def test_a_curriculum_sees_the_difficulty_of_the_task_without_its_cue(family, settings):
+def test_a_curriculum_sees_the_difficulty_of_the_task_without_its_stage_id(family, settings):
     plain = distribution(family, **settings)
-    cued = pickle.loads(pickle.dumps(StageIdTasks(plain, 0, 2)))
+    tasks_with_id = pickle.loads(pickle.dumps(StageIdTasks(plain, 0, 2)))
     expected = [plain.difficulty(task) for task in plain.train_tasks]
-    assert [cued.difficulty(task) for task in cued.train_tasks] == expected
-    easiest = EnvManager(cued.train_tasks, Curriculum(cued.difficulty, 0.01, 9)).allowed(0)
-    assert easiest == [cued.train_tasks[int(np.argmin(expected))]]
+    assert [tasks_with_id.difficulty(task) for task in tasks_with_id.train_tasks] == expected
+    easiest = EnvManager(tasks_with_id.train_tasks, Curriculum(tasks_with_id.difficulty, 0.01, 9)).allowed(0)
+    assert easiest == [tasks_with_id.train_tasks[int(np.argmin(expected))]]
 
 
 def test_difficulty_exists_only_where_the_tasks_have_one():
     arguments = {"num_train": 3, "num_test": 1, "horizon": 2}
     assert getattr(StageIdTasks(custom("still", Still, **arguments), 0, 2), "difficulty", None) is None
-    cued = StageIdTasks(custom("still", Still, **arguments, difficulty=hardness), 0, 2)
-    assert [cued.difficulty(task) for task in cued.train_tasks] == [0.0, -1.0, -2.0]
+    tasks_with_id = StageIdTasks(custom("still", Still, **arguments, difficulty=hardness), 0, 2)
+    assert [tasks_with_id.difficulty(task) for task in tasks_with_id.train_tasks] == [0.0, -1.0, -2.0]
 
 
 @pytest.mark.parametrize(("stage", "num_stages"), [(2, 2), (-1, 2), (0, 0)])
 def test_a_stage_that_is_none_is_refused(stage, num_stages):
-    with pytest.raises(ValueError, match=f"stage is {stage} of {num_stages}"):
+    with pytest.raises(ValueError, match=f"stage is {stage} with num_stages={num_stages}"):
         StageIdTasks(distribution("navigation"), stage, num_stages)
 
 
 @pytest.mark.parametrize(
     "options", [{"stage": 0}, {"stages": 2}, {"stage": 2, "stages": 2}, {"stage": "0", "stages": 2}]
 )
-def test_a_cue_that_is_none_is_refused(options):
+def test_an_invalid_stage_id_is_refused(options):
     with pytest.raises(ValueError, match="expected 0 ≤ stage < stages"):
         metarl.envs.make(Task("navigation", "goals", "train", "goals", 0, 0, {"horizon": 3, **options}))
 
 
-def test_a_cue_is_not_cued_again_and_pictures_have_none():
-    cued = StageIdTasks(distribution("navigation", num_train=1), 0, 2)
-    with pytest.raises(ValueError, match="has an option stage or stages"):
-        _ = StageIdTasks(cued, 0, 2).train_tasks
+def test_a_stage_id_is_not_added_twice_and_pictures_have_none():
+    tasks_with_id = StageIdTasks(distribution("navigation", num_train=1), 0, 2)
+    with pytest.raises(ValueError, match="already has an option stage or stages"):
+        _ = StageIdTasks(tasks_with_id, 0, 2).train_tasks
     pictures = StageIdTasks(Pictures(), 0, 2)
-    with pytest.raises(ValueError, match="one dimension: flatten it"):
+    with pytest.raises(ValueError, match="one-dimensional Box: flatten it"):
         pictures.make(pictures.train_tasks[0])

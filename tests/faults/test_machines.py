@@ -56,10 +56,10 @@ def cheetah(trained):
 @pytest.mark.slow
 def test_case_25_no_opengl_says_what_to_install_and_leaves_no_video(mistake, cheetah, without, tmp_path):
     told = mistake("play", cheetah, "--gif", tmp_path / "play.gif", **without("OpenGL"))
-    assert "no OpenGL here can draw: `apt install libosmesa6`" in told and "only pictures need it" in told
+    assert "no OpenGL backend works here: `apt install libosmesa6`" in told and "only rendering needs it" in told
     assert not (tmp_path / "play.gif").exists()
     told = mistake("play", cheetah, "--gif", tmp_path / "play.gif", MUJOCO_GL="disable")
-    assert "MUJOCO_GL=disable switches drawing off; unset it" in told
+    assert "MUJOCO_GL=disable turns rendering off; unset it" in told
 
 
 @pytest.mark.slow
@@ -89,7 +89,9 @@ def test_case_25_a_missing_extra_names_the_line_that_installs_it(
 @pytest.mark.parametrize("workers", [0, 1])
 def test_case_25_a_nonsense_choice_of_opengl_is_named_by_whatever_needs_mujoco(mistake, tmp_path, workers):
     train = ["train", "half_cheetah_dir_maml_ppo", "--run-dir", tmp_path / "run", "--num-workers", workers]
-    mistake(*train, MUJOCO_GL="nonsense", expected=["MUJOCO_GL=nonsense is nothing that MuJoCo draws with here; unset"])
+    mistake(
+        *train, MUJOCO_GL="nonsense", expected=["MUJOCO_GL=nonsense is not supported by MuJoCo on this system; unset"]
+    )
 
 
 def test_case_25_all_else_works_under_a_nonsense_choice_and_the_doctor_reports_it(cli):

@@ -439,7 +439,7 @@ def test_tasks_that_come_again_are_evaluated_once_with_equal_scores(tmp_path, mo
     assert matrix.shape == (4, 3) and (matrix[:, 0] == matrix[:, 2]).all()
 
 
-def test_tasks_that_come_again_with_another_cue_are_others(tmp_path, monkeypatch):
+def test_tasks_that_come_again_with_another_stage_id_are_others(tmp_path, monkeypatch):
     found = evaluations(monkeypatch, config("maml", (0, 1, 0), iterations=1, stage_id="input"), run_dir=tmp_path)
     assert [dict(tasks[0].options)["stage"] for tasks in found] == 4 * [0, 1, 2]
     last = metrics(tmp_path)[-1]

@@ -286,7 +286,7 @@ def test_there_is_no_picture_before_an_episode(family, name):
         drawn(family, name).render()
 
 
-def test_a_cue_is_not_drawn():
+def test_a_stage_id_is_not_drawn():
     tasks = distribution("navigation", name="goals")
     plain, cued = drawn("navigation", "goals"), make(StageIdTasks(tasks, 0, 2).train_tasks[0], render_mode="rgb_array")
     plain.reset()

@@ -164,8 +164,8 @@ class TestTasks:
         [
             ({"name": "reach-v2"}, "did you mean 'reach-v3'.*metarl list envs"),
             ({"benchmark": "custom", "names": ("reach-v3", "dor-open-v3")}, "did you mean 'door-open-v3'"),
-            ({"benchmark": "ML1"}, "ML1 needs one class"),
-            ({"benchmark": "ML10", "name": "reach-v3"}, "others take none"),
+            ({"benchmark": "ML1"}, "ML1 needs a name"),
+            ({"benchmark": "ML10", "name": "reach-v3"}, "the others have none"),
             ({"benchmark": "custom"}, "needs names"),
             ({"benchmark": "ML10", "names": ("reach-v3",)}, "needs names"),
             ({"name": "reach-v3", "test_names": ("push-v3",)}, "needs names"),

@@ -120,9 +120,9 @@ BOX = gymnasium.spaces.Box(-1.0, 1.0, (2,))
     [
         (gymnasium.spaces.Discrete(3), BOX, "observation space is Discrete"),
         (gymnasium.spaces.Dict(x=BOX), BOX, "observation space is Dict.*flatten it"),
-        (gymnasium.spaces.Box(0.0, 1.0, (2, 2)), BOX, "observation space is Box.*one dimension"),
+        (gymnasium.spaces.Box(0.0, 1.0, (2, 2)), BOX, "observation space is Box.*one-dimensional"),
         (BOX, gymnasium.spaces.Discrete(3), "action space is Discrete"),
-        (BOX, gymnasium.spaces.Box(0.0, 1.0, (2, 2)), "action space is Box.*one dimension"),
+        (BOX, gymnasium.spaces.Box(0.0, 1.0, (2, 2)), "action space is Box.*one-dimensional"),
         (BOX, gymnasium.spaces.Box(-1.0, np.inf, (2,)), "action space is Box.*finite bounds"),
         (BOX, gymnasium.spaces.Box(-np.inf, 1.0, (2,)), "action space is Box.*finite bounds"),
     ],
