@@ -192,13 +192,13 @@ def _tasks_name(config: RunConfig) -> str:
 
 def _compare_sequences(runs: Sequence[_Run], folder: Path) -> None:
     """Draw the runs that have finished several stages by stability and plasticity; say which are left out."""
-    from metarl.continual.metrics import forgetting, plasticity, score_matrix
+    from metarl.continual.metrics import final_stage_performance, forgetting, score_matrix
     from metarl.plots import run as plotting
 
     places = {}
     for run in runs:
         matrix = score_matrix(run.evaluations, len(run.names), run.finished)
-        place = plasticity(matrix), 1.0 - forgetting(matrix)
+        place = final_stage_performance(matrix), 1.0 - forgetting(matrix)
         if run.finished == len(run.names) and all(map(math.isfinite, place)):
             places[run.path] = place
         else:

@@ -136,7 +136,7 @@ def test_what_is_over_keeps_its_length(tmp_path, stop, iterations, message):
 
 
 def test_stages_of_a_sequence_keep_their_names(tmp_path):
-    """The account of forgetting finds their scores by them; a single stage has none."""
+    """Their scores are keyed by name; a single stage has none."""
 
     def settings(*names):
         stages = [{"name": name, "tasks": {"family": "navigation", "horizon": 5}, "iterations": 2} for name in names]
