@@ -343,7 +343,7 @@ def test_mistakes_are_told_in_one_line(runs, mistake, tmp_path, monkeypatch):
     assert "--video a.avi: expected a file that ends in .mp4" in mistake(run, "--video", "a.avi")
     assert "--gif a.mp4: expected a file that ends in .gif" in mistake(run, "--gif", "a.mp4")
     (tmp_path / "file").touch()
-    assert "cannot make its folder" in mistake(run, "--gif", tmp_path / "file" / "a.gif")
+    assert "cannot create its folder" in mistake(run, "--gif", tmp_path / "file" / "a.gif")
     (tmp_path / "a.gif").mkdir()
     assert "is a folder" in mistake(run, "--gif", tmp_path / "a.gif")
     for flag in ("--speed", "--fps"):

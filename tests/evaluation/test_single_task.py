@@ -489,7 +489,7 @@ def test_an_interrupted_command_says_where_it_goes_on(trained, command, monkeypa
 
     monkeypatch.setattr(baseline, "reference", interrupted)
     status, out, err = command(CONFIG, *SMALL)
-    assert (status, out) == (130, "") and "runs/baselines" in err and "the same command goes on" in err
+    assert (status, out) == (130, "") and "runs/baselines" in err and "repeat the command to resume" in err
 
 
 def test_help_names_the_options(command):

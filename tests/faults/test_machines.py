@@ -115,7 +115,10 @@ def test_a_run_that_needs_more_memory_than_there_is_says_so(command, monkeypatch
 
 
 def test_output_that_cannot_be_written_is_no_traceback():
-    for unbuffered, told in ((None, "metarl: cannot print: No space left on device\n"), ("1", "metarl: OSError: ")):
+    for unbuffered, told in (
+        (None, "metarl: cannot write to stdout: No space left on device\n"),
+        ("1", "metarl: OSError: "),
+    ):
         with open("/dev/full", "w") as full:
             done = subprocess.run(
                 [*COMMAND, "--help"],
