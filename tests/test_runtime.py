@@ -245,9 +245,9 @@ def test_an_action_is_the_callers_own():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"safe_action": [0.0, 0.0]}, r"safe_action is \[0.0, 0.0\]; expected a number or 1 of them"),
+        ({"safe_action": [0.0, 0.0]}, r"safe_action is \[0.0, 0.0\]; expected a number or 1 numbers"),
         ({"safe_action": np.nan}, "safe_action is nan"),
-        ({"observation_low": [0.0]}, r"observation_low is \[0.0\]; expected a number or 2 of them"),
+        ({"observation_low": [0.0]}, r"observation_low is \[0.0\]; expected a number or 2 numbers"),
         ({"safe_action": np.inf}, "safe_action is inf; expected within"),
         ({"safe_action": 101.0}, "safe_action is 101.0; expected within"),
         ({"episode_ticks": 0}, "episode_ticks is 0; expected at least 1"),

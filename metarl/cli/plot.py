@@ -73,7 +73,7 @@ def _read(path: Path) -> _Run:
     from metarl.runs.tracking import read_metrics
 
     if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} holds no run: it has no config.yaml; train one with `metarl train CONFIG`")
+        raise UserError(f"{path} holds no run: there is no config.yaml; train one with `metarl train CONFIG`")
     config = load_config(path / "config.yaml")
     lines = read_metrics(path, len(config.stages))
     if not (path / "metrics.jsonl").exists() and (path / "checkpoints").is_dir():

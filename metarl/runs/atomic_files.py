@@ -1,4 +1,4 @@
-"""Atomic file writes, and opening of plain files only: no links, pipes or devices. Imports nothing of metarl."""
+"""Atomic write of files; opens plain files only, no links, pipes or devices. Imports nothing of metarl."""
 
 from __future__ import annotations
 

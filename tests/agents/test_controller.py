@@ -168,10 +168,10 @@ def test_the_scale_of_rewards_is_told(name):
         ({"observation": ["0", "1", "2"]}, "observation has dtype <U1; expected numbers"),
         ({"observation": np.zeros(4)}, r"observation has shape \(4,\); expected \(3,\) or \(batch, 3\)"),
         ({"observation": np.zeros((1, 2, 3))}, r"observation has shape \(1, 2, 3\)"),
-        ({"observation": np.array([0.0, np.nan, 0.0])}, "observation holds NaN or infinity"),
-        ({"observation": np.array([0.0, 1e300, 0.0])}, "observation holds NaN or infinity"),  # beyond float32
+        ({"observation": np.array([0.0, np.nan, 0.0])}, "observation contains NaN or infinity"),
+        ({"observation": np.array([0.0, 1e300, 0.0])}, "observation contains NaN or infinity"),  # beyond float32
         ({"reward": np.inf}, "reward is infinite"),
-        ({"reward": np.zeros(2)}, r"reward has shape \(2,\); expected one for each of 1 observation"),
+        ({"reward": np.zeros(2)}, r"reward has shape \(2,\); expected one value for each of 1 observation"),
         ({"episode_start": np.zeros(2, bool)}, r"episode_start has shape \(2,\)"),
         ({"state": np.zeros((1, 3), np.float32)}, r"state has shape \(1, 3\); expected \(1, "),
     ],

@@ -428,7 +428,7 @@ def test_inspect_says_that_a_policy_is_adapted(command, trained, adapted, tmp_pa
 
 
 def test_evaluating_an_adapted_policy_is_refused_and_leaves_nothing(mistake, adapted):
-    assert "adapted already" in mistake("evaluate", adapted, "--num-tasks", 1, "--num-workers", 0)
+    assert "already adapted" in mistake("evaluate", adapted, "--num-tasks", 1, "--num-workers", 0)
     assert not (adapted / "evaluation" / "test.json").exists()
 
 

@@ -125,7 +125,7 @@ def test_an_agent_with_a_memory_adapts_to_a_task_by_one_trial():
 
 def test_adapting_to_a_task_begins_from_an_agent_that_is_not_adapted():
     task = metarl.envs.distribution("navigation", name="goals").test_tasks[0]
-    with pytest.raises(UserError, match="the policy is adapted already"):
+    with pytest.raises(UserError, match="the policy is already adapted"):
         adapt_to(make_policy("mlp").adapt(make_episodes(log_probs=True)), task)
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_adaptation_is_not_loaded(tmp_path):
     data = bytearray(part.read_bytes())
     data[-1] ^= 1
     part.write_bytes(data)
-    with pytest.raises(UserError, match=r"adapted\.safetensors: its hash is not the manifest's"):
+    with pytest.raises(UserError, match=r"adapted\.safetensors: its hash does not match the manifest"):
         metarl.load(tmp_path / "saved")
 
 

@@ -208,7 +208,7 @@ def test_any_damage_is_seen(exported):
         with pytest.raises(ValueError, match="metarl export"):
             OnnxPolicy(bytes(damaged))
     for size in (0, 10, len(data) // 2, len(data) - 1):
-        with pytest.raises(ValueError, match="does not end in its hash"):
+        with pytest.raises(ValueError, match="its hash is missing"):
             OnnxPolicy(data[:size])
 
 
@@ -230,24 +230,24 @@ def test_foreign_and_newer_files_are_refused(exported, tmp_path):
     (tmp_path / "foreign.onnx").write_bytes(foreign.SerializeToString())
     (tmp_path / "text.onnx").write_text("not a model " * 20)
     for name in ("foreign.onnx", "text.onnx"):
-        with pytest.raises(ValueError, match=rf"{name} is no complete file of `metarl export`"):
+        with pytest.raises(ValueError, match=rf"{name} is not a complete file of `metarl export`"):
             OnnxPolicy(tmp_path / name)
     with pytest.raises(ValueError, match=r"elsewhere\.onnx refers to other files"):
         elsewhere = onnx.load(path)
         onnx.external_data_helper.convert_model_to_external_data(elsewhere, location="x.bin", size_threshold=0)
         (tmp_path / "elsewhere.onnx").write_bytes(seal(elsewhere.SerializeToString()))
         OnnxPolicy(tmp_path / "elsewhere.onnx")
-    with pytest.raises(ValueError, match="is no model of `metarl export`: KeyError"):
+    with pytest.raises(ValueError, match="is not a model of `metarl export`: KeyError"):
         OnnxPolicy(seal(foreign.SerializeToString()))
-    with pytest.raises(ValueError, match="is no model of `metarl export`"):
+    with pytest.raises(ValueError, match="is not a model of `metarl export`"):
         OnnxPolicy(seal(b"no protobuf at all"))
     with pytest.raises(ValueError, match=r"has format 2; this metarl.runtime reads format 1"):
         OnnxPolicy(relabelled(path, lambda told: {**told, "format": 2}))
-    with pytest.raises(ValueError, match="its own description says"):
+    with pytest.raises(ValueError, match="according to its metadata"):
         OnnxPolicy(relabelled(path, lambda told: {**told, "observation_size": 4}))
-    with pytest.raises(ValueError, match="its own description says"):
+    with pytest.raises(ValueError, match="according to its metadata"):
         OnnxPolicy(relabelled(path, lambda told: {**told, "state_size": 5}))
-    with pytest.raises(ValueError, match="has format 2"):  # which may describe itself by other words
+    with pytest.raises(ValueError, match="has format 2"):  # whose metadata may have other keys
         OnnxPolicy(relabelled(path, lambda told: {"format": 2}))
     OnnxPolicy(relabelled(path, lambda told: told))  # what these leave as it is can be read
 
@@ -258,12 +258,12 @@ def test_foreign_and_newer_files_are_refused(exported, tmp_path):
         ({"observation": {"x": 1.0}}, "observation has dtype object; expected numbers"),
         ({"observation": ["0", "1", "2"]}, "observation has dtype <U1; expected numbers"),
         ({"observation": np.zeros(4)}, r"observation has shape \(4,\); expected \(3,\) or \(batch, 3\)"),
-        ({"observation": [0.0, float("nan"), 0.0]}, "observation holds NaN or infinity"),
+        ({"observation": [0.0, float("nan"), 0.0]}, "observation contains NaN or infinity"),
         ({"reward": np.inf}, "reward is infinite"),
-        ({"reward": np.zeros(2)}, r"reward has shape \(2,\); expected one for each of 1 observation"),
+        ({"reward": np.zeros(2)}, r"reward has shape \(2,\); expected one value for each of 1 observation"),
         ({"episode_start": np.zeros(2, bool)}, r"episode_start has shape \(2,\)"),
         ({"state": np.zeros((1, 3), np.float32)}, r"state has shape \(1, 3\); expected \(1, "),
-        ({"state": np.full((1, 16), np.nan, np.float32)}, "state is not what predict returned"),
+        ({"state": np.full((1, 16), np.nan, np.float32)}, "state does not come from predict"),
     ],
 )
 def test_bad_input_is_told_in_a_line(exported, told, message):

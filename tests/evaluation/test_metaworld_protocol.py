@@ -487,7 +487,7 @@ def test_mistakes_are_named(monkeypatch):
         official.official_report(policy, benchmark="ML10", name="reach-v3")
     with pytest.raises(UserError, match="'raech-v3'"):
         official.official_report(policy, benchmark="ML1", name="raech-v3")
-    with pytest.raises(UserError, match="adapted already"):
+    with pytest.raises(UserError, match="already adapted"):
         official.official_report(
             Policy(policy.config, policy.agent, policy.spaces, 0, None, adapted=True), benchmark="ML10"
         )

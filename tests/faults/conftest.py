@@ -157,6 +157,6 @@ def assert_rejected(older, newer, caplog):
         assert not reasons or any(reason in told for reason in reasons), told
         caplog.clear()
         assert load_latest(newer.parent).path == older
-        assert f"rejected a checkpoint, 000004 is used: {told}" in caplog.text
+        assert f"rejected a checkpoint, using 000004 instead: {told}" in caplog.text
 
     return check

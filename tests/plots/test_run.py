@@ -229,11 +229,11 @@ def test_names_are_shown_as_they_are():
 
 
 def test_names_of_short_stages_are_moved_apart():
-    places = plotting._apart(np.array([0.0, 50.0, 51.0, 52.0, 99.0, 100.0]), 0.0, 100.0, 5.0)
+    places = plotting._spread(np.array([0.0, 50.0, 51.0, 52.0, 99.0, 100.0]), 0.0, 100.0, 5.0)
     # From the left each at least 5 further, 50 55 60; at the end pushed back from 104 to 100 and from 99 to 95.
     np.testing.assert_array_equal(places, [0, 50, 55, 60, 95, 100])
     # 6 names need 50, but there are only 10: evenly spread.
-    np.testing.assert_allclose(plotting._apart(np.arange(6.0), 0.0, 10.0, 10.0), [0, 2, 4, 6, 8, 10])
+    np.testing.assert_allclose(plotting._spread(np.arange(6.0), 0.0, 10.0, 10.0), [0, 2, 4, 6, 8, 10])
 
 
 def test_stability_plasticity_by_hand():
@@ -358,7 +358,7 @@ def test_mistakes_are_told_in_one_line(command, tmp_path, four_runs):
     blocked.write_text("")
     for arguments, message in (
         ((saved,), "saved is a saved policy, which has no metrics; plot the run"),
-        ((tmp_path / "nowhere",), "nowhere holds no run: it has no config.yaml"),
+        ((tmp_path / "nowhere",), "nowhere holds no run: there is no config.yaml"),
         ((empty,), "empty has no metrics yet"),
         ((four_runs[0], "--out", blocked), "cannot write "),
         ((four_runs[0], "--out", blocked / "below"), "choose another folder with --out"),

@@ -206,7 +206,7 @@ def test_the_best_evaluation_is_kept_and_loaded(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000002", "000004"]
     assert metarl.load(tmp_path, checkpoint="best").env_steps == 80
     assert metarl.load(tmp_path).env_steps == metarl.load(tmp_path, checkpoint=4).env_steps == 160
-    with pytest.raises(UserError, match="has no checkpoint of iteration 3; there are: 2, 4"):
+    with pytest.raises(UserError, match="has no checkpoint of iteration 3; available: 2, 4"):
         metarl.load(tmp_path, checkpoint=3)
     with pytest.raises(UserError, match="expected latest, best or"):
         metarl.load(tmp_path, checkpoint="newest")
