@@ -62,9 +62,7 @@ def _run_baseline(config_name: str, flags: list[str], options: argparse.Namespac
 
     config = load_config(config_name, flags)
     if options.stage is not None and options.stage >= len(config.stages):
-        raise UserError(
-            f"--stage is {options.stage}; expected less than {len(config.stages)}, the stages of {config_name}"
-        )
+        raise UserError(f"--stage is {options.stage}; {config_name} has {len(config.stages)} stage(s), counted from 0")
     stage = config.stages[-1 if options.stage is None else options.stage]
 
     import numpy as np

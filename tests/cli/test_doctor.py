@@ -51,8 +51,8 @@ def test_a_missing_extra_is_no_fault_and_has_its_pip_line(findings):
     status, found = findings("imageio-ffmpeg", "onnxruntime")
     assert status == 0
     assert found["extra video"] == ("--", 'no imageio-ffmpeg (metarl play as MP4): pip install "metarl[video]"')
-    state, told = found["extra onnx"]
-    assert state == "--" and told.startswith("no onnxruntime ") and told.endswith('pip install "metarl[onnx]"')
+    state, detail = found["extra onnx"]
+    assert state == "--" and detail.startswith("no onnxruntime ") and detail.endswith('pip install "metarl[onnx]"')
 
 
 def test_a_missing_library_is_a_fault(findings):

@@ -152,7 +152,7 @@ def test_speed_and_frames_a_second(runs):
 
 
 class Corridor(gymnasium.Env):
-    """An environment of one's own, as large as `goals`: the episodes end after 4, 6, 8 … steps; success is unknown."""
+    """A custom environment, as large as `goals`: the episodes end after 4, 6, 8 … steps; success is unknown."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012
     render_mode = "rgb_array"
@@ -193,12 +193,12 @@ def test_a_task_of_one_s_own(runs):
     assert greys[9:] == [[40, 80]] * 75
 
 
-@pytest.mark.parametrize(("told", "success"), [(np.nan, None), (0.0, 0.0), (1.0, 1.0)])
-def test_a_success_that_is_not_defined_is_none(runs, told, success):
+@pytest.mark.parametrize(("reported", "success"), [(np.nan, None), (0.0, 0.0), (1.0, 1.0)])
+def test_a_success_that_is_not_defined_is_none(runs, reported, success):
     class Telling(Corridor):
         def step(self, action):
             *step, info = super().step(action)
-            return *step, {**info, "success": told}
+            return *step, {**info, "success": reported}
 
     assert play(metarl.load(runs / "rl2"), Telling()).success == (success, success)
 
@@ -224,7 +224,7 @@ def test_what_cannot_be_played_is_said(runs):
     with pytest.raises(UserError, match=r"observations have shape \(17,\); the agent was trained for \(2,\)"):
         play(policy, make(distribution("mujoco").train_tasks[0], render_mode="rgb_array"))
     for pace in ({"speed": 1e-9}, {"fps": 1e-9}, {"speed": 1e308}):  # not even a frame, or no number
-        with pytest.raises(UserError, match=r"expected numbers of at least 0\.05"):
+        with pytest.raises(UserError, match=r"expected at least 0\.05 for both"):
             play(policy, env, **pace)
     with pytest.raises(ValueError, match=r"render\(\) returned uint8 \(33, 61\); expected"):
         play(policy, Corridor(shape=(33, 61)))
@@ -350,7 +350,7 @@ def test_mistakes_are_told_in_one_line(runs, mistake, tmp_path, monkeypatch):
         for value in ("0", "fast", "inf"):
             assert f"got '{value}', expected a number above 0" in mistake(run, flag, value)
     for flag in ("--speed", "--fps"):
-        assert "expected numbers of at least 0.05" in mistake(run, flag, "1e-9", "--video", tmp_path / "a.mp4")
+        assert "expected at least 0.05 for both" in mistake(run, flag, "1e-9", "--video", tmp_path / "a.mp4")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     assert 'pip install "metarl[video]"' in mistake(run, "--video", tmp_path / "a.mp4")
     assert not (tmp_path / "a.mp4").exists()

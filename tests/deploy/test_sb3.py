@@ -201,7 +201,7 @@ def test_it_draws_no_more_than_stable_baselines3_does():
 
 
 def cued_wedges(stage_id):
-    """A policy that is told its stage of two, and the environment of the last one."""
+    """A policy with the stage id of two stages, and the environment of the last one."""
     stages = [
         {"name": f"stage-{number}", "tasks": {"family": "navigation", "name": "rotated_wedges", "wedges": [number]}}
         for number in range(2)
@@ -427,8 +427,8 @@ def trial_by_hand(policy, task, seed=None):
         start, ended = True, False
         returns.append(0.0)
         while not ended:
-            told = (observation, state, np.array([start]), True, reward)
-            action, state = policy.predict(*told)
+            inputs = (observation, state, np.array([start]), True, reward)
+            action, state = policy.predict(*inputs)
             observation, reward, _, ended, _ = env.step(action)
             actions.append(action)
             returns[-1] += reward
@@ -486,13 +486,13 @@ def test_single_observations_and_batches_are_predicted_alike(rl2):
         action, state = policy.predict(observations[1], state, begins[1:2], deterministic=True)
         assert actions.shape == (3, 2) and action.shape == (2,)
         np.testing.assert_allclose(action, actions[1], atol=1e-6)
-    # Without being told, a trial goes on, and begins where there is no state.
+    # Without episode_start, a trial continues, and starts where there is no state.
     on, _ = policy.predict(observations, states, deterministic=True)
-    told, _ = policy.predict(observations, states, np.zeros(3, bool), deterministic=True)
-    np.testing.assert_array_equal(on, told)
+    explicit, _ = policy.predict(observations, states, np.zeros(3, bool), deterministic=True)
+    np.testing.assert_array_equal(on, explicit)
     anew, _ = policy.predict(observations, None, deterministic=True)
-    told, _ = policy.predict(observations, states, np.ones(3, bool), deterministic=True)
-    np.testing.assert_array_equal(anew, told)
+    explicit, _ = policy.predict(observations, states, np.ones(3, bool), deterministic=True)
+    np.testing.assert_array_equal(anew, explicit)
     assert np.abs(anew - on).max() > 1e-3
     with pytest.raises(ValueError, match=r"shape \(3, 2\); expected \(4,\) or \(batch, 4\) of TrialEnv"):
         policy.predict(observations[:, :2])

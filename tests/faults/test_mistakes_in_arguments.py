@@ -1,4 +1,4 @@
-"""Mistakes in arguments: each is told in one line of cause and cure, at once, and leaves nothing behind.
+"""Mistakes in arguments: each gives one line with cause and fix, at once, and leaves nothing behind.
 
 The numbers are those of the cases in docs/reliability.md. What a process of its own adds nothing to runs in this one.
 """
@@ -93,8 +93,8 @@ def test_case_01_a_number_of_a_thousand_digits_is_not_printed_back(refused):
 
 
 def test_case_02_a_misspelt_flag_is_answered_with_the_nearest(mistake, tmp_path):
-    told = mistake("train", "quickstart", "--agent.inner-lrr", "0.1")
-    assert told == "metarl: --agent.inner-lrr: unknown setting; did you mean --agent.inner-lr?\n"
+    message = mistake("train", "quickstart", "--agent.inner-lrr", "0.1")
+    assert message == "metarl: --agent.inner-lrr: unknown setting; did you mean --agent.inner-lr?\n"
     assert listing(tmp_path) == {}
 
 

@@ -446,7 +446,7 @@ def test_tasks_that_come_again_with_another_cue_are_others(tmp_path, monkeypatch
     assert last["continual/score/wedge 0"] != last["continual/score/wedge 0 (2)"]
 
 
-# Methods and tasks of one's own
+# Custom methods and tasks
 
 
 class Pull:
