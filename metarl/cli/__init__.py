@@ -88,7 +88,7 @@ def _dispatch(arguments: list[str]) -> int:
         "evaluate": (evaluate.evaluate, "evaluate a run on held-out tasks"),
         "export": (export.export, "export a policy to an ONNX file that runs without torch"),
         "play": (play.play, "record an episode before and after adaptation as MP4 and GIF"),
-        "inspect": (show.inspect, "summarize a run directory"),
+        "inspect": (show.inspect, "summarise a run directory"),
         "list": (show.list_names, "list envs, agents, stability methods or configs"),
         "doctor": (doctor.doctor, "check the installation"),
         "plot": (plot.plot, "plot the metrics of runs"),

@@ -46,7 +46,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument(
         "--official",
         action="store_true",
-        help="use Meta-World's own evaluation, which is biased; takes --num-evals and --adaptation-episodes",
+        help="use Meta-World's own evaluation, which is biased; see also --num-evals and --adaptation-episodes",
     )
     parser.add_argument(
         "--num-evals", type=positive, help="rounds of --official (default: enough to cover each of 40 goals)"

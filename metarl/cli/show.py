@@ -8,8 +8,8 @@ from metarl.cli.arguments import Parser, one_line, run_folder
 
 
 def inspect(arguments: list[str]) -> int:
-    """Summarize a run directory."""
-    parser = Parser("metarl inspect", description="Summarize a run directory.")
+    """Summarise a run directory."""
+    parser = Parser("metarl inspect", description="Summarise a run directory.")
     parser.add_argument("run_dir", type=run_folder, help="a run directory of `metarl train`")
     options = parser.parse_args(arguments)
 
