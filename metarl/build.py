@@ -1,4 +1,4 @@
-"""What a config stands for: task distributions, task samplers, the agent, the device."""
+"""Builds the objects that a config describes: task distributions, task samplers, the agent, the device."""
 
 from __future__ import annotations
 

@@ -260,9 +260,9 @@ class ProtectedAgent(Agent, Protocol):
         """Adapt again on the first K of K + 1 recorded rollouts; predict what the agent would do in the last one.
 
         Args:
-            rollouts: of earlier policies. The log-probabilities of the first K are those of the policy that the data
-                stands for: it need not be the one that collected it.
-            advantages: whether to estimate them, too.
+            rollouts: K + 1 rollouts of earlier policies. The log-probabilities of the first K are those of the policy
+                that is replayed, which may differ from the one that collected them.
+            advantages: whether to estimate advantages, too.
         """
 
     def policy_jacobians(

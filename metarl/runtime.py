@@ -1,7 +1,7 @@
-"""An exported policy on a robot: numpy and onnxruntime, nothing else. The file can be copied there by itself.
+"""Runs an exported policy on a robot. Needs only numpy and onnxruntime; this file can be copied there by itself.
 
-`OnnxPolicy` runs one ONNX file that `metarl export` wrote; `ControlLoop` calls a policy once a tick, with guard rails.
-Must not import the rest of metarl.
+`OnnxPolicy` runs an ONNX file of `metarl export`; `ControlLoop` calls a policy once per tick, with safety checks. Must
+not import the rest of metarl.
 """
 
 from __future__ import annotations
@@ -22,100 +22,100 @@ from numpy.typing import ArrayLike, NDArray
 FORMAT = 1
 METADATA_KEY = "metarl"
 _SEAL_KEY = b"metarl.sha256"
-# The last entry of the model's metadata_props, as protobuf writes it: what is appended to a message is part of it.
+# A protobuf entry of the model's metadata_props; bytes appended to a serialised message become part of it.
 _SEAL = b"\x72\x51\x0a" + bytes([len(_SEAL_KEY)]) + _SEAL_KEY + b"\x12\x40"
 _SEAL_BYTES = len(_SEAL) + 64
-_EXTERNAL = b"\n\x08location"  # the key by which a tensor names the file that holds it
+_EXTERNAL = b"\n\x08location"  # the key of a tensor that is stored in another file
 
 
 def seal(model: bytes) -> bytes:
-    """Return a serialised ONNX model with the hash of itself at its end, still an ONNX model."""
+    """Append the hash of a serialised ONNX model to it; the result is still an ONNX model."""
     return model + _SEAL + hashlib.sha256(model).hexdigest().encode()
 
 
 def _check_seal(data: bytes, name: str) -> None:
     body, tail = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
     if not tail.startswith(_SEAL):
-        raise ValueError(f"{name} is no complete file of `metarl export`: it does not end in its hash; export it again")
+        raise ValueError(f"{name} is not a complete file of `metarl export`: its hash is missing; export it again")
     if tail[len(_SEAL) :] != hashlib.sha256(body).hexdigest().encode():
-        raise ValueError(f"{name} is not what `metarl export` wrote: its hash differs; copy or export it again")
+        raise ValueError(f"{name} was changed after `metarl export`: its hash differs; copy or export it again")
     if _EXTERNAL in body:
-        raise ValueError(f"{name} refers to other files, as no file of `metarl export` does; export it again")
+        raise ValueError(f"{name} refers to other files, unlike any file of `metarl export`; export it again")
 
 
 def checked_observations(observation: ArrayLike, size: int) -> NDArray[np.float32]:
-    """Return observations as a policy reads them, `[O]` or `[B, O]`; raises ValueError."""
-    given = np.asarray(observation)
-    if given.dtype.kind not in "fiub":
-        raise ValueError(f"observation has dtype {given.dtype}; expected numbers")
-    if given.ndim not in (1, 2) or given.shape[-1] != size:
-        raise ValueError(f"observation has shape {given.shape}; expected ({size},) or (batch, {size})")
-    observations = given.astype(np.float32)
+    """Return observations `[O]` or `[B, O]` as float32; raises ValueError for a wrong shape or dtype, NaN, infinity."""
+    array = np.asarray(observation)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"observation has dtype {array.dtype}; expected numbers")
+    if array.ndim not in (1, 2) or array.shape[-1] != size:
+        raise ValueError(f"observation has shape {array.shape}; expected ({size},) or (batch, {size})")
+    observations = array.astype(np.float32)
     if not np.isfinite(observations).all():
-        raise ValueError("observation holds NaN or infinity; check the sensors before calling predict")
+        raise ValueError("observation contains NaN or infinity; check the sensors before calling predict")
     return observations
 
 
 def checked_memory(
     batch: int, state_size: int, state: ArrayLike | None, episode_start: ArrayLike | None, reward: ArrayLike | None
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32]]:
-    """Return what a memory is told beside observations: rewards `[B]`, episode starts `[B]`, the state `[B, S]`.
+    """Return the inputs of a memory besides observations: rewards `[B]`, episode starts `[B]`, the state `[B, S]`.
 
     Raises:
-        ValueError: a shape does not fit, the reward is infinite, or the state is none that `predict` returned.
+        ValueError: a shape does not fit, the reward is infinite, or the state does not come from `predict`.
     """
-    rewards = _each("reward", np.asarray(np.nan if reward is None else reward, np.float32), batch)
-    starts = _each("episode_start", np.asarray(False if episode_start is None else episode_start, np.bool_), batch)
+    rewards = _batched("reward", np.asarray(np.nan if reward is None else reward, np.float32), batch)
+    starts = _batched("episode_start", np.asarray(False if episode_start is None else episode_start, np.bool_), batch)
     before = np.zeros((batch, state_size), np.float32) if state is None else np.asarray(state, np.float32)
     if np.isinf(rewards).any():
-        raise ValueError("reward is infinite; expected a number, or None where it is not known")
+        raise ValueError("reward is infinite; expected a number, or None if it is unknown")
     if before.shape != (batch, state_size):
         raise ValueError(
-            f"state has shape {before.shape}; expected {(batch, state_size)}: what predict returned, or None where a "
-            "trial begins"
+            f"state has shape {before.shape}; expected {(batch, state_size)}, the state that predict returned, or None "
+            "at the start of a trial"
         )
     begun = before[:, -1]
     if not ((begun == 0.0) | (begun == 1.0)).all():
-        raise ValueError("state is not what predict returned: its last entry says neither 0, a trial begins, nor 1")
+        raise ValueError("state does not come from predict: its last entry is neither 0 (a new trial) nor 1")
     return rewards, starts, before
 
 
-def _each(name: str, value: NDArray[Any], batch: int) -> NDArray[Any]:
+def _batched(name: str, value: NDArray[Any], batch: int) -> NDArray[Any]:
     if value.shape not in ((), (1,), (batch,)):
-        raise ValueError(f"{name} has shape {value.shape}; expected one for each of {batch} observation(s)")
+        raise ValueError(f"{name} has shape {value.shape}; expected one value for each of {batch} observation(s)")
     return value if value.shape == (batch,) else np.full(batch, value)
 
 
 def check_actions(actions: NDArray[np.float32]) -> None:
     """Raise ValueError for actions that are not finite."""
     if not np.isfinite(actions).all():
-        raise ValueError("the action is not finite: observation or state are far from all that the policy has met")
+        raise ValueError("the action is not finite: observation or state are far from the training distribution")
 
 
 class OnnxPolicy:
     """A policy from an ONNX file, with the `predict` of `metarl.Policy`.
 
     Args:
-        source: the file, or its content.
-        num_threads: of onnxruntime; networks of this size gain nothing from a second one.
-        seed: of the noise of actions that are not deterministic; None: another one each time.
+        source: the path of the file, or its content.
+        num_threads: threads of onnxruntime; networks of this size gain nothing from a second one.
+        seed: seed of the action noise; None: a different one each time.
 
     Attributes:
-        metadata: what the file tells of itself: names of observations and actions, bounds, control period, the task
-            that it was adapted to, versions; see `metarl.deploy.onnx_export.describe`.
+        metadata: the file's description of itself: names of observations and actions, bounds, control period, the task
+            that it is adapted to, versions; see `metarl.deploy.onnx_export.describe`.
         observation_size: O.
         action_size: A.
-        state_size: S, of what is remembered; 0 without a memory.
+        state_size: S, the size of the memory; 0 without a memory.
         action_low: `[A]`.
         action_high: `[A]`.
 
     Raises:
-        ValueError: the file is damaged, not of `metarl export`, or of a newer format.
+        ValueError: the file is damaged, not from `metarl export`, or has a newer format.
         ImportError: onnxruntime is missing.
     """
 
     def __init__(self, source: str | Path | bytes, *, num_threads: int = 1, seed: int | None = None) -> None:
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it would send names and sizes of models over the net
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it would send model names and sizes over the network
         try:
             import onnxruntime
         except ImportError as error:
@@ -130,38 +130,40 @@ class OnnxPolicy:
         try:
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
             self.metadata: dict[str, Any] = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA_KEY])
-            found = self.metadata["format"]
-            if found == FORMAT:  # another one may say it otherwise
+            file_format = self.metadata["format"]
+            if file_format == FORMAT:  # other formats may have other keys
                 sizes = (int(self.metadata[f"{kind}_size"]) for kind in ("observation", "action", "state"))
                 self.observation_size, self.action_size, self.state_size = sizes
                 self.action_low, self.action_high = (
                     np.array(self.metadata[f"action_{end}"], np.float64) for end in ("low", "high")
                 )
-        except Exception as error:  # onnxruntime has a class of its own for everything that is wrong with a model
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"  # onnxruntime ends with the reason
-            raise ValueError(f"{name} is no model of `metarl export`: {said}") from error
-        if found != FORMAT:
-            raise ValueError(f"{name} has format {found}; this metarl.runtime reads format {FORMAT}: use a newer one")
+        except Exception as error:  # onnxruntime's own exceptions have no common base class
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"  # the cause is at the end
+            raise ValueError(f"{name} is not a model of `metarl export`: {reason}") from error
+        if file_format != FORMAT:
+            raise ValueError(
+                f"{name} has format {file_format}; this metarl.runtime reads format {FORMAT}: use a newer one"
+            )
         expected: dict[str, int | None] = {"observations": self.observation_size, "noise": self.action_size}
         if self.state_size:
             expected |= {"rewards": None, "episode_start": None, "state": self.state_size}
-        given = {each.name: each.shape[1] if len(each.shape) > 1 else None for each in self._inputs()}
-        if given != expected:
-            raise ValueError(f"{name} has inputs {given}; its own description says {expected}")
+        inputs = {item.name: item.shape[1] if len(item.shape) > 1 else None for item in self._inputs()}
+        if inputs != expected:
+            raise ValueError(f"{name} has inputs {inputs}; expected {expected} according to its metadata")
         self._outputs = ["actions", "next_state"] if self.state_size else ["actions"]
         self._rng = np.random.default_rng(seed)
-        self.run(np.zeros((1, self.observation_size), np.float32))  # the first run takes longest: not within a tick
+        self.run(np.zeros((1, self.observation_size), np.float32))  # the first run is the slowest: not during a tick
 
     def _inputs(self) -> list[Any]:
         return [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
 
     @property
     def has_memory(self) -> bool:
-        """Whether it adapts in its memory, while it acts."""
+        """Whether the policy adapts in its memory while it acts."""
         return self.state_size > 0
 
     def reset(self, batch: int = 1) -> NDArray[np.float32]:
-        """Return the state with which `batch` trials begin: zeros `[B, S]`, where S is 0 without a memory."""
+        """Return the state at the start of `batch` trials: zeros `[B, S]`; S is 0 without a memory."""
         return np.zeros((batch, self.state_size), np.float32)
 
     def predict(
@@ -176,13 +178,14 @@ class OnnxPolicy:
 
         Args:
             observation: `[O]` or `[B, O]`.
-            state: `[B, S]`, what the last call returned; None, or zeros, where a trial begins.
-            episode_start: `[B]`, where an episode begins; the memory of a trial lives on.
-            deterministic: the mean instead of a draw.
-            reward: a number or `[B]`, of the last step; None or NaN: not known. Not read where a trial begins.
+            state: `[B, S]`, the state that the last call returned; None or zeros at the start of a trial.
+            episode_start: `[B]`, whether an episode starts; the memory persists through a trial.
+            deterministic: whether to return the mean instead of a sample.
+            reward: a number or `[B]`, the reward of the last step; None or NaN if unknown. Ignored at the start of a
+                trial.
 
         Returns:
-            Actions `[A]` or `[B, A]` within their bounds, and the next state.
+            actions `[A]` or `[B, A]` within their bounds, and the next state.
 
         Raises:
             ValueError: wrong shape, NaN or infinity.
@@ -204,20 +207,20 @@ class OnnxPolicy:
         noise: NDArray[np.float32] | None = None,
         rewards: ArrayLike | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Run the model on a batch `[B, O]` with given noise `[B, A]`; None: the mean. Otherwise as `predict`."""
+        """Run the model on a batch `[B, O]` with noise `[B, A]`, or without for the mean; otherwise as `predict`."""
         feed: dict[str, Any] = {"observations": observations}
         if noise is not None:
             feed["noise"] = noise
         if not self.state_size:
             return self._session.run(self._outputs, feed)[0], state
-        told = checked_memory(len(observations), self.state_size, state, episode_start, rewards)
-        feed |= zip(("rewards", "episode_start", "state"), told, strict=True)
-        actions, following = self._session.run(self._outputs, feed)
-        return actions, following
+        memory = checked_memory(len(observations), self.state_size, state, episode_start, rewards)
+        feed |= zip(("rewards", "episode_start", "state"), memory, strict=True)
+        actions, next_state = self._session.run(self._outputs, feed)
+        return actions, next_state
 
 
 class Predictor(Protocol):
-    """What `ControlLoop` asks of a policy: an `OnnxPolicy` or a `metarl.Policy`."""
+    """The interface of a policy for `ControlLoop`: an `OnnxPolicy` or a `metarl.Policy`."""
 
     @property
     def observation_size(self) -> int:
@@ -236,7 +239,7 @@ class Predictor(Protocol):
         """`[A]`."""
 
     def reset(self) -> NDArray[np.float32]:
-        """Return the state with which a trial begins."""
+        """Return the state at the start of a trial."""
 
     def predict(
         self,
@@ -251,12 +254,12 @@ class Predictor(Protocol):
 
 @dataclass
 class Counts:
-    """What a control loop has seen.
+    """Counters of a control loop.
 
     Attributes:
         ticks: calls of `step`.
-        faults: ticks in which the policy's action was not used.
-        limited: ticks in which an action was changed by the rate limit.
+        faults: ticks that did not use the policy's action.
+        limited: ticks in which the rate limit changed the action.
         deadline_misses: ticks that took longer than the deadline.
         swaps: policies that took over.
     """
@@ -269,33 +272,33 @@ class Counts:
 
 
 class ControlLoop:
-    """Calls a policy once a tick, keeps its memory, and stands between it and the robot.
+    """Calls a policy once per tick, carries its memory, and checks its inputs and outputs.
 
-    A tick has a fault where the observation is not finite or out of range, the policy raises, or its action is not
-    finite: then the last action is held, or the safe one is sent, and the memory stays as it was. `swap` may be called
-    from another thread, the rest is for the thread that calls `step`: the new policy takes over at the next tick, as a
-    whole. A memory is told what the policy wanted, not what a limit or a fault made of it.
+    A tick has a fault if the observation is not finite or out of range, the policy raises, or its action is not finite.
+    Then the loop holds the last action or sends the safe one, and the memory does not change. `swap` may be called from
+    another thread; everything else belongs to the thread that calls `step`. A new policy takes over at the next tick,
+    as a whole. The memory reads the action that the policy chose, not the one after limits and faults.
 
     Args:
         policy: an `OnnxPolicy` or a `metarl.Policy`.
-        safe_action: `[A]`, what the robot does before the first tick, e.g. stand still. Sent at faults before there is
-            an action to hold, and at all of them with `on_fault="safe"`.
-        on_fault: `hold` the last action, `safe`, or `raise` what was wrong.
-        max_held: faults in a row for which an action is held; then the safe one is sent. None: forever.
-        observation_low: `[O]` or a number, least values that are believed; None: any.
-        observation_high: `[O]` or a number, greatest values.
-        max_change: `[A]` or a number, how much an action may differ from the last one, a tick; None: any. Safe actions
-            are limited, too, and so is the first one, from the safe one.
-        episode_ticks: ticks, faults included, after which an episode begins by itself, as `begin_episode`: a memory
-            that has learned from episodes of some length does not know how to go on beyond it. None: the horizon in the
-            policy's metadata where it has a memory and they tell it, else never.
-        deadline_s: a call of `step` that takes longer is counted; its action is returned all the same. None: none is.
-        deterministic: act without noise.
-        clock: seconds.
+        safe_action: `[A]`, the robot's action before the first tick, e.g. to stand still. Sent at faults before there
+            is an action to hold, and at every fault with `on_fault="safe"`.
+        on_fault: `hold` the last action, send the `safe` one, or `raise` the error.
+        max_held: consecutive faults for which an action is held before the safe one is sent. None: no limit.
+        observation_low: `[O]` or a number, lower limit of plausible observations; None: no limit.
+        observation_high: `[O]` or a number, upper limit.
+        max_change: `[A]` or a number, maximum change of an action per tick; None: no limit. It also applies to safe
+            actions, and to the first action, relative to the safe one.
+        episode_ticks: ticks, faults included, after which a new episode starts as with `begin_episode`: a memory is not
+            trained beyond the length of its training episodes. None: the horizon in the metadata of a policy with a
+            memory, otherwise never.
+        deadline_s: time limit of `step`; misses are counted and their action is still returned. None: no limit.
+        deterministic: whether to act without noise.
+        clock: returns the time in seconds.
 
     Attributes:
-        counts: what has happened so far.
-        last_fault: what was wrong at the last fault, "" before there is one.
+        counts: the counters so far.
+        last_fault: the error of the last fault, "" before the first.
 
     Raises:
         ValueError: a setting does not fit the policy.
@@ -344,29 +347,29 @@ class ControlLoop:
         self.begin_trial()
 
     def begin_trial(self) -> None:
-        """Forget the task: a memory begins anew, and so does the next episode."""
+        """Reset the memory and start an episode with the next tick."""
         self._state: NDArray[np.float32] | None = self._policy.reset()
         self.begin_episode()
 
     def begin_episode(self) -> None:
-        """Let an episode of the same task begin with the next tick; a memory lives on."""
+        """Start an episode of the same task with the next tick; the memory persists."""
         self._starts, self._elapsed_ticks = True, 0
 
     def swap(self, policy: Predictor) -> None:
-        """Let another policy take over at the next tick, at the beginning of its trial; safe from other threads.
+        """Switch to another policy, at the start of a trial, with the next tick; thread-safe.
 
         Raises:
-            ValueError: it has other observations or actions.
+            ValueError: it has different observations or actions.
         """
         sizes = (policy.observation_size, policy.action_size)
         if sizes != self._sizes:
             raise ValueError(f"the new policy has (observation, action) sizes {sizes}; the loop's has {self._sizes}")
         for end in ("action_low", "action_high"):
-            old, new = (getattr(each, end).tolist() for each in (self._policy, policy))
+            old, new = (getattr(item, end).tolist() for item in (self._policy, policy))
             if old != new:
                 raise ValueError(f"the new policy has {end} {new}; the loop's has {old}")
         for field in ("observation_names", "action_names", "control_period_s"):
-            old, new = (getattr(each, "metadata", {}).get(field) for each in (self._policy, policy))
+            old, new = (getattr(item, "metadata", {}).get(field) for item in (self._policy, policy))
             if old is not None and new is not None and old != new:
                 if isinstance(old, list):
                     old, new = next(pair for pair in zip(old, new, strict=True) if pair[0] != pair[1])
@@ -378,8 +381,8 @@ class ControlLoop:
 
         Args:
             observation: `[O]`.
-            reward: of the last tick, also that of the episode before, for a policy with a memory; None: not known.
-                Where a trial begins it is not read, since it belongs to what came before.
+            reward: the reward of the last tick, even across episodes, for a policy with a memory; None if unknown.
+                Ignored at the start of a trial.
         """
         began = self._clock()
         self.counts.ticks += 1
@@ -387,19 +390,19 @@ class ControlLoop:
             self._policy = self._waiting.pop()
             self.counts.swaps += 1
             self.begin_trial()
-        if self._elapsed_ticks == self._ticks_an_episode():
+        if self._elapsed_ticks == self._ticks_per_episode():
             self.begin_episode()
         self._elapsed_ticks += 1
         try:
             action, state = self._act(observation, reward)
-        except Exception as error:  # whatever it is, the robot needs an action
+        except Exception as error:  # whatever the error, the robot needs an action
             self.counts.faults += 1
             self.last_fault = f"{type(error).__name__}: {error}"
             if self._on_fault == "raise":
                 raise
             self._faults_in_a_row += 1
-            held_enough = self._max_held is not None and self._faults_in_a_row > self._max_held
-            action = self._safe if self._on_fault == "safe" or held_enough else self._last
+            held_too_long = self._max_held is not None and self._faults_in_a_row > self._max_held
+            action = self._safe if self._on_fault == "safe" or held_too_long else self._last
         else:
             self._state, self._starts, self._faults_in_a_row = state, False, 0
         if self._max_change is not None:
@@ -411,7 +414,7 @@ class ControlLoop:
             self.counts.deadline_misses += 1
         return action.copy()
 
-    def _ticks_an_episode(self) -> int | None:
+    def _ticks_per_episode(self) -> int | None:
         if self._episode_ticks is not None:
             return self._episode_ticks
         trial = getattr(self._policy, "metadata", {}).get("trial")
@@ -420,21 +423,21 @@ class ControlLoop:
     def _act(
         self, observation: ArrayLike, reward: float | None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        sensed = np.asarray(observation, np.float32)
-        if sensed.shape != self._sizes[:1]:
-            raise ValueError(f"observation has shape {sensed.shape}; expected ({self._sizes[0]},)")
-        if not np.isfinite(sensed).all():
-            raise ValueError(f"entry {int(np.flatnonzero(~np.isfinite(sensed))[0])} of the observation is not finite")
-        beyond = np.zeros(len(sensed), np.bool_)
+        array = np.asarray(observation, np.float32)
+        if array.shape != self._sizes[:1]:
+            raise ValueError(f"observation has shape {array.shape}; expected ({self._sizes[0]},)")
+        if not np.isfinite(array).all():
+            raise ValueError(f"entry {int(np.flatnonzero(~np.isfinite(array))[0])} of the observation is not finite")
+        outside = np.zeros(len(array), np.bool_)
         if self._low is not None:
-            beyond |= sensed < self._low
+            outside |= array < self._low
         if self._high is not None:
-            beyond |= sensed > self._high
-        if beyond.any():
-            worst = int(np.flatnonzero(beyond)[0])
-            raise ValueError(f"entry {worst} of the observation is {sensed[worst]:g}, out of its range")
+            outside |= array > self._high
+        if outside.any():
+            first = int(np.flatnonzero(outside)[0])
+            raise ValueError(f"entry {first} of the observation is {array[first]:g}, out of its range")
         starts = np.array([self._starts])
-        action, state = self._policy.predict(sensed, self._state, starts, self._deterministic, reward)
+        action, state = self._policy.predict(array, self._state, starts, self._deterministic, reward)
         if not np.isfinite(action).all():
             raise ValueError(f"the policy's action {action} is not finite")
         return action, state
@@ -443,5 +446,5 @@ class ControlLoop:
 def _sized(name: str, value: ArrayLike, size: int) -> NDArray[np.float32]:
     array = np.asarray(value, np.float32)
     if array.shape not in ((), (size,)) or np.isnan(array).any():
-        raise ValueError(f"{name} is {value!r}; expected a number or {size} of them")
+        raise ValueError(f"{name} is {value!r}; expected a number or {size} numbers")
     return np.full(size, array, np.float32)

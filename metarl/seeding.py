@@ -1,8 +1,8 @@
-"""All randomness of a run comes from one root seed, by purpose and position; no stream is carried along.
+"""Derives every seed of a run from one root seed, by purpose and position; no generator is carried along.
 
-The seed of an iteration's rollouts is a function of (root seed, stage, iteration). A run therefore does not depend on
-the number of workers or on how often it is evaluated, and a resumed run needs no saved generator to go on exactly.
-(`random_state.py` saves the global ones, for what is not metarl's own.)
+The seed of an iteration's rollouts is a function of (root seed, stage, iteration). Hence a run does not depend on the
+number of workers or the frequency of evaluations, and resumes bit for bit without saved generators. (`random_state.py`
+saves the global generators, for code outside metarl.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What a random stream is for; the numbers are part of what makes a run reproducible and never change."""
+    """The purpose of a random stream; the numbers must never change, since seeds depend on them."""
 
     AGENT = 0
     TASKS = 1
@@ -29,12 +29,12 @@ class Purpose(IntEnum):
 
 
 def seeds(root: int, purpose: Purpose, *position: int) -> np.random.SeedSequence:
-    """Return the seeds for one use: the same arguments give the same seeds, other ones independent seeds.
+    """Return the seed sequence for a purpose and position; different arguments give independent seeds.
 
     Args:
         root: the run's seed.
-        purpose: what they are for.
-        position: where in the run, e.g. (stage, iteration).
+        purpose: the purpose of the random stream.
+        position: the position in the run, e.g. (stage, iteration).
     """
     return np.random.SeedSequence(root, spawn_key=(int(purpose), *position))
 
@@ -45,5 +45,5 @@ def integer_seed(root: int, purpose: Purpose, *position: int) -> int:
 
 
 def children(parent: np.random.SeedSequence, count: int) -> list[np.random.SeedSequence]:
-    """Return independent seeds below `parent`, the same each time (`spawn` counts its calls)."""
+    """Return independent child seeds of `parent`, the same at every call (unlike `spawn`, which counts its calls)."""
     return [np.random.SeedSequence(parent.entropy, spawn_key=(*parent.spawn_key, i)) for i in range(count)]

@@ -48,7 +48,7 @@ def _types_in(annotation: Any) -> set[Any]:
 
 
 def as_tuple(value: object) -> object:
-    """Let a single value stand for a list of one, as a flag gives it; None stays None."""
+    """Wrap a single value, e.g. of a flag, into a tuple; lists, tuples and None stay as they are."""
     return value if value is None or isinstance(value, list | tuple) else (value,)
 
 

@@ -1,11 +1,11 @@
-"""Statistics over the scores of tasks: interquartile mean and bootstrap confidence intervals.
+"""Statistics over the scores of tasks: interquartile mean, bootstrap interval of a mean, stratified by class of task.
 
-Pure functions of numpy arrays; randomness comes in as a generator or a seed. Must not import torch, environments or
-agents.
+Pure functions of numpy arrays; randomness is passed in as a generator or a seed. Must not import torch, environments
+or agents.
 
 The estimators are those of Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice",
-arXiv 2108.13264, section 4. Deviation: there, a stratum holds the runs of one task; here, the tasks of one class of one
-trained agent. The intervals thus say how the result depends on the tasks drawn, not on the training seed.
+arXiv 2108.13264, section 4. Deviation: their strata are the runs of one task; ours are the tasks of one class, for one
+trained agent. The intervals reflect the choice of tasks, not of the training seed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from metarl.types import FloatArray
 
 
 class Aggregate(TypedDict):
-    """What `aggregate` returns; goes into reports as it is.
+    """The output of `aggregate`, as it appears in reports.
 
     Attributes:
         mean: mean of all scores.
@@ -45,14 +45,14 @@ def iqm(scores: ArrayLike, axis: int | None = None) -> float | FloatArray:
     Of n sorted scores, ⌊n/4⌋ are left out at each end, as in rliable and `scipy.stats.trim_mean(scores, 0.25)`.
 
     Args:
-        scores: any shape that is not empty.
-        axis: the axis to reduce; None for the scores of all axes together.
+        scores: an array of any shape, not empty.
+        axis: the axis to reduce; None for all axes.
 
     Returns:
-        a float, or for an `axis` the shape of `scores` without it.
+        a float, or an array with the shape of `scores` without `axis`.
 
     Raises:
-        ValueError: there are no scores, or one is NaN or infinite.
+        ValueError: no scores, NaN or infinity.
     """
     values = _finite("scores", scores)
     ordered = np.sort(values, axis=axis)  # flattened when axis is None
@@ -73,23 +73,23 @@ def stratified_bootstrap_ci(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval, resampled within each stratum (Agarwal et al. 2021, 4.1).
 
-    Each resample draws from every stratum, with replacement, as many scores as it has, pools them, and computes the
-    statistic. The interval holds the middle `confidence` of the values so found. A stratum of one score cannot vary: it
-    adds nothing to the width, and with one score in each the interval is a point.
+    Each resample draws n_i scores with replacement from every stratum of n_i scores, pools them, and computes the
+    statistic. The interval covers the middle `confidence` of the resampled values. A stratum of one score does not
+    vary and adds nothing to the width; with one score in every stratum the interval is a point.
 
     Args:
-        scores_by_stratum: one `[n_i]` array a stratum (the task scores of one class), each with n_i ≥ 1.
-        statistic: reduces an axis, as `np.mean` and `iqm` do: called as `statistic(pooled, axis=-1)` on
+        scores_by_stratum: one `[n_i]` array per stratum (the task scores of one class), n_i ≥ 1.
+        statistic: reduces an axis, as `np.mean` and `iqm` do; called as `statistic(pooled, axis=-1)` on
             `[num_resamples, Σ n_i]`, must return `[num_resamples]`.
-        rng: generator or seed; equal ones give equal intervals.
-        num_resamples: number of bootstrap resamples, ≥ 1.
-        confidence: between 0 and 1, exclusive.
+        rng: a generator or seed; the same seed gives the same interval.
+        num_resamples: the number of bootstrap resamples, ≥ 1.
+        confidence: the confidence level, in (0, 1).
 
     Returns:
-        the lower and the upper end.
+        the lower and the upper limit.
 
     Raises:
-        ValueError: no strata, an empty one, one that is not 1-d or holds NaN or infinity, or an argument out of range.
+        ValueError: no strata; a stratum that is empty, not 1-d, or has NaN or infinity; or an argument out of range.
     """
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence is {confidence}; expected a number between 0 and 1, e.g. 0.95")
@@ -116,20 +116,20 @@ def aggregate(scores: ArrayLike, strata: Sequence[Hashable], seed: np.random.Gen
     """Summarise the scores of tasks of several classes.
 
     Args:
-        scores: `[n]`, one score a task.
-        strata: `[n]`, the class of each task (`Task.name`); the intervals are stratified by it.
-        seed: of the bootstrap, or a generator.
+        scores: `[n]`, one score per task.
+        strata: `[n]`, the class of each task (`Task.name`), by which the intervals are stratified.
+        seed: the seed of the bootstrap, or a generator.
 
     Returns:
         mean and interquartile mean of all scores, each with its 95 % interval: `ci95` is that of the MEAN, `iqm_ci95`
         that of the interquartile mean.
 
     Raises:
-        ValueError: no scores, NaN or infinity among them, or not one class for each score.
+        ValueError: no scores, NaN or infinity, or a number of classes other than n.
     """
     values = _finite("scores", scores)
     if values.shape != (len(strata),):
-        raise ValueError(f"scores has shape {values.shape} and strata {len(strata)} labels; expected one label a score")
+        raise ValueError(f"scores has shape {values.shape} and strata {len(strata)} labels; expected one per score")
     positions: dict[Hashable, list[int]] = {}
     for position, label in enumerate(strata):
         positions.setdefault(label, []).append(position)
@@ -148,5 +148,5 @@ def _finite(name: str, scores: ArrayLike) -> FloatArray:
     if values.size == 0:
         raise ValueError(f"{name} is empty; expected at least one score")
     if not np.isfinite(values).all():
-        raise ValueError(f"{name} holds NaN or infinity; drop the tasks without a score first")
+        raise ValueError(f"{name} contains NaN or infinity; drop the tasks without a score first")
     return values

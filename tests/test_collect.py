@@ -376,7 +376,7 @@ def test_the_number_of_workers_does_not_change_a_rollout(tasks):
 
 
 class Diary:
-    """Remembers how many steps it has lived (its log_prob), and writes down what it was told."""
+    """Remembers how many steps it has lived (its log_prob), and records its inputs."""
 
     device = torch.device("cpu")
     adapts_by = "memory"
@@ -384,11 +384,11 @@ class Diary:
 
     def __init__(self, trial_episodes=3):
         self.trial_episodes = trial_episodes
-        self.told = []
+        self.time_steps = []
 
     def act(self, time_step, noise, state):
         lived = torch.zeros(noise.shape[:2]) if state is None else state
-        self.told.append(time_step)
+        self.time_steps.append(time_step)
         return noise, lived, lived + time_step.active
 
 
@@ -428,9 +428,9 @@ def test_shorter_episodes_are_laid_end_to_end():
 def test_an_agent_is_told_the_last_reward_and_where_episodes_begin():
     agent = Diary(2)
     trial(2, rollouts=1, agent=agent, ends_at={1: 3}, growing=True)
-    assert len(agent.told) == 8
+    assert len(agent.time_steps) == 8
     rewards, starts, active = (
-        torch.stack([getattr(time_step, name)[:, 0] for time_step in agent.told]).tolist()
+        torch.stack([getattr(time_step, name)[:, 0] for time_step in agent.time_steps]).tolist()
         for name in ("rewards", "episode_start", "active")
     )
     assert str(rewards[0]) == "[nan, nan]"  # there was none

@@ -83,7 +83,9 @@ def test_the_control_loop_keeps_its_policy_when_the_new_file_is_bad(runs, tmp_pa
     command = (EXAMPLES / "control_loop.py", runs / "maml.onnx", "--watch", "new.onnx", "--seconds", "1")
     done = run(*command, "--fault-every", "0", cwd=tmp_path)
     assert "faults 0 of 0 broken readings; the last: none" in printed(done) and "swaps 0" in done.stdout
-    assert done.stderr.startswith("kept the old policy: new.onnx is no complete file") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("kept the old policy: new.onnx is not a complete file") and done.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(("arguments", "length"), [((), 10), (("--episode-ticks", "4"), 4)])
@@ -404,7 +406,7 @@ def test_an_agent_adapts_to_recordings(runs, kind, adapt_on_recordings, tmp_path
 @pytest.mark.parametrize("name", ON_A_ROBOT)
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file or directory: 'bad.onnx'"), (b"", "bad.onnx is no complete file of `metarl export`")],
+    [(None, "No such file or directory: 'bad.onnx'"), (b"", "bad.onnx is not a complete file of `metarl export`")],
 )
 def test_a_bad_model_is_one_line(name, content, message, tmp_path):
     if content is not None:

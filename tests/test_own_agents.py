@@ -82,6 +82,8 @@ def test_it_is_evaluated_adapted_saved_exported_and_played(page, tmp_path):
     env = metarl.envs.make(tasks[0])
     policy = agent.adapt(agent.record(env, episodes=2))
     assert policy.adapted and not torch.equal(policy.state, agent.state)
+    with pytest.raises(UserError, match="to_sb3 does not support custom"):
+        metarl.to_sb3(policy, env)
     policy.save(tmp_path / "policy")
     loaded = metarl.load(tmp_path / "policy", agent=page.ContextAgent)
     policy.export(tmp_path / "policy.onnx")
@@ -91,7 +93,7 @@ def test_it_is_evaluated_adapted_saved_exported_and_played(page, tmp_path):
     np.testing.assert_array_equal(actions[0], actions[1])
     np.testing.assert_allclose(actions[0], actions[2], atol=1e-5)
     shown = metarl.play.play(agent, metarl.envs.make(tasks[0], render_mode="rgb_array"))
-    assert shown.adapted_by == "inferred from 2 episodes" and len(shown.after.pictures) > 1
+    assert shown.adapted_by == "inferred from 2 episodes" and len(shown.after.frames) > 1
 
 
 def test_what_needs_the_builder_asks_for_it(page, tmp_path):

@@ -14,19 +14,19 @@ MODULES = ("torch", "gymnasium", "mujoco", "metaworld", "pydantic", "stable_base
 
 
 class Counting:
-    """Acts by what it remembers: the sum of all that it has observed; told rewards and starts are kept."""
+    """Acts by what it remembers: the sum of all that it has observed; records its rewards and starts."""
 
     observation_size, action_size = 2, 1
     action_low, action_high = np.array([-100.0]), np.array([100.0])
 
     def __init__(self, scale=1.0, action=None):
-        self.scale, self.action, self.told = scale, action, []
+        self.scale, self.action, self.calls = scale, action, []
 
     def reset(self):
         return np.zeros((1, 1), np.float32)
 
     def predict(self, observation, state, episode_start, deterministic, reward):
-        self.told.append((bool(episode_start[0]), reward, deterministic))
+        self.calls.append((bool(episode_start[0]), reward, deterministic))
         state = state + observation.sum()
         return (self.scale * state[0] if self.action is None else self.action), state
 
@@ -42,7 +42,7 @@ def test_memory_and_rewards_are_carried_from_tick_to_tick():
     assert float(loop.step(ONE)[0]) == 4.0  # the memory lives on
     loop.begin_trial()
     assert float(loop.step(ONE)[0]) == 1.0
-    assert policy.told == [
+    assert policy.calls == [
         (True, None, True),
         (False, 0.5, True),
         (False, -1.0, True),
@@ -76,7 +76,7 @@ def test_a_nan_is_a_fault_without_ranges():
     loop.step(ONE)
     loop.step([0.0, np.nan])
     assert loop.counts.faults == 1 and loop.last_fault == "ValueError: entry 1 of the observation is not finite"
-    assert len(policy.told) == 1  # it was not even asked
+    assert len(policy.calls) == 1  # it was not even asked
 
 
 def test_the_last_action_is_held_for_so_many_faults_in_a_row():
@@ -96,8 +96,8 @@ def test_the_last_action_is_held_for_so_many_faults_in_a_row():
 def test_a_policy_for_another_robot_does_not_take_over(field, value, message):
     same = {"action_names": ["elbow"], "control_period_s": 0.02}
     policies = [Counting() for _ in range(3)]
-    told = (same, {"action_names": None, "control_period_s": None}, {**same, field: value})
-    for policy, metadata in zip(policies, told, strict=True):
+    all_metadata = (same, {"action_names": None, "control_period_s": None}, {**same, field: value})
+    for policy, metadata in zip(policies, all_metadata, strict=True):
         policy.metadata = metadata
     loop = ControlLoop(policies[0], safe_action=0.0)
     loop.swap(policies[1])  # of which nothing else is known
@@ -114,7 +114,7 @@ def test_episodes_begin_by_themselves_at_the_trained_horizon():
     def starts(loop, policy, ticks):
         for _ in range(ticks):
             loop.step(ONE)
-        return [number for number, told in enumerate(policy.told) if told[0]]
+        return [number for number, call in enumerate(policy.calls) if call[0]]
 
     remembering = Counting()
     remembering.metadata = {"trial": {"episodes": 2, "horizon": 3}}
@@ -129,19 +129,19 @@ def test_episodes_begin_by_themselves_at_the_trained_horizon():
     faulty = ControlLoop(broken, safe_action=0.0, episode_ticks=3)
     for observation in (ONE, ONE, ONE, [np.nan, 0.0], ONE, ONE, ONE):  # the robot's time goes on at a fault
         faulty.step(observation)
-    assert [told[0] for told in broken.told] == [True, False, False, True, False, True]
+    assert [call[0] for call in broken.calls] == [True, False, False, True, False, True]
     loud = Counting()
     raising = ControlLoop(loud, safe_action=0.0, episode_ticks=3, on_fault="raise")
     for observation in (ONE, ONE, [np.nan, 0.0], ONE):
         with contextlib.suppress(ValueError):
             raising.step(observation)
-    assert [told[0] for told in loud.told] == [True, False, True]
+    assert [call[0] for call in loud.calls] == [True, False, True]
     for trial in (None, {"episodes": 2, "horizon": None}):
         endless = Counting()
         endless.metadata = {"trial": trial}
         assert starts(ControlLoop(endless, safe_action=0.0), endless, 8) == [0]
     loop.swap(remembering)
-    remembering.told.clear()
+    remembering.calls.clear()
     assert starts(loop, remembering, 9) == [0, 4, 8]  # what was asked for holds for the next one, too
 
 
@@ -183,7 +183,7 @@ def test_a_new_policy_takes_over_at_the_next_tick_with_a_memory_of_its_own():
     loop.swap(Counting(scale=99.0))
     loop.swap(new)  # the last one counts
     assert [float(loop.step(ONE)[0]) for _ in range(2)] == [10.0, 20.0]
-    assert new.told[0] == (True, None, True) and loop.counts.swaps == 1
+    assert new.calls[0] == (True, None, True) and loop.counts.swaps == 1
     other = Counting()
     other.observation_size = 3
     with pytest.raises(ValueError, match=r"sizes \(3, 1\); the loop's has \(2, 1\)"):
@@ -245,9 +245,9 @@ def test_an_action_is_the_callers_own():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"safe_action": [0.0, 0.0]}, r"safe_action is \[0.0, 0.0\]; expected a number or 1 of them"),
+        ({"safe_action": [0.0, 0.0]}, r"safe_action is \[0.0, 0.0\]; expected a number or 1 numbers"),
         ({"safe_action": np.nan}, "safe_action is nan"),
-        ({"observation_low": [0.0]}, r"observation_low is \[0.0\]; expected a number or 2 of them"),
+        ({"observation_low": [0.0]}, r"observation_low is \[0.0\]; expected a number or 2 numbers"),
         ({"safe_action": np.inf}, "safe_action is inf; expected within"),
         ({"safe_action": 101.0}, "safe_action is 101.0; expected within"),
         ({"episode_ticks": 0}, "episode_ticks is 0; expected at least 1"),

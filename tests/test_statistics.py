@@ -116,8 +116,8 @@ def test_global_random_state_is_left_alone():
     [
         ([], "scores_by_stratum is empty"),
         ([[1.0], []], r"scores_by_stratum\[1\] is empty"),
-        ([[1.0], [np.nan, np.nan]], r"scores_by_stratum\[1\] holds NaN"),
-        ([[np.inf]], r"scores_by_stratum\[0\] holds NaN or infinity"),
+        ([[1.0], [np.nan, np.nan]], r"scores_by_stratum\[1\] contains NaN"),
+        ([[np.inf]], r"scores_by_stratum\[0\] contains NaN or infinity"),
         ([[[1.0, 2.0]]], r"scores_by_stratum\[0\] has shape \(1, 2\)"),
     ],
 )
@@ -135,7 +135,7 @@ def test_unusable_arguments_are_named():
         stratified_bootstrap_ci([[1.0]], lambda pooled, axis: np.mean(pooled), rng=0)
     with pytest.raises(ValueError, match="scores is empty"):
         iqm([])
-    with pytest.raises(ValueError, match="scores holds NaN"):
+    with pytest.raises(ValueError, match="scores contains NaN"):
         iqm([1.0, np.nan])
 
 
@@ -168,9 +168,9 @@ def test_aggregate_intervals_belong_to_their_statistics():
 
 
 def test_aggregate_names_what_is_wrong():
-    with pytest.raises(ValueError, match="expected one label a score"):
+    with pytest.raises(ValueError, match="expected one per score"):
         aggregate([1.0, 2.0], ["a"], seed=0)
-    with pytest.raises(ValueError, match="scores holds NaN"):
+    with pytest.raises(ValueError, match="scores contains NaN"):
         aggregate([1.0, np.nan], ["a", "a"], seed=0)
     with pytest.raises(ValueError, match="scores is empty"):
         aggregate([], [], seed=0)

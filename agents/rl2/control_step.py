@@ -108,7 +108,7 @@ class Rl2Actor(NamedTuple):
 
     @torch.inference_mode()
     def act(self, time_step: TimeStep, noise: Tensor, state: Rl2State) -> tuple[Tensor, Tensor, Rl2State]:
-        """Draw actions; see `Actor.act`. A state of M trials stands for all P of a task."""
+        """Draw actions; see `Actor.act`. A state of M trials applies to all P trials of a task."""
         tasks, parallel = time_step.rewards.shape
         distribution, state = read_time_step(self.step, time_step, state)
         actions = distribution.sample(noise.flatten(0, 1).to(self.step.shift.device))

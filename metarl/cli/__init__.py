@@ -1,9 +1,9 @@
-"""The command line, one file a verb; the only part of metarl that imports everything.
+"""The command line, one file per verb; the only part of metarl that may import everything.
 
-A verb imports what it needs when it is called, so that help and mistakes come at once.
+Verbs import heavy modules only when they run, so that help and error messages appear at once.
 
-Exit status: 0 success, 1 a failure of the run, 2 the user's mistake (one line: cause and cure), 130 and 143 stopped
-by a signal after saving.
+Exit status: 0 success; 1 a failed run; 2 a user error, in one line with cause and fix; 130 and 143 stopped by a signal
+after saving.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from metarl.errors import RunError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with its status."""
-    # A thread that waits for others goes to sleep sooner. On a machine that has other work to do, too, updates that are
-    # made of many small operations take several times as long otherwise; OpenMP reads it when torch is imported.
+    """Run the command line and exit with its status."""
+    # Waiting OpenMP threads spin for less time before they sleep. Otherwise updates of many small operations take
+    # several times as long on a busy machine. OpenMP reads the variable when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime would send names and sizes of models over the net
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime would send model names and sizes over the network
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without our letters shows the others
+        sys.stdout.reconfigure(errors="replace")  # for terminals that cannot print all of our characters
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
@@ -38,18 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        status, told = _told(error)
-        print(f"metarl: {one_line(told)}", file=sys.stderr)
-    raise SystemExit(_flushed(status))
+        status, message = _describe(error)
+        print(f"metarl: {one_line(message)}", file=sys.stderr)
+    raise SystemExit(_flush(status))
 
 
-def _told(error: Exception) -> tuple[int, str]:
-    """Return the exit status of an error, and what is said of it."""
+def _describe(error: Exception) -> tuple[int, str]:
+    """Return the exit status and the message of an error."""
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, RunError):
         return 1, str(error)
-    if "MUJOCO_GL" in str(error):  # MuJoCo cannot be imported
+    if "MUJOCO_GL" in str(error):  # MuJoCo failed to import
         from metarl.envs.drawing.rendering import check_gl
 
         try:
@@ -58,27 +58,27 @@ def _told(error: Exception) -> tuple[int, str]:
             return 2, str(mistake)
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         longest = max(str(error.filename).split(os.sep), key=len)
-        return 2, f"{longest[:40]}…: too long for the name of a file; give a shorter one"
+        return 2, f"{longest[:40]}…: the file name is too long; choose a shorter one"
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in first:
         return 1, (
-            "out of memory; lower num_tasks, rollouts_per_task, the horizon or the sizes of the networks "
+            "out of memory; lower num_tasks, rollouts_per_task, the horizon or the network sizes "
             f"({first or type(error).__name__})"
         )
-    told = " ".join((first, *rest[-1:]))  # the last line of a traceback is its cause
-    return 1, f"{type(error).__name__}: {told} (--debug shows where)"
+    cause = " ".join((first, *rest[-1:]))  # a worker's traceback ends with its cause
+    return 1, f"{type(error).__name__}: {cause} (--debug shows where)"
 
 
-def _flushed(status: int) -> int:
-    """Write out what was printed; returns the status, which is 1 if that could not be done and nothing else failed."""
+def _flush(status: int) -> int:
+    """Flush stdout and return the exit status: `status`, or 1 if that is 0 and flushing fails."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
         return status
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest of it goes at the end
-        if not isinstance(error, BrokenPipeError):  # else nobody wants to read it
-            print(f"metarl: cannot print: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+        if not isinstance(error, BrokenPipeError):  # the reader has closed the pipe
+            print(f"metarl: cannot write to stdout: {error.strerror}", file=sys.stderr)
         return status or 1
 
 
@@ -86,13 +86,13 @@ def _dispatch(arguments: list[str]) -> int:
     verbs: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "train": (train.train, "train an agent from a YAML config"),
         "evaluate": (evaluate.evaluate, "evaluate a run on held-out tasks"),
-        "export": (export.export, "write a policy as one ONNX file, to run without torch"),
-        "play": (play.play, "draw an episode before and after adaptation, as MP4 and GIF"),
-        "inspect": (show.inspect, "show what a run directory holds"),
-        "list": (show.list_names, "list envs, agents, methods or configs"),
-        "doctor": (doctor.doctor, "check this machine"),
-        "plot": (plot.plot, "draw what runs have tracked"),
-        "baseline": (baseline.baseline, "train a standard single-task agent from scratch on some of a config's tasks"),
+        "export": (export.export, "export a policy to an ONNX file that runs without torch"),
+        "play": (play.play, "record an episode before and after adaptation as MP4 and GIF"),
+        "inspect": (show.inspect, "summarise a run directory"),
+        "list": (show.list_names, "list envs, agents, stability methods or configs"),
+        "doctor": (doctor.doctor, "check the installation"),
+        "plot": (plot.plot, "plot the metrics of runs"),
+        "baseline": (baseline.baseline, "train a single-task agent from scratch on tasks of a config"),
     }
     if arguments and arguments[0] in verbs:
         return verbs[arguments[0]][0](arguments[1:])
@@ -105,8 +105,8 @@ def _dispatch(arguments: list[str]) -> int:
         print("usage: metarl VERB ...\n")
         for verb, (_, purpose) in verbs.items():
             print(f"  {verb:<10} {purpose}")
-        print("\n`metarl VERB --help` tells more.")
+        print("\nSee `metarl VERB --help` for its options.")
         return 0 if arguments else 2
-    near = difflib.get_close_matches(arguments[0].lower(), verbs, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown verb {arguments[0][:40]!r}: {hint}there are {', '.join(verbs)}; see metarl --help")
+    matches = difflib.get_close_matches(arguments[0].lower(), verbs, n=1)
+    hint = f"did you mean {matches[0]!r}? " if matches else ""
+    raise UserError(f"unknown verb {arguments[0][:40]!r}: {hint}expected one of {', '.join(verbs)}; see metarl --help")

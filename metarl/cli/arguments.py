@@ -24,6 +24,22 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="WHICH", type=_which_checkpoint, default="latest", help=text)
 
 
+def add_task_selection(parser: argparse.ArgumentParser, flag: str, text: str, split: str | None = "test") -> None:
+    """Add the options that select tasks of a run: by name, `--stage` and `--split`.
+
+    Args:
+        parser: the parser of a verb.
+        flag: the option that takes the name of a task or benchmark.
+        text: the help of `flag`.
+        split: the default of `--split`; None for a verb that checks whether it was given.
+    """
+    parser.add_argument(flag, metavar="TASK", type=task_name, help=text)
+    parser.add_argument("--stage", metavar="NAME", help="stage of the run to take tasks from (default: the last)")
+    parser.add_argument(
+        "--split", choices=("test", "train"), default=split, help="split to take tasks from (default: test)"
+    )
+
+
 def _which_checkpoint(text: str) -> str | int:
     if text in ("latest", "best") or text.isdigit():
         return text if text in ("latest", "best") else int(text)

@@ -13,38 +13,48 @@ from metarl.runs.atomic_files import replace_file
 
 
 def baseline(arguments: list[str]) -> int:
-    """Train a standard single-task agent from scratch on some tasks of a config."""
+    """Train a standard single-task agent from scratch on tasks of a config."""
     parser = Parser(
         "metarl baseline",
         usage="metarl baseline CONFIG [options] [--SETTING VALUE ...]",
-        description="Train stable-baselines3's PPO or SAC from scratch on each of some tasks of a config, on the CPU: "
-        "what a single-task agent reaches. Every setting of the config is a flag as well (metarl train CONFIG --help): "
-        "--seed is that of the networks and episodes, --stages.0.tasks... say which tasks.",
-        epilog="Finished tasks are kept: the same command goes on where it was stopped, or shows its result at once.",
+        description="Train stable-baselines3's PPO or SAC on the CPU, from scratch on each of several tasks of a "
+        "config: a reference for single-task learning. Every setting of the config is a flag, too (see metarl train "
+        "CONFIG --help): --seed sets networks and episodes, --stages.0.tasks... the tasks.",
+        epilog="Finished tasks are cached: the same command resumes an interrupted one, or shows the result at once.",
         allow_abbrev=False,
     )
-    parser.add_argument("--algorithm", choices=("ppo", "sac"), default="ppo", help="what is trained (ppo)")
+    parser.add_argument("--algorithm", choices=("ppo", "sac"), default="ppo", help="learning algorithm (default: ppo)")
     parser.add_argument(
-        "--env-steps", type=positive, default=100_000, metavar="N", help="of training on each task (100000)"
+        "--env-steps", type=positive, default=100_000, metavar="N", help="training steps per task (default: 100000)"
     )
-    parser.add_argument("--num-tasks", type=positive, default=5, metavar="N", help="tasks, balanced over classes (5)")
-    parser.add_argument("--split", choices=("test", "train"), default="test", help="which tasks (test)")
     parser.add_argument(
-        "--eval-episodes", type=positive, default=10, metavar="N", help="episodes of an evaluation (10)"
+        "--num-tasks", type=positive, default=5, metavar="N", help="number of tasks, balanced over classes (default: 5)"
     )
-    parser.add_argument("--stage", type=not_negative, metavar="I", help="stage of the config, from 0 (the last)")
     parser.add_argument(
-        "--cache", type=any_path, default=Path("runs/baselines"), metavar="DIR", help="finished tasks (runs/baselines)"
+        "--split", choices=("test", "train"), default="test", help="split to take tasks from (default: test)"
     )
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="where to write the report as well")
-    named = bool(arguments) and not arguments[0].startswith("-")
-    options, flags = parser.parse_known_args(arguments[1:] if named else arguments)
-    if not named:
+    parser.add_argument(
+        "--eval-episodes", type=positive, default=10, metavar="N", help="episodes per evaluation (default: 10)"
+    )
+    parser.add_argument(
+        "--stage", type=not_negative, metavar="I", help="index of the config's stage, from 0 (default: the last)"
+    )
+    parser.add_argument(
+        "--cache",
+        type=any_path,
+        default=Path("runs/baselines"),
+        metavar="DIR",
+        help="folder for finished tasks (default: runs/baselines)",
+    )
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the report to this file")
+    config_name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    options, flags = parser.parse_known_args(arguments[1:] if config_name else arguments)
+    if config_name is None:
         raise UserError(
-            "name a config, before all flags: a YAML file or one of `metarl list configs`, "
+            "name a config before the flags: a YAML file or one of `metarl list configs`, "
             "e.g. metarl baseline quickstart"
         )
-    return _run_baseline(arguments[0], flags, options)
+    return _run_baseline(config_name, flags, options)
 
 
 def _run_baseline(config_name: str, flags: list[str], options: argparse.Namespace) -> int:
@@ -65,10 +75,10 @@ def _run_baseline(config_name: str, flags: list[str], options: argparse.Namespac
     from metarl.seeding import Purpose, seeds
 
     if stage.tasks.family not in FAMILIES:
-        raise UserError("the tasks are custom ones: call metarl.baseline.reference(tasks, make=...) from Python")
+        raise UserError("the config has custom tasks; call metarl.baseline.reference(tasks, make=...) from Python")
     distribution = FAMILIES[stage.tasks.family].tasks(stage.tasks)
     tasks = distribution.test_tasks if options.split == "test" else distribution.train_tasks
-    # The same draw as that of `metarl evaluate --num-tasks`, so that scores of the same tasks stand side by side.
+    # The same draw as in `metarl evaluate --num-tasks`, so that both score the same tasks.
     tasks = select_tasks(tasks, options.num_tasks, np.random.default_rng(seeds(0, Purpose.EVALUATION_TASKS)))
     existed = options.json is not None and options.json.exists()
     try:
@@ -77,7 +87,7 @@ def _run_baseline(config_name: str, flags: list[str], options: argparse.Namespac
             options.json.touch()
     except OSError as error:
         raise UserError(f"cannot write the report to {options.json}: {error.strerror}; choose another file") from error
-    console = Console(markup=False)  # names in brackets are names
+    console = Console(markup=False)  # task names may have brackets
     try:
         with console.status(f"training {options.algorithm} on each of {len(tasks)} tasks"):
             report = reference(
@@ -92,11 +102,11 @@ def _run_baseline(config_name: str, flags: list[str], options: argparse.Namespac
                 ),
             )
     except KeyboardInterrupt:
-        print(f"metarl: stopped; finished tasks are kept in {options.cache}: the same command goes on", file=sys.stderr)
+        print(f"metarl: stopped; finished tasks are in {options.cache}: repeat the command to resume", file=sys.stderr)
         return 130
     finally:
         if options.json and not existed:
-            options.json.unlink(missing_ok=True)  # empty until there is a report
+            options.json.unlink(missing_ok=True)  # an empty file, rewritten below on success
     console.print(baseline_table(report))
     if options.json:
         replace_file(options.json, (json.dumps(report, indent=2) + "\n").encode())

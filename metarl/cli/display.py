@@ -1,4 +1,4 @@
-"""What the command line shows: progress while training, and reports as tables. Prints; owns no numbers."""
+"""Terminal output: training progress, and reports as tables. Computes no results."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from metarl.config.schema import RunConfig
 from metarl.types import Position
 
 PLAIN_LINE_SECONDS = 10.0
-"""Least time between two lines of progress where there is no terminal."""
+"""Minimum time between progress lines if the output is not a terminal."""
 
 
 class TrainingDisplay:
-    """A live line on a terminal, one line every few seconds elsewhere.
+    """Training progress: a live line on a terminal, otherwise a new line every few seconds.
 
     Args:
-        config: of the run.
-        last_iteration: where training will stop.
+        config: the run's config.
+        last_iteration: the iteration at which training stops.
+        console: where to print.
     """
 
     def __init__(self, config: RunConfig, last_iteration: int, console: Console) -> None:
@@ -42,12 +43,12 @@ class TrainingDisplay:
             TimeRemainingColumn(compact=True),
             console=console,
             disable=not console.is_terminal,
-            speed_estimate_period=math.inf,  # by default the last 30 s, in which a long iteration never ends twice
+            speed_estimate_period=math.inf,  # the default, 30 s, is too short for long iterations
         )
         self._task = self._live.add_task("training", total=last_iteration, status="")
 
     def __call__(self, position: Position, metrics: Mapping[str, float]) -> None:
-        """Show an iteration or an evaluation, if anybody is there to read it."""
+        """Show an iteration or an evaluation; ignores a closed output."""
         with contextlib.suppress(OSError):
             self._show(position, metrics)
 
@@ -56,11 +57,11 @@ class TrainingDisplay:
             self._held_out = f"held out {_arrow(metrics, 'meta_test')}"
             status = self._held_out
         elif "time/env_steps_per_second" not in metrics:
-            status = self._held_out = "held out: no task without broken episodes"
+            status = self._held_out = "held out: no result, every task has broken episodes"
         else:
             speed = metrics["time/env_steps_per_second"]
-            told = "undone: no episodes" if "meta_train/return_pre" not in metrics else _arrow(metrics, "meta_train")
-            status = f"{told}  {speed:,.0f} env steps/s  {self._held_out}"
+            result = "skipped: no episodes" if "meta_train/return_pre" not in metrics else _arrow(metrics, "meta_train")
+            status = f"{result}  {speed:,.0f} env steps/s  {self._held_out}"
         stage = self._stages[min(position.stage, len(self._stages) - 1)].name
         self._live.update(self._task, completed=position.iteration, description=stage, status=status)
         now = time.monotonic()
@@ -87,16 +88,16 @@ def _arrow(metrics: Mapping[str, float], prefix: str) -> str:
 
 
 def report_tables(report: Mapping[str, Any]) -> list[Table]:
-    """Return an evaluation report as tables: all tasks together, and by class if there are several."""
+    """Return an evaluation report as tables: over all tasks, and per class if there are several."""
     kind = "held-out tasks" if report["held_out"] else f"{report['split']} tasks (NOT held out)"
-    what = "episodes" if report["adaptation_steps"] else "trial(s)"
-    title = f"{len(report['tasks'])} {kind}, {report['rollouts_per_task']} {what} each"
+    unit = "episodes" if report["adaptation_steps"] else "trial(s)"
+    title = f"{len(report['tasks'])} {kind}, {report['rollouts_per_task']} {unit} each"
     aggregate = Table(title=title, title_justify="left")
     measures = [name for name in ("return", "success") if f"{name}_post" in report["aggregate"]]
     aggregate.add_column("mean [95 % interval]")
     for measure in measures:
         aggregate.add_column(measure, justify="right")
-    for prefix, whose in (("", ""), ("ablated_", f"without {report.get('ablate')}, "), ("untrained_", "untrained, ")):
+    for prefix, agent in (("", ""), ("ablated_", f"without {report.get('ablate')}, "), ("untrained_", "untrained, ")):
         lines = [
             (label, [phase.get(prefix + name) for name in measures])
             for label, phase in zip(_phase_names(report), report["phases"], strict=True)
@@ -105,7 +106,7 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
         for label, entries in lines:
             if any(entries):
                 cells = (_interval(entry, name) for entry, name in zip(entries, measures, strict=True))
-                aggregate.add_row(whose + label, *cells)
+                aggregate.add_row(agent + label, *cells)
     return [aggregate, *_class_table(report, measures)]
 
 
@@ -116,9 +117,9 @@ def _phase_names(report: Mapping[str, Any]) -> list[str]:
 
 
 def official_table(report: Mapping[str, Any]) -> Table:
-    """Return a report of `official_report` as a table: its success beside that of each environment."""
-    what = f"{report['adaptation_episodes']} episodes to adapt on, then {report['evaluation_episodes']} each"
-    table = Table(title=f"Meta-World's own evaluation: {what}", title_justify="left")
+    """Return a report of `official_report` as a table: success by Meta-World's count and per environment."""
+    episodes = f"{report['adaptation_episodes']} episodes to adapt, then {report['evaluation_episodes']} each"
+    table = Table(title=f"Meta-World's own evaluation: {episodes}", title_justify="left")
     ours = report["per_environment"]
     for column in ("success", "as Meta-World counts", "per environment"):
         table.add_column(column, justify="left" if column == "success" else "right")
@@ -127,20 +128,20 @@ def official_table(report: Mapping[str, Any]) -> Table:
     table.add_row("mean", f"{report['success_mean']:.3f}", f"{ours['success_mean']:.3f}", end_section=True)
     table.caption = (
         "Meta-World counts the first episodes of a class to finish, and solved ones finish early: it is biased, here "
-        f"by {report['biased_by']:+.3f}. Per environment: the same agents, the first episodes of every goal."
+        f"by {report['biased_by']:+.3f}. Per environment: the same agents, the first episodes of each goal."
     )
     return table
 
 
 def baseline_progress(row: Mapping[str, Any]) -> str:
-    """Return the entry of one task in a report of `metarl.baseline.reference` in one line."""
+    """Return one task's entry in a report of `metarl.baseline.reference` as one line."""
     text = f"{row['name']} {row['index']}: return {row['return_untrained']:.1f} → {row['return_final']:.1f}"
     before, after = row["success_untrained"], row["success_final"]
     return text if after is None else f"{text}, success {before:.2f} → {after:.2f}"
 
 
 def baseline_table(report: Mapping[str, Any]) -> Table:
-    """Return a report of `metarl.baseline.reference` as a table of all tasks together."""
+    """Return a report of `metarl.baseline.reference` as a table over all tasks."""
     algorithm, aggregate = report["algorithm"].upper(), report["aggregate"]
     title = f"{algorithm} from scratch on each of {len(report['tasks'])} tasks, {report['eval_episodes']} episodes each"
     table = Table(title=title, title_justify="left")
@@ -158,7 +159,7 @@ def _interval(entry: Mapping[str, Any] | None, measure: str) -> str:
         return ""
     digits = 2 if measure == "success" else 1
     low, high = entry["ci95"]
-    if low == high:  # one task a class: there is nothing to estimate an interval from
+    if low == high:  # one task per class allows no interval
         return f"{entry['mean']:.{digits}f}"
     return f"{entry['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
@@ -166,7 +167,7 @@ def _interval(entry: Mapping[str, Any] | None, measure: str) -> str:
 def _class_table(report: Mapping[str, Any], measures: Sequence[str]) -> list[Table]:
     if len(report["per_class"]) < 2:
         return []
-    table = Table(title="by class of task", title_justify="left")
+    table = Table(title="per class", title_justify="left")
     table.add_column("class")
     columns = [f"{name}_{suffix}" for name in measures for suffix in ("pre", "post")]
     columns += [f"untrained_{name}_post" for name in measures]

@@ -1,4 +1,4 @@
-"""`metarl doctor`: versions, devices, what can be drawn, and whether each family's simulator runs."""
+"""`metarl doctor`: checks versions, devices, rendering and the simulator of each task family."""
 
 from __future__ import annotations
 
@@ -31,39 +31,39 @@ EXTRAS = {
     "onnx": (("onnx", "onnxruntime", "onnxscript"), "metarl export, OnnxPolicy"),
     "video": (("imageio-ffmpeg",), "metarl play as MP4"),
 }
-"""The optional extras: the packages of each, and what needs them."""
+"""Each optional extra: its packages, and what requires them."""
 
 
 def doctor(arguments: list[str]) -> int:
-    """Check this machine."""
+    """Check the installation."""
     Parser(
         "metarl doctor",
-        description="Check versions, devices, drawing and simulators on this machine. What is marked -- is optional.",
+        description="Check versions, devices, rendering and simulators on this machine. Items marked -- are optional.",
     ).parse_args(arguments)
 
     healthy = True
-    for name, found, state in findings():
-        print(f"{state:<4}{name:<20}{found}", flush=True)
+    for name, detail, state in findings():
+        print(f"{state:<4}{name:<20}{detail}", flush=True)
         healthy &= state != "BAD"
     return 0 if healthy else 1
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: of it.
-        found: what was found, or how to mend it.
-        state: `ok`; `BAD` for what metarl does not work without; `--` for what is missing but optional.
+        name: the name of the check.
+        detail: the version or value, or how to fix the problem.
+        state: `ok`; `BAD` if metarl does not work without it; `--` if it is missing but optional.
     """
 
     name: str
-    found: str
+    detail: str
     state: Literal["ok", "BAD", "--"] = "ok"
 
 
 def findings() -> Iterator[Finding]:
-    """Look at one thing after another."""
+    """Run the checks one by one."""
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
     for name in LIBRARIES:
         try:
@@ -72,7 +72,7 @@ def findings() -> Iterator[Finding]:
             yield Finding(name, f"missing: pip install {name}", "BAD")
     for extra, (packages, purpose) in EXTRAS.items():
         yield _extra(extra, packages, purpose)
-    yield _drawing()
+    yield _rendering()
     import torch
 
     from metarl.envs import FAMILIES
@@ -81,37 +81,37 @@ def findings() -> Iterator[Finding]:
     if torch.cuda.is_available():
         yield Finding("gpu", f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; --device auto is cuda")
     else:
-        yield Finding("gpu", "none that PyTorch can use; --device auto is cpu")
+        yield Finding("gpu", "none available to PyTorch; --device auto is cpu")
     yield Finding("cpu cores", f"{usable_cores()} usable, {torch.get_num_threads()} torch threads")
     for name, family in FAMILIES.items():
         try:
             yield Finding(name, f"{_steps_per_second(name, family.example):,.0f} env steps/s in one process")
-        except Exception as error:  # whatever is wrong with an installation, the doctor reports it
+        except Exception as error:  # any fault of an installation is a finding
             yield Finding(name, f"{type(error).__name__}: {error}", "BAD")
 
 
 def _extra(name: str, packages: tuple[str, ...], purpose: str) -> Finding:
-    found, missing = [], []
+    versions, missing = [], []
     for package in packages:
         try:
-            found.append(f"{package} {version(package)}")
+            versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             missing.append(package)
     if missing:
         return Finding(f"extra {name}", f'no {", ".join(missing)} ({purpose}): pip install "metarl[{name}]"', "--")
-    return Finding(f"extra {name}", ", ".join(found))
+    return Finding(f"extra {name}", ", ".join(versions))
 
 
-def _drawing() -> Finding:
+def _rendering() -> Finding:
     from metarl.envs.drawing import rendering
 
     try:
         backend = rendering.choose_gl()
     except UserError as error:
-        return Finding("drawing", str(error), "--")
+        return Finding("rendering", str(error), "--")
     if not rendering.gl_works(backend):
-        return Finding("drawing", f"OpenGL by {backend} (MUJOCO_GL) does not work here; unset MUJOCO_GL", "--")
-    return Finding("drawing", f"OpenGL by {backend}")
+        return Finding("rendering", f"OpenGL with MUJOCO_GL={backend} does not work here; unset MUJOCO_GL", "--")
+    return Finding("rendering", f"OpenGL with {backend}")
 
 
 def _steps_per_second(family: str, options: Mapping[str, str]) -> float:

@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from metarl.cli.arguments import Parser, add_checkpoint, new_file, not_negative, positive, run_folder
+from metarl.cli.arguments import (
+    Parser,
+    add_checkpoint,
+    add_task_selection,
+    new_file,
+    not_negative,
+    positive,
+    run_folder,
+)
 from metarl.errors import UserError
 from metarl.runs.atomic_files import replace_file
 from metarl.runs.lock import own_folder
@@ -17,37 +25,53 @@ from metarl.runs.lock import own_folder
 
 def evaluate(arguments: list[str]) -> int:
     """Evaluate a run on held-out tasks."""
-    parser = Parser("metarl evaluate", description="Adapt to held-out tasks as in training, beside an untrained agent.")
-    parser.add_argument("run_dir", type=run_folder, help="what `metarl train` wrote")
+    parser = Parser(
+        "metarl evaluate",
+        description="Adapt to held-out tasks as in training, and compare the results with those of an untrained agent.",
+    )
+    parser.add_argument("run_dir", type=run_folder, help="a run directory of `metarl train`")
     add_checkpoint(parser)
-    parser.add_argument("--split", choices=("test", "train"), default="test", help="tasks to evaluate on (test)")
-    parser.add_argument("--tasks", metavar="NAME", help="another benchmark or task than the run was trained on")
-    parser.add_argument("--stage", metavar="NAME", help="the tasks of another stage of the run, by its name (the last)")
-    parser.add_argument("--num-tasks", type=positive, help="how many tasks, balanced over classes (all)")
-    parser.add_argument("--rollouts-per-task", type=positive, help="episodes a task and phase (as in training)")
-    parser.add_argument("--adaptation-steps", type=positive, help="K (as in training)")
+    add_task_selection(parser, "--tasks", "a benchmark or task (default: the tasks of the run)")
+    parser.add_argument("--num-tasks", type=positive, help="number of tasks, balanced over classes (default: all)")
+    parser.add_argument(
+        "--rollouts-per-task", type=positive, help="episodes per task and phase (default: as in training)"
+    )
+    parser.add_argument("--adaptation-steps", type=positive, help="adaptation steps K (default: as in training)")
     parser.add_argument(
         "--ablate",
         choices=("memory", "reward"),
-        help="also without memory of earlier episodes, or with the average task's rewards (agents with a memory)",
+        help="also evaluate without memory of earlier episodes, or with the rewards of the average task (only agents "
+        "with a memory)",
     )
     parser.add_argument(
-        "--official", action="store_true", help="by Meta-World's own evaluation, which is biased; see also the next two"
+        "--official",
+        action="store_true",
+        help="use Meta-World's own evaluation, which is biased; see also --num-evals and --adaptation-episodes",
     )
-    parser.add_argument("--num-evals", type=positive, help="official rounds (until each of 40 goals has had its turn)")
-    parser.add_argument("--adaptation-episodes", type=positive, help="official episodes to adapt on (10)")
-    parser.add_argument("--seed", type=not_negative, help="of episodes and intervals (the run's; of --official 0)")
-    parser.add_argument("--num-workers", type=not_negative, help="processes that step environments (one a core)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where adapting is computed")
     parser.add_argument(
-        "--json", metavar="FILE", type=new_file, help="where the report goes (RUN_DIR/evaluation/<split>.json)"
+        "--num-evals", type=positive, help="rounds of --official (default: enough to cover each of 40 goals)"
+    )
+    parser.add_argument("--adaptation-episodes", type=positive, help="episodes of --official to adapt on (default: 10)")
+    parser.add_argument(
+        "--seed",
+        type=not_negative,
+        help="seed of the episodes and confidence intervals (default: the run's; with --official: 0)",
+    )
+    parser.add_argument(
+        "--num-workers", type=not_negative, help="processes that step environments (default: one per core)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to adapt on (default: auto)"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", type=new_file, help="report file (default: RUN_DIR/evaluation/<split>.json)"
     )
     options = parser.parse_args(arguments)
     own = {"ablate", "num_tasks", "rollouts_per_task", "adaptation_steps", "num_workers"}
     for name in sorted(own if options.official else {"num_evals", "adaptation_episodes"}):
         if getattr(options, name) is not None:
-            there = "does not go with" if options.official else "needs"
-            raise UserError(f"--{name.replace('_', '-')} {there} --official; see metarl evaluate --help")
+            conflict = "cannot be combined with" if options.official else "requires"
+            raise UserError(f"--{name.replace('_', '-')} {conflict} --official; see metarl evaluate --help")
     return _evaluate_officially(options) if options.official else _evaluate_run(options)
 
 
@@ -67,8 +91,9 @@ def _evaluate_run(options: argparse.Namespace) -> int:
     tasks = distribution.test_tasks if options.split == "test" else distribution.train_tasks
     if options.num_tasks:
         tasks = select_tasks(tasks, options.num_tasks, np.random.default_rng(seeds(0, Purpose.EVALUATION_TASKS)))
-    parts = _which(options), options.stage, options.tasks, options.split, options.ablate and f"without_{options.ablate}"
-    console = Console(markup=False)  # names in brackets are names
+    ablation = options.ablate and f"without_{options.ablate}"
+    parts = _checkpoint_part(options), options.stage, options.tasks, options.split, ablation
+    console = Console(markup=False)  # task names may have brackets
     with _report_at(options, parts) as report_file:
         with console.status(f"evaluating on {len(tasks)} tasks"):
             report = evaluation.evaluate(
@@ -98,12 +123,12 @@ def _evaluate_officially(options: argparse.Namespace) -> int:
     policy = load(options.run_dir, options.device, options.checkpoint)
     tasks: Any = getattr(distribution_of(policy.config, options.tasks, options.stage), "config", None)
     if getattr(tasks, "family", None) != "metaworld":
-        raise UserError("--official is for tasks of Meta-World; name some with --tasks, e.g. --tasks reach-v3")
-    parts = _which(options), "official", options.stage, options.tasks, options.split
-    given = {key: getattr(options, key) for key in ("num_evals", "adaptation_episodes", "seed")}
-    console = Console(markup=False)  # names in brackets are names
+        raise UserError("--official requires Meta-World tasks; select some with --tasks, e.g. --tasks reach-v3")
+    parts = _checkpoint_part(options), "official", options.stage, options.tasks, options.split
+    settings = {key: getattr(options, key) for key in ("num_evals", "adaptation_episodes", "seed")}
+    console = Console(markup=False)  # task names may have brackets
     with _report_at(options, parts) as report_file:
-        with console.status("evaluating in Meta-World's own environments, which takes a while"):
+        with console.status("evaluating in Meta-World's own environments; this takes a while"):
             report = official_report(
                 policy,
                 benchmark=tasks.benchmark,
@@ -111,7 +136,7 @@ def _evaluate_officially(options: argparse.Namespace) -> int:
                 split=options.split,
                 horizon=tasks.horizon,
                 reward_version=tasks.reward_version,
-                **{key: value for key, value in given.items() if value is not None},
+                **{key: value for key, value in settings.items() if value is not None},
             )
         console.print(official_table(report))
         replace_file(report_file, (json.dumps(report, indent=2) + "\n").encode())
@@ -119,30 +144,33 @@ def _evaluate_officially(options: argparse.Namespace) -> int:
     return 0
 
 
-def _which(options: argparse.Namespace) -> str:
-    """Return the checkpoint's part of a report's name, empty for the latest."""
+def _checkpoint_part(options: argparse.Namespace) -> str:
+    """Return the checkpoint's part of a report's file name; empty for the latest."""
     return "" if options.checkpoint == "latest" else f"checkpoint_{options.checkpoint}"
 
 
 @contextmanager
 def _report_at(options: argparse.Namespace, parts: Iterable[str | None]) -> Iterator[Path]:
-    """Give where a report goes; raises UserError before the work is done if nothing can be written there.
-
-    If the work fails a report from before stays as it is, and where there was none there is none.
+    """Yield the path of the report; on failure an earlier report is kept, and no new file is left.
 
     Args:
-        options: of the command.
-        parts: of the file's name, where none is given.
+        options: the options of the command.
+        parts: the parts of the file's name if --json is not given.
+
+    Raises:
+        UserError: the path cannot be written; raised before the evaluation starts.
     """
-    # A stage may be called anything, `../a` too; its report lies in the run's folder.
-    name = "".join(each if each.isprintable() and each not in "/\\ " else "-" for each in "_".join(filter(None, parts)))
+    # A stage may have any name, even `../a`; the report must stay in the run's folder.
+    name = "".join(char if char.isprintable() and char not in "/\\ " else "-" for char in "_".join(filter(None, parts)))
     file: Path = options.json or own_folder(options.run_dir, "evaluation") / f"{name}.json"
     existed = file.exists()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     except OSError as error:
-        raise UserError(f"cannot write the report to {file}: {error.strerror}; choose another with --json") from error
+        raise UserError(
+            f"cannot write the report to {file}: {error.strerror}; choose another file with --json"
+        ) from error
     try:
         yield file
     except BaseException:

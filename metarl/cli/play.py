@@ -7,63 +7,62 @@ import contextlib
 import math
 from pathlib import Path
 
-from metarl.cli.arguments import Parser, add_checkpoint, new_file, not_negative, run_folder, task_name
+from metarl.cli.arguments import Parser, add_checkpoint, add_task_selection, new_file, not_negative, run_folder
 from metarl.errors import UserError
 from metarl.runs.lock import own_folder
 
 
 def play(arguments: list[str]) -> int:
-    """Show an episode before and after adaptation."""
+    """Record an episode before and after adaptation."""
     parser = Parser(
         "metarl play",
-        description="Draw an episode of one task before adaptation and one after it, side by side, as MP4 and GIF.",
-        epilog="An agent of the MAML family adapts as in training, on episodes that are not shown; of an agent with a "
-        "memory, the first and the last episode of one trial are shown. Both begin from the same seed.",
+        description="Record an episode of one task before and one after adaptation, side by side, as MP4 and GIF.",
+        epilog="An agent of the MAML family adapts as in training, on episodes that are not shown. For an agent with a "
+        "memory, the first and the last episode of one trial are shown. Both episodes start from the same seed.",
     )
-    parser.add_argument("run_dir", type=run_folder, help="what `metarl train` wrote")
+    parser.add_argument("run_dir", type=run_folder, help="a run directory of `metarl train`")
     add_checkpoint(parser)
+    add_task_selection(parser, "--task", "the task, e.g. reach-v3 or reach-v3:7 (default: the first task of the run)")
     parser.add_argument(
-        "--task",
-        metavar="TASK",
-        type=task_name,
-        help="which task, e.g. reach-v3 or reach-v3:7, of this run or another (its first one)",
+        "--seed", type=not_negative, default=0, help="seed of both episodes and all actions (default: 0)"
     )
-    parser.add_argument("--stage", metavar="NAME", help="the tasks of another stage of the run, by its name (the last)")
-    parser.add_argument("--split", choices=("test", "train"), default="test", help="of which tasks (test)")
-    parser.add_argument("--seed", type=not_negative, default=0, help="of both episodes and all actions (0)")
-    parser.add_argument("--deterministic", action="store_true", help="show mean actions instead of draws")
-    parser.add_argument("--video", metavar="FILE.mp4", type=new_file, help="where the MP4 goes; then there is no GIF")
-    parser.add_argument("--gif", metavar="FILE.gif", type=new_file, help="where the GIF goes; then there is no MP4")
-    parser.add_argument("--fps", type=_above_zero, default=20.0, help="frames a second of the MP4, about (20)")
+    parser.add_argument("--deterministic", action="store_true", help="use mean actions instead of sampled ones")
+    parser.add_argument(
+        "--video", metavar="FILE.mp4", type=new_file, help="path of the MP4; writes no GIF without --gif"
+    )
+    parser.add_argument(
+        "--gif", metavar="FILE.gif", type=new_file, help="path of the GIF; writes no MP4 without --video"
+    )
+    parser.add_argument("--fps", type=_above_zero, default=20.0, help="approximate frame rate of the MP4 (default: 20)")
     parser.add_argument(
         "--speed",
         type=_above_zero,
         metavar="X",
-        help="times real time (1, or what makes a full episode last 4 to 15 s)",
+        help="playback speed relative to real time (default: 1, adjusted so that a full episode lasts 4 to 15 s)",
     )
     options = parser.parse_args(arguments)
 
     from metarl.envs.drawing.rendering import check_gl, check_mp4, write_gif, write_mp4
 
-    check_gl()  # first: the environments import MuJoCo, which fails on what it does not know
+    check_gl()  # first: the environments import MuJoCo, which fails on an unknown MUJOCO_GL
 
     from rich.console import Console
 
     from metarl.build import task_of
-    from metarl.deploy.play import play as played
+    from metarl.deploy.play import play as record
     from metarl.deploy.policy import load
     from metarl.envs import FAMILIES, make
 
     policy = load(options.run_dir, checkpoint=options.checkpoint)
     if options.task is None and any(stage.tasks.family not in FAMILIES for stage in policy.config.stages):
-        raise UserError("the run has custom tasks: play one from Python with metarl.play.play(metarl.load(…), env)")
+        raise UserError("the run has custom tasks; call metarl.play.play(metarl.load(…), env) from Python")
     task = task_of(policy.config, options.task, options.split, options.stage)
     mp4, gif = _files(options, task.name)
     if mp4 is not None:
         check_mp4()
-    console = Console(markup=False)  # names in brackets are names
-    with console.status("playing and drawing"), contextlib.closing(make(task, render_mode="rgb_array")) as env:
-        play = played(
+    console = Console(markup=False)  # task names may have brackets
+    with console.status("playing and rendering"), contextlib.closing(make(task, render_mode="rgb_array")) as env:
+        play = record(
             policy,
             env,
             seed=options.seed,
@@ -94,7 +93,7 @@ def _above_zero(text: str) -> float:
 
 
 def _files(options: argparse.Namespace, name: str) -> tuple[Path | None, Path | None]:
-    """Return where MP4 and GIF go, None for neither; raises UserError where nothing can be written."""
+    """Return the paths of the MP4 and the GIF, None for one not asked for; raises UserError if one is not usable."""
     mp4, gif = options.video, options.gif
     if mp4 is not None and mp4.suffix.lower() == ".gif" and gif is None:
         mp4, gif = None, mp4
@@ -107,11 +106,11 @@ def _files(options: argparse.Namespace, name: str) -> tuple[Path | None, Path | 
         if path is None:
             continue
         if path.suffix.lower() != suffix:
-            raise UserError(f"{flag} {path}: expected a file that ends in {suffix}")
+            raise UserError(f"{flag} {path}: expected a file name that ends in {suffix}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{flag} {path}: cannot make its folder: {error.strerror}") from error
+            raise UserError(f"{flag} {path}: cannot create its folder: {error.strerror}") from error
         if path.is_dir():
             raise UserError(f"{flag} {path} is a folder; name a file")
     return mp4, gif

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from metarl.config.schema import RunConfig
     from metarl.continual.metrics import Evaluation
     from metarl.plots.comparison import MethodCurve, Panel
-"""Settings in which runs of one method may differ."""
 
 
 class _Run(NamedTuple):
@@ -35,22 +34,24 @@ class _Run(NamedTuple):
 
 
 def plot(arguments: list[str]) -> int:
-    """Draw what runs have tracked."""
+    """Plot the metrics of runs."""
     parser = Parser(
         "metarl plot",
-        description="Draw what runs have tracked, as PNG files in plots/ of each: learning.png; adaptation.png if "
-        "there is any; evaluation_NAME.png of each report evaluation/NAME.json; of several stages also continual.png "
-        "and matrix.png. Several runs on the same tasks are compared in comparison.png, against env steps, and those "
-        "of several stages that have finished in stability_plasticity.png. Runs that differ in their seed alone are "
-        "one method.",
+        description="Plot the metrics of runs as PNG files in the plots/ folder of each: learning.png; adaptation.png "
+        "if the agent adapts; evaluation_NAME.png for each report evaluation/NAME.json; continual.png and matrix.png "
+        "for runs of several stages. comparison.png compares runs on the same tasks over env steps, and "
+        "stability_plasticity.png compares finished runs of several stages. Runs that differ only in their seed are "
+        "seeds of one method.",
     )
-    parser.add_argument("run_dirs", nargs="+", type=run_folder, metavar="RUN_DIR", help="what `metarl train` wrote")
+    parser.add_argument(
+        "run_dirs", nargs="+", type=run_folder, metavar="RUN_DIR", help="run directories of `metarl train`"
+    )
     parser.add_argument(
         "--out",
         metavar="DIR",
         type=any_path,
-        help="for one run: where its figures go (its plots/); for several: where comparison.png and "
-        "stability_plasticity.png go (plots/ of the first run), while those of each run stay in its plots/",
+        help="folder for the figures of a single run (default: its plots/); for several runs, the folder for "
+        "comparison.png and stability_plasticity.png (default: plots/ of the first run)",
     )
     options = parser.parse_args(arguments)
     paths = list({path.resolve(): path for path in options.run_dirs}.values())
@@ -76,9 +77,9 @@ def _read(path: Path) -> _Run:
     config = load_config(path / "config.yaml")
     lines = read_metrics(path, len(config.stages))
     if not (path / "metrics.jsonl").exists() and (path / "checkpoints").is_dir():
-        raise UserError(f"{path} is a saved policy, which holds no training to draw; name the run that it is from")
+        raise UserError(f"{path} is a saved policy, which has no metrics; plot the run that it was saved from")
     if not any("meta_train/return_post" in line for line in lines):
-        raise UserError(f"{path} has tracked nothing yet; go on with `metarl train CONFIG --run-dir {path} --resume`")
+        raise UserError(f"{path} has no metrics yet; resume it with `metarl train CONFIG --run-dir {path} --resume`")
     scores = evaluations(lines, [stage.name for stage in config.stages])
     return _Run(path, config, lines, scores, finished_stages(scores, [stage.iterations for stage in config.stages]))
 
@@ -90,9 +91,9 @@ def _figures(run: _Run) -> Iterator[tuple[str, Figure]]:
 
     spans = plotting.stage_spans(run.lines, run.names)
     yield "learning.png", plotting.learning_curves(run.lines, spans)
-    abscissas = {"memory": "episodes of the trial before this one", "gradient": "adaptation steps"}
-    abscissa = abscissas.get(adapts_by(run.config.agent) or "", "phase of adaptation")
-    adaptation = plotting.adaptation_curves(run.lines, run.names, abscissa)
+    labels = {"memory": "episodes of the trial before this one", "gradient": "adaptation steps"}
+    x_label = labels.get(adapts_by(run.config.agent) or "", "phase of adaptation")
+    adaptation = plotting.adaptation_curves(run.lines, run.names, x_label)
     if adaptation:
         yield "adaptation.png", adaptation
     if len(run.names) > 1 and run.evaluations:
@@ -103,37 +104,37 @@ def _figures(run: _Run) -> Iterator[tuple[str, Figure]]:
 
 
 def _reports(folder: Path) -> Iterator[tuple[str, Figure]]:
-    """Draw the reports of evaluations; a file that is none is named on stderr and left out."""
+    """Yield the figures of evaluation reports; other files are skipped with a line on stderr."""
     from metarl.plots.report import read_report, report_figure
 
     for path in sorted(folder.glob("*.json")):
-        if path.name == "continual.json":  # what matrix.png shows
+        if path.name == "continual.json":  # shown in matrix.png
             continue
         try:
             figure = report_figure(read_report(path.read_bytes()))
         except (OSError, ValueError) as error:
             cause = getattr(error, "strerror", None) or error
-            print(f"metarl: {path} is left out, it holds no report of `metarl evaluate`: {cause}", file=sys.stderr)
+            print(f"metarl: skipped {path}: it is not a report of `metarl evaluate`: {cause}", file=sys.stderr)
         else:
             yield f"evaluation_{path.stem}.png", figure
 
 
 def _compare_on_same_tasks(runs: Sequence[_Run], folder: Path) -> None:
-    """Draw the learning curves of runs that share their tasks; say which runs have nothing to be compared with."""
+    """Plot the learning curves of runs with the same tasks; print which runs share their tasks with no other."""
     from metarl.plots.comparison import comparison
 
     groups = _grouped(runs, _tasks)
     if alone := [str(same[0].path) for same in groups if len(same) == 1]:
-        print(f"not in comparison.png, as no other run has their tasks: {', '.join(alone)}")
+        print(f"not in comparison.png, since no other run has their tasks: {', '.join(alone)}")
     groups = [same for same in groups if len(same) > 1]
     titles = _numbered([_tasks_name(same[0].config) for same in groups])
-    panels = {title: drawn for title, same in zip(titles, groups, strict=True) if (drawn := _panels(same))}
+    panels = {title: columns for title, same in zip(titles, groups, strict=True) if (columns := _panels(same))}
     if panels:
         _save(comparison(panels), folder / "comparison.png")
 
 
 def _panels(runs: Sequence[_Run]) -> list[Panel]:
-    """Return the learning curves of runs on the same tasks, measure by measure, a method a curve."""
+    """Return the learning curves of runs on the same tasks: one panel per measure, one curve per method."""
     from metarl.plots.comparison import Panel, average_scores, method_curve
 
     methods = _methods(runs)
@@ -144,22 +145,22 @@ def _panels(runs: Sequence[_Run]) -> list[Panel]:
             print(f"{label} is compared up to iteration {min(ends)}, where {shortest} ends")
     if len(runs[0].names) > 1:
         scores = {label: [average_scores(run.evaluations) for run in seeds] for label, seeds in methods.items()}
-        found = {
+        candidates = {
             "score after adaptation, mean over stages": [
-                method_curve(label, each, held_out=True) for label, each in scores.items()
+                method_curve(label, points, held_out=True) for label, points in scores.items()
             ]
         }
     else:
-        found = {
+        candidates = {
             f"{measure} after adaptation": [_learning(label, seeds, measure) for label, seeds in methods.items()]
             for measure in ("return", "success")
         }
-    curves = {measure: [each for each in of_methods if each] for measure, of_methods in found.items()}
+    curves = {measure: [curve for curve in optional if curve] for measure, optional in candidates.items()}
     return [Panel(measure, of_methods) for measure, of_methods in curves.items() if of_methods]
 
 
 def _learning(label: str, seeds: Sequence[_Run], measure: str) -> MethodCurve | None:
-    """Return a method's curve on held-out tasks, or on those in training where runs have not been evaluated."""
+    """Return a method's curve on held-out tasks, or on training tasks if the runs were not evaluated."""
     from metarl.plots.comparison import method_curve, tracked
 
     for split in ("meta_test", "meta_train"):
@@ -170,47 +171,47 @@ def _learning(label: str, seeds: Sequence[_Run], measure: str) -> MethodCurve | 
 
 
 def _tasks(run: _Run) -> str:
-    """Return what the tasks of a run, and the scale of their scores if it is a sequence, are told apart by."""
+    """Return a key of a run's tasks, and of their score ranges if it has several stages."""
     stages = run.config.stages
     return json.dumps([(stage.tasks.model_dump(), len(stages) > 1 and stage.score_range) for stage in stages])
 
 
 def _tasks_name(config: RunConfig) -> str:
-    """Return what tasks are called, e.g. `metaworld ML1 reach-v3, horizon 100`."""
+    """Return a title for the tasks of a run, e.g. `metaworld ML1 reach-v3, horizon 100`."""
     first, *others = config.stages
     if others:
         return f"{len(config.stages)} stages, {first.name} to {others[-1].name}"
     names = ("family", "benchmark", "name")
-    known = dict.fromkeys(str(found) for name in names if (found := getattr(first.tasks, name, None)))
+    title = dict.fromkeys(str(value) for name in names if (value := getattr(first.tasks, name, None)))
     settings = first.tasks.model_dump(exclude=set(names), exclude_defaults=True)
-    told = [
+    details = [
         f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}".replace("_", " ")
         for key, value in settings.items()
     ]
-    return ", ".join([" ".join(known), *told])
+    return ", ".join([" ".join(title), *details])
 
 
 def _compare_sequences(runs: Sequence[_Run], folder: Path) -> None:
-    """Draw the runs that have finished several stages by stability and plasticity; say which are left out."""
-    from metarl.continual.metrics import forgetting, plasticity, score_matrix
+    """Plot the stability and plasticity of finished runs of several stages; print which runs are left out."""
+    from metarl.continual.metrics import final_stage_performance, forgetting, score_matrix
     from metarl.plots import run as plotting
 
-    places = {}
+    coordinates = {}
     for run in runs:
         matrix = score_matrix(run.evaluations, len(run.names), run.finished)
-        place = plasticity(matrix), 1.0 - forgetting(matrix)
-        if run.finished == len(run.names) and all(map(math.isfinite, place)):
-            places[run.path] = place
+        point = final_stage_performance(matrix), 1.0 - forgetting(matrix)
+        if run.finished == len(run.names) and all(map(math.isfinite, point)):
+            coordinates[run.path] = point
         else:
-            print(f"{run.path} is not in stability_plasticity.png: it has no scores of all its stages at their end yet")
-    if len(places) > 1:
-        methods = _methods([run for run in runs if run.path in places])
-        points = [plotting.Point(label, *places[run.path]) for label, seeds in methods.items() for run in seeds]
+            print(f"{run.path} is not in stability_plasticity.png: some stages have no score at their end yet")
+    if len(coordinates) > 1:
+        methods = _methods([run for run in runs if run.path in coordinates])
+        points = [plotting.Point(label, *coordinates[run.path]) for label, seeds in methods.items() for run in seeds]
         _save(plotting.stability_plasticity(points), folder / "stability_plasticity.png")
 
 
 def _grouped(runs: Iterable[_Run], key: Callable[[_Run], str]) -> list[list[_Run]]:
-    """Return the runs that have a key in common, in the order in which they were given."""
+    """Group runs by a key, in the order given."""
     groups: dict[str, list[_Run]] = {}
     for run in runs:
         groups.setdefault(key(run), []).append(run)
@@ -218,14 +219,14 @@ def _grouped(runs: Iterable[_Run], key: Callable[[_Run], str]) -> list[list[_Run
 
 
 def _numbered(names: Sequence[str]) -> list[str]:
-    """Return names that differ."""
+    """Return the names with a number after those that are not unique."""
     return [name if names.count(name) == 1 else f"{name} #{number}" for number, name in enumerate(names, 1)]
 
 
 def _methods(runs: Sequence[_Run]) -> dict[str, list[_Run]]:
-    """Return the runs of each method by its name, which has the directory where it says too little by itself.
+    """Return the runs of each method by its name, with the directory added to names that are not unique.
 
-    Runs whose configs differ in nothing but the seed, or in what has no effect on results, are of one method.
+    Runs are seeds of one method if their configs differ only in the seed and in operational settings.
     """
     from metarl.config.schema import OPERATIONAL_SETTINGS
 
@@ -241,20 +242,20 @@ def _methods(runs: Sequence[_Run]) -> dict[str, list[_Run]]:
 
 
 def _method(config: RunConfig) -> str:
-    """Return the agent of a config, or in a sequence what it does against forgetting, e.g. `ewc 10 + replay`."""
+    """Return the agent's name, or in a sequence the stability methods, e.g. `ewc 10 + replay`."""
     if len(config.stages) == 1:
         return config.agent.name
-    parts = [f"{each.name} {each.coef:g}" if hasattr(each, "coef") else each.name for each in config.stability]
+    parts = [f"{item.name} {item.coef:g}" if hasattr(item, "coef") else item.name for item in config.stability]
     control = {"joint": ["joint training"], "scratch": ["from scratch"]}.get(config.control, [])
     return " + ".join([*control, *parts]) or "fine-tuning"
 
 
 def _folder(seeds: Sequence[_Run], parts: int = 1) -> str:
-    """Return what the directories of one method's runs have in common: `ewc` of ewc_seed0 and ewc_seed1, of ewc/0.
+    """Return the common name of the directories of one method's runs, e.g. `ewc` for ewc_seed0 and ewc_seed1, or ewc/0.
 
     Args:
-        seeds: the runs.
-        parts: how many names of the path, the last ones.
+        seeds: the runs of the method.
+        parts: the number of path components to return, from the last.
     """
     paths = [run.path.resolve() for run in seeds]
     stems = {

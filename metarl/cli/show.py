@@ -8,9 +8,9 @@ from metarl.cli.arguments import Parser, one_line, run_folder
 
 
 def inspect(arguments: list[str]) -> int:
-    """Show what a run directory holds."""
-    parser = Parser("metarl inspect", description="Show what a run directory holds.")
-    parser.add_argument("run_dir", type=run_folder, help="what `metarl train` wrote")
+    """Summarise a run directory."""
+    parser = Parser("metarl inspect", description="Summarise a run directory.")
+    parser.add_argument("run_dir", type=run_folder, help="a run directory of `metarl train`")
     options = parser.parse_args(arguments)
 
     from metarl.deploy.policy import load
@@ -28,9 +28,9 @@ def inspect(arguments: list[str]) -> int:
     for stage in config.stages:
         tasks = ", ".join(f"{key} {value}" for key, value in stage.tasks.model_dump(exclude_none=True).items() if value)
         print(one_line(f"stage        {stage.name}: {stage.iterations} iterations of {tasks}"))
-    # A saved policy does not tell its iterations, and a run has tracked more of them than its last checkpoint holds.
-    held = [line["iteration"] for line in lines if line["env_steps"] <= policy.env_steps]
-    iterations = f"{held[-1] if held else 0} iterations, " if lines else ""
+    # A saved policy has no log. The log of a run may be ahead of its latest checkpoint.
+    saved = [line["iteration"] for line in lines if line["env_steps"] <= policy.env_steps]
+    iterations = f"{saved[-1] if saved else 0} iterations, " if lines else ""
     print(f"trained      {iterations}{policy.env_steps:,} env steps")
     if policy.adapted:
         print("adapted      to one task, on recorded episodes (Policy.adapt)")
@@ -41,8 +41,8 @@ def inspect(arguments: list[str]) -> int:
             print(one_line(f"{prefix:<12} iteration {last['iteration']}: {figures.replace(f'{prefix}/', '')}"))
     last = next((line for line in reversed(lines) if "continual/average_performance" in line), None)
     if last:
-        account = {key.removeprefix("continual/"): value for key, value in last.items() if key.startswith("continual/")}
-        figures = ", ".join(f"{name} {value:.2f}" for name, value in account.items() if "/" not in name)
+        metrics = {key.removeprefix("continual/"): value for key, value in last.items() if key.startswith("continual/")}
+        figures = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items() if "/" not in name)
         print(one_line(f"continual    iteration {last['iteration']}: {figures}"))
     for path in sorted((run_dir / "evaluation").glob("*.json")):
         print(one_line(f"report       {path}"))
@@ -50,9 +50,9 @@ def inspect(arguments: list[str]) -> int:
 
 
 def list_names(arguments: list[str]) -> int:
-    """List envs, agents, methods or configs."""
-    parser = Parser("metarl list", description="List what there is.")
-    parser.add_argument("what", choices=("envs", "agents", "methods", "configs"))
+    """List envs, agents, stability methods or configs."""
+    parser = Parser("metarl list", description="List the names of envs, agents, stability methods or configs.")
+    parser.add_argument("what", type=_kind, choices=("envs", "agents", "stability", "configs"))
     options = parser.parse_args(arguments)
     if options.what == "configs":
         from metarl.config.schema import embedded_configs
@@ -65,7 +65,7 @@ def list_names(arguments: list[str]) -> int:
 
         for name, agent in agent_configs().items():
             print(f"{name:<30}{agent.__doc__}")
-    elif options.what == "methods":
+    elif options.what == "stability":
         from metarl.stability import stability_configs
 
         for name, method in stability_configs().items():
@@ -76,3 +76,8 @@ def list_names(arguments: list[str]) -> int:
         for name, family in family_names().items():
             print(f"{name:<30}{family}")
     return 0
+
+
+def _kind(text: str) -> str:
+    """Parse what to list; `methods` is the earlier name of `stability`."""
+    return "stability" if text == "methods" else text

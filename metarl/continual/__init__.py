@@ -1,1 +1,1 @@
-"""Measures of continual learning: forgetting, transfer, the score table, use of the network."""
+"""Measures of continual learning: forgetting, transfer, the score table, the use of the network."""

@@ -1,4 +1,4 @@
-"""The account of a sequence of stages: what is evaluated and when, the matrix of scores, and the state of the network.
+"""The score table of a sequence: every stage's scores over the run, the score matrices, the report.
 
 `metarl.continual.metrics` has the formulas.
 """
@@ -14,22 +14,18 @@ import numpy as np
 
 from metarl.config.schema import StageConfig
 from metarl.continual import metrics as continual
-from metarl.protocols import ProtectedAgent
 from metarl.runs.atomic_files import replace_file
-from metarl.types import FloatArray, Rollout
-
-DORMANT = 0.025
-"""τ: a unit below this part of its layer's mean activation counts as dormant (Sokar et al. 2023)."""
+from metarl.types import FloatArray
 
 Report = dict[str, Any]
 
 
 class ScoreTable:
-    """What became of each stage, so far.
+    """Scores of every stage over the run.
 
     Args:
-        stages: of the run.
-        lines: of its metrics.jsonl, if it goes on.
+        stages: the stages of the run.
+        lines: the lines of metrics.jsonl if the run is resumed.
     """
 
     def __init__(self, stages: Sequence[StageConfig], lines: Sequence[Mapping[str, Any]]) -> None:
@@ -38,47 +34,47 @@ class ScoreTable:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing has been evaluated yet."""
+        """Whether there are no scores yet."""
         return not self._evaluations
 
     def add(self, place: Mapping[str, int], reports: Sequence[Report], finished: int) -> dict[str, float]:
-        """Enter the evaluation of all stages.
+        """Add an evaluation of all stages.
 
         Args:
             place: `iteration`, `stage` and `env_steps`, as in metrics.jsonl.
-            reports: of each stage.
-            finished: stages that have been trained to their end.
+            reports: one evaluation report per stage.
+            finished: the number of finished stages.
 
         Returns:
-            The scores of each stage and what follows from all of them, as they are tracked.
+            the scores and the continual metrics under the names that are tracked.
         """
         metrics: dict[str, float] = {}
         for stage, report in zip(self._stages, reports, strict=True):
             for phase, key in (("post", _key(stage.name)), ("pre", _key(stage.name, "pre"))):
                 metrics[key] = score(report, stage, phase)
-        earlier = [each for each in self._evaluations if each.iteration != place["iteration"]]
+        earlier = [evaluation for evaluation in self._evaluations if evaluation.iteration != place["iteration"]]
         self._evaluations = earlier + continual.evaluations([{**place, **metrics}], self.names)
-        return metrics | continual.account(self._evaluations, len(self.names), finished)
+        return metrics | continual.continual_metrics(self._evaluations, len(self.names), finished)
 
     def report(self, finished: int) -> Report:
-        """Return the account as JSON: names, both matrices (first row: before training) and the figures.
+        """Return names, both score matrices (first row: before training) and metrics, for JSON.
 
-        A score that is not there is null.
+        A missing score is null.
         """
-        figures = continual.account(self._evaluations, len(self.names), finished)
+        metrics = continual.continual_metrics(self._evaluations, len(self.names), finished)
         matrices = {f"scores_{phase}": self.matrix(finished, phase) for phase in ("pre", "post")}
         rows = {
             name: [[None if np.isnan(score) else score for score in row] for row in matrix.tolist()]
             for name, matrix in matrices.items()
         }
-        return {"stages": self.names, **rows, **figures}
+        return {"stages": self.names, **rows, **metrics}
 
     def matrix(self, finished: int, phase: str) -> FloatArray:
-        """Return the matrix of scores before (`pre`) or after adaptation (`post`); see `continual.score_matrix`."""
+        """Return the score matrix before (`pre`) or after adaptation (`post`); see `metrics.score_matrix`."""
         return continual.score_matrix(self._evaluations, len(self.names), finished, pre=phase == "pre")
 
     def write(self, path: Path, finished: int) -> Report:
-        """Write the report to a file, and return it."""
+        """Write the report to a file and return it."""
         report = self.report(finished)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, (json.dumps(report, indent=2) + "\n").encode())
@@ -90,10 +86,10 @@ def _key(name: str, phase: str = "post") -> str:
 
 
 def score(report: Report, stage: StageConfig, phase: str) -> float:
-    """Return the score of a stage, before (`pre`) or after adaptation (`post`).
+    """Return the score of a stage before (`pre`) or after adaptation (`post`).
 
-    It is the return on the scale of `score_range`; without one success where the tasks define it, else the return; NaN
-    if all episodes had to be dropped.
+    With a `score_range`, the score is the return on that scale. Otherwise it is the success rate, or the return where
+    tasks define no success. It is NaN if all episodes were dropped.
     """
     aggregate = report["aggregate"]
     measure = "success" if f"success_{phase}" in aggregate and stage.score_range is None else "return"
@@ -102,13 +98,3 @@ def score(report: Report, stage: StageConfig, phase: str) -> float:
     mean = float(aggregate[f"{measure}_{phase}"]["mean"])
     low, high = stage.score_range or (0.0, 1.0)
     return (mean - low) / (high - low)
-
-
-def plasticity(agent: ProtectedAgent, rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Return how much of the policy's hidden layers is in use: dormant units and effective rank, layer by layer."""
-    metrics = {}
-    for name, activations in agent.hidden_units(rollouts).items():
-        values = activations.detach().cpu().double().numpy()
-        metrics[f"plasticity/{name}/dormant_fraction"] = continual.dormant_fraction(values, DORMANT)
-        metrics[f"plasticity/{name}/effective_rank"] = continual.effective_rank(values)
-    return metrics

@@ -153,7 +153,7 @@ def _serialized(controller: Any, metadata: dict[str, Any]) -> bytes:
         )
     assert program is not None
     model = program.model_proto
-    # Noise that is not given is 0: whoever wants the mean leaves it out. One row stands for all.
+    # The default noise is 0, which gives the mean. Its single row is broadcast over the batch.
     noise_input = next(each for each in model.graph.input if each.name == "noise")
     noise_input.type.tensor_type.shape.dim[0].dim_param = "noise_rows"
     del model.graph.value_info[:]  # in between all rows were taken for as many

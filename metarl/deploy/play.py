@@ -1,6 +1,6 @@
-"""An episode before adaptation and one after it, side by side: what `metarl play` shows.
+"""Videos of an episode before and one after adaptation, side by side, as `metarl play` shows them.
 
-Knows environments by gymnasium's interface alone, so that it goes with tasks of one's own.
+Uses only gymnasium's interface of environments, so that it works with custom tasks.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from metarl.deploy.policy import Policy
 from metarl.envs.drawing.rendering import Frame
 from metarl.errors import UserError
 
-# Okabe and Ito's palette for the colour-blind: vermilion, blue, bluish green.
+# Okabe and Ito's colour-blind-safe palette: vermilion, blue, bluish green.
 _BEFORE, _AFTER, _SOLVED = "#D55E00", "#0072B2", "#00805C"
 _INK, _QUIET, _PAPER = "#111111", "#666666", "#FFFFFF"
 _HEADER, _PANEL, _FOOTER, _MARGIN = 68, 360, 34, 16
 _MIN_WIDTH = 440
-"""Of a panel: the words over it need as much."""
+"""Minimum width of a panel, for the text above it."""
 
 _SHORTEST_S, _LONGEST_S = 4.0, 15.0
 _HOLD_S = 1.5
@@ -38,16 +38,16 @@ _SLOWEST_FPS = 0.05
 
 @dataclass(frozen=True)
 class Episode:
-    """What is seen of one episode; a picture comes from the reset, from some of its steps, and from the last.
+    """The F frames of one episode: after the reset, after some of its steps, and after the last one.
 
     Attributes:
-        pictures: F of them, `[H, W, 3]`.
-        steps: after how many steps each was taken.
-        returns: the undiscounted return until then.
-        success: whether the task had been solved by then, 0 or 1; None if the environment does not say.
+        frames: F frames, `[H, W, 3]`.
+        steps: the number of steps before each frame.
+        returns: the undiscounted return up to each frame.
+        success: 1 if the task was solved up to the frame, else 0; None if the environment defines no success.
     """
 
-    pictures: list[Frame]
+    frames: list[Frame]
     steps: list[int]
     returns: list[float]
     success: list[float | None]
@@ -55,15 +55,15 @@ class Episode:
 
 @dataclass(frozen=True)
 class Play:
-    """An episode before adaptation and one after it.
+    """An episode before and one after adaptation.
 
     Attributes:
-        before: as the agent begins.
-        after: adapted.
-        title: what is written below.
-        adapted_by: what it adapted by, in words.
-        fps: frames a second.
-        speed: times real time; None where the environment has no clock (`dt`).
+        before: the episode before adaptation.
+        after: the episode after adaptation.
+        title: the caption at the bottom.
+        adapted_by: how the agent adapted, in words.
+        fps: frames per second.
+        speed: playback speed relative to real time; None if the environment has no clock (`dt`).
     """
 
     before: Episode
@@ -80,22 +80,22 @@ class Play:
 
     @property
     def success(self) -> tuple[float | None, float | None]:
-        """Whether the task was solved at any step of each episode, 0 or 1; None if the environment does not say."""
+        """1 for an episode in which the task was solved at any step, else 0; None if success is not defined."""
         return self.before.success[-1], self.after.success[-1]
 
     @property
     def num_frames(self) -> int:
-        """How many frames there are: those of the longer episode, and its last one held for a while."""
+        """The number of frames: those of the longer episode, with its last one held for a while."""
         return max(len(self.before.steps), len(self.after.steps)) + round(_HOLD_S * self.fps)
 
     @property
     def frames(self) -> Iterator[Frame]:
-        """The frames `[H, W, 3]`, one after the other, from the first each time; H and W are even."""
+        """A new iterator over the frames `[H, W, 3]`; H and W are even."""
         for i in range(self.num_frames):
             yield self._frame(i)
 
     def _frame(self, i: int) -> Frame:
-        """Compose one frame; an episode that has ended shows its last picture."""
+        """Compose one frame; an episode that has ended shows its last frame."""
         before, after = (_panel(episode, i) for episode in (self.before, self.after))
         width = before.width + after.width + 3 * _MARGIN
         height = _HEADER + max(before.height, after.height) + _FOOTER
@@ -106,12 +106,12 @@ class Play:
             (before, self.before, "before adaptation", "", _BEFORE),
             (after, self.after, "after adaptation", self.adapted_by, _AFTER),
         ):
-            right, now = left + panel.width, min(i, len(episode.steps) - 1)
+            right, current = left + panel.width, min(i, len(episode.steps) - 1)
             frame.paste(panel, (left, _HEADER))
             draw.text((left, 20), label, colour, _font(21, bold=True), anchor="lm")
             draw.text((right, 20), note, _QUIET, _font(15), anchor="rm")
-            draw.text((left, 48), f"return {episode.returns[now]:.1f}", _INK, _font(19), anchor="lm")
-            solved = episode.success[now]
+            draw.text((left, 48), f"return {episode.returns[current]:.1f}", _INK, _font(19), anchor="lm")
+            solved = episode.success[current]
             if solved is not None:
                 word, ink = ("✓ solved", _SOLVED) if solved else ("not solved", _QUIET)
                 draw.text((right, 48), word, ink, _font(19, bold=bool(solved)), anchor="rm")
@@ -136,29 +136,29 @@ def play(
     speed: float | None = None,
     title: str = "",
 ) -> Play:
-    """Play an episode, adapt as in training, and play another one from the same seed.
+    """Play an episode, adapt as in training, and play another episode from the same seed.
 
-    An agent of the MAML family makes its K steps, each on `rollouts_per_task` fresh episodes of `Policy.record`. Of an
+    An agent of the MAML family takes K steps, each on `rollouts_per_task` fresh episodes of `Policy.record`. For an
     agent with a memory, the first and the last episode of one trial are shown.
 
     Args:
-        policy: from `metarl.load`, before adaptation.
-        env: of one task, made with `render_mode="rgb_array"`; its episodes must end. The control period is read from
-            `metadata["render_fps"]`, as gymnasium has it.
-        seed: of both episodes, and of all actions.
-        deterministic: show the mean actions instead of draws; what a MAML agent adapts on is drawn nonetheless.
-        fps: frames a second, about: pictures are taken after whole steps.
-        speed: times real time; None for real time, but slower or faster if that would take a full episode less than
-            4 s or more than 15 s (as far as the environment tells its horizon).
-        title: what is written below.
+        policy: a policy from `metarl.load`, before adaptation.
+        env: the environment of one task, made with `render_mode="rgb_array"`; its episodes must end. The control period
+            comes from gymnasium's `metadata["render_fps"]`.
+        seed: the seed of both episodes and of all actions.
+        deterministic: whether to show mean actions instead of sampled ones; adaptation always samples.
+        fps: approximate frames per second; a frame is taken after a whole number of steps.
+        speed: playback speed relative to real time. None is real time, adjusted so that a full episode lasts 4 to 15 s
+            if the environment has a known horizon.
+        title: the caption at the bottom.
 
     Raises:
-        UserError: the policy is adapted already, the environment does not fit it, a trial has one episode only, less
-            than a frame in 20 s would be shown, or nothing here can draw.
-        ValueError: the environment does not draw itself.
+        UserError: the policy is already adapted, does not adapt or does not fit the environment; a trial has a single
+            episode; or `fps` or `speed` is less than a frame or step in 20 s.
+        ValueError: the environment does not render RGB frames.
     """
     _check(policy, env)
-    real_time = float(env.metadata.get("render_fps") or _STEPS_PER_SECOND)  # steps a second
+    real_time = float(env.metadata.get("render_fps") or _STEPS_PER_SECOND)  # steps per second
     if speed is None:
         horizon = _horizon(env)
         seconds = horizon / real_time if horizon else _LONGEST_S
@@ -166,13 +166,13 @@ def play(
     rate = real_time * speed
     if not (_SLOWEST_FPS <= rate < math.inf and fps >= _SLOWEST_FPS):
         raise UserError(
-            f"speed {speed:g} means {rate:g} steps a second, and fps is {fps:g}; expected numbers of at least "
-            f"{_SLOWEST_FPS:g} for both"
+            f"speed is {speed:g}, which is {rate:g} steps per second, and fps is {fps:g}; expected at least "
+            f"{_SLOWEST_FPS:g} for both rates"
         )
     every = max(1, round(rate / fps))
     run = functools.partial(_run, env=env, deterministic=deterministic, every=every)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # not `torch.manual_seed`, which would seed the GPUs as well
+        torch.default_generator.manual_seed(seed)  # not `torch.manual_seed`, which also seeds the GPUs
         before, memory = run(policy, seed=seed)
         if policy.has_memory:
             episodes = policy.agent.trial_episodes
@@ -186,29 +186,29 @@ def play(
                 policy = policy.adapt(policy.record(env, episodes))
             torch.default_generator.manual_seed(seed)
             after, _ = run(policy, seed=seed)
-            each = f"{episodes} {'episode' if episodes == 1 else 'episodes'}"
+            count = f"{episodes} {'episode' if episodes == 1 else 'episodes'}"
             if policy.agent.adapts_by == "gradient":
-                adapted_by = f"1 step on {each}" if steps == 1 else f"{steps} steps, {each} each"
+                adapted_by = f"1 step on {count}" if steps == 1 else f"{steps} steps, {count} each"
             else:
-                adapted_by = f"inferred from {each}"
+                adapted_by = f"inferred from {count}"
     clock = hasattr(env.unwrapped, "dt")
     return Play(before, after, title, adapted_by, rate / every, speed if clock else None)
 
 
 def _check(policy: Policy, env: gymnasium.Env[Any, Any]) -> None:
     if policy.adapted:
-        raise UserError("the policy is adapted already, and playing adapts by itself; give the agent before adaptation")
+        raise UserError("the policy is already adapted; pass the policy before adaptation")
     if env.render_mode != "rgb_array":
         raise ValueError(f'env.render_mode is {env.render_mode!r}; build the environment with render_mode="rgb_array"')
     check_env(policy.spaces, env.observation_space, env.action_space)
     if policy.agent.adapts_by == "nothing":
-        raise UserError("the agent does not adapt, so there is nothing after adaptation to show")
+        raise UserError("the agent does not adapt, so there is no episode after adaptation to show")
     if policy.has_memory and policy.agent.trial_episodes == 1:
-        raise UserError("the agent's trials have one episode, so there is none after adaptation to show")
+        raise UserError("the agent's trials have one episode, so there is no episode after adaptation to show")
 
 
 def _horizon(env: gymnasium.Env[Any, Any]) -> int | None:
-    """How many steps an episode may have, if the environment tells."""
+    """Return the maximum number of steps of an episode, if known."""
     task = getattr(env.unwrapped, "task", None)
     if task is not None and "horizon" in dict(getattr(task, "options", ())):
         return int(task.option("horizon"))
@@ -216,7 +216,7 @@ def _horizon(env: gymnasium.Env[Any, Any]) -> int | None:
 
 
 _Memory = tuple[Any, float | None]
-"""What lives from one episode of a trial to the next: the state, and the last reward."""
+"""What an agent carries from one episode of a trial to the next: its state and the last reward."""
 
 
 def _run(
@@ -227,58 +227,58 @@ def _run(
     memory: _Memory = (None, None),
     seed: int | None = None,
 ) -> tuple[Episode, _Memory]:
-    """Run an episode; take a picture at its begin, after each `every` steps, and at its end, or none at all."""
+    """Run an episode and render its start, every `every`-th step and its end; no frame at all if `every` is None."""
     state, reward = memory
-    shown = Episode([], [], [], [])
+    episode = Episode([], [], [], [])
     total, steps = 0.0, 0
     success: float | None = None
 
-    def show() -> None:
-        shown.pictures.append(_picture(env))
-        shown.steps.append(steps)
-        shown.returns.append(total)
-        shown.success.append(success)
+    def add_frame() -> None:
+        episode.frames.append(_render(env))
+        episode.steps.append(steps)
+        episode.returns.append(total)
+        episode.success.append(success)
 
     def choose(observation: Any, reward: float, start: bool) -> Any:
         nonlocal state
         if every is not None and steps % every == 0:
-            show()
-        begins = np.array([start])
-        action, state = policy.predict(observation, state, begins, deterministic=deterministic, reward=reward)
+            add_frame()
+        starts = np.array([start])
+        action, state = policy.predict(observation, state, starts, deterministic=deterministic, reward=reward)
         return action
 
     for step in run_episode(env, choose, seed=seed, reward=math.nan if reward is None else reward):
         reward, total, steps = step.reward, total + step.reward, steps + 1
-        if not math.isnan(solved := float(step.info.get("success", math.nan))):  # NaN: it is not defined
+        if not math.isnan(solved := float(step.info.get("success", math.nan))):  # NaN: not defined
             success = max(success or 0.0, solved)
     if every is not None:
-        show()
-    return shown, (state, reward)
+        add_frame()
+    return episode, (state, reward)
 
 
-def _picture(env: gymnasium.Env[Any, Any]) -> Frame:
-    picture = np.asarray(env.render())
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise ValueError(f"render() returned {picture.dtype} {picture.shape}; expected uint8 [H, W, 3]")
-    return picture
+def _render(env: gymnasium.Env[Any, Any]) -> Frame:
+    frame = np.asarray(env.render())
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        raise ValueError(f"render() returned {frame.dtype} {frame.shape}; expected uint8 [H, W, 3]")
+    return frame
 
 
 def _panel(episode: Episode, i: int) -> Image.Image:
-    """Return a picture at the height of a panel, with paper at its sides if it is narrow."""
-    picture = Image.fromarray(episode.pictures[min(i, len(episode.pictures) - 1)])
-    if picture.height != _PANEL:
-        size = round(picture.width * _PANEL / picture.height), _PANEL
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    if picture.width < _MIN_WIDTH:
+    """Return a frame scaled to the height of a panel, with margins if it is too narrow."""
+    image = Image.fromarray(episode.frames[min(i, len(episode.frames) - 1)])
+    if image.height != _PANEL:
+        size = round(image.width * _PANEL / image.height), _PANEL
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    if image.width < _MIN_WIDTH:
         panel = Image.new("RGB", (_MIN_WIDTH, _PANEL), _PAPER)
-        panel.paste(picture, ((_MIN_WIDTH - picture.width) // 2, 0))
+        panel.paste(image, ((_MIN_WIDTH - image.width) // 2, 0))
         return panel
-    return picture
+    return image
 
 
 @functools.cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu, which matplotlib brings along."""
+    """Return DejaVu Sans, which ships with matplotlib."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"

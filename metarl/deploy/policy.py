@@ -189,7 +189,7 @@ class Policy:
         Args:
             trajectories: at least one episode, best from `record`. Others are accepted: without `log_probs` those of
                 this policy are used, as if it had collected them; actions that were clipped make for a shorter step
-                than the one that was trained. The last observation of an episode stands for the one after it.
+                than the one that was trained. The last observation of an episode also serves as its next observation.
             steps: gradient steps on these episodes. Training makes each of its steps on fresh ones: to adapt as in
                 training, record and adapt alternately.
             inner_lr: step size instead of that of training; the step is scaled in proportion, so that learned rates

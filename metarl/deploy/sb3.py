@@ -1,7 +1,7 @@
-"""The bridge to stable-baselines3: an adapted policy as a PPO that goes on learning, and trials as its episodes.
+"""Interoperation with stable-baselines3: policies as a PPO that continues to learn, and trials as single episodes.
 
 `to_sb3` copies a policy without a memory into a PPO. `TrialEnv` and `TrialPolicy` let stable-baselines3 run an agent
-with a memory: a trial of several episodes is one episode to it, so that the memory lives through all of them.
+with a memory: a trial of several episodes is a single episode to it, so that the memory persists through all of them.
 """
 
 from __future__ import annotations
@@ -33,49 +33,50 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
 def to_sb3(policy: Policy, env: gymnasium.Env[Any, Any] | VecEnv | None = None, **ppo_settings: Any) -> PPO:
-    """Copy a policy of the MAML family into a PPO of stable-baselines3 that can go on learning.
+    """Copy a policy of the MAML family into a PPO of stable-baselines3 that can continue to learn.
 
-    Its deterministic actions equal the policy's to 1e-6, and so do the standard deviations of its draws. Observations
-    are normalised in a features extractor, with statistics that stay as they are; the units of the actions are part of
-    the last layer and of `log_std`. Bounds of the deviation hold for what is copied, not for what PPO learns then.
+    Its deterministic actions and the standard deviations of its samples equal the policy's to 1e-6. A features
+    extractor normalises observations with fixed statistics. The units of the actions are part of the last layer and of
+    `log_std`. Bounds of the standard deviation apply to the copied value, not to what PPO learns from there.
 
-    The critic starts fresh, since what a meta-learner expects is not what one task gives: PPO learns it on the way.
+    The critic starts fresh, since the value function of a meta-learner is not that of a single task.
 
     Args:
-        policy: from `metarl.load`, best adapted to the task (`Policy.adapt`).
-        env: of the task to go on with: a gymnasium environment, or a VecEnv of several. None for the first held-out
-            task of the run, whichever task the policy is adapted to.
-        ppo_settings: of PPO, e.g. `learning_rate`, `n_steps`, `seed` and `verbose`. `gamma`, `gae_lambda` and
-            `clip_range` are the run's if they are not given and the run has them, `device` is the CPU, and all else is
-            stable-baselines3's own default.
+        policy: a policy from `metarl.load`, best adapted to the task (`Policy.adapt`).
+        env: the environment to continue in: a gymnasium environment or a VecEnv. None: that of the first held-out task
+            of the run, whichever task the policy is adapted to.
+        ppo_settings: settings of PPO, e.g. `learning_rate`, `n_steps`, `seed` and `verbose`. By default, `gamma`,
+            `gae_lambda` and `clip_range` are the run's (if it has them), `device` is the CPU, and the rest are
+            stable-baselines3's defaults.
 
     Raises:
-        UserError: the policy has a memory or several heads, which PPO's networks do not; the environment does not fit
-            the policy, normalises observations, or is needed since the run's tasks are custom ones; a setting that the
-            policy determines.
+        UserError: PPO's networks cannot represent the agent, e.g. one with a memory or several heads; the environment
+            does not fit the policy or normalises observations; the run has custom tasks and `env` is missing; or a
+            setting is determined by the policy.
     """
-    # Of the agents only those of the MAML family have these parts; this module need not know their classes.
+    # Only agents of the MAML family have these parts; this module does not know their classes.
     network, normalizer = getattr(policy.agent, "policy", None), getattr(policy.agent, "normalizer", None)
-    name = policy.config.agent.name
-    if policy.has_memory:
+    name, adapts_by = policy.config.agent.name, policy.agent.adapts_by
+    if adapts_by == "memory":
         raise UserError(
-            f"{name} has a memory, and PPO has none: run it in stable-baselines3 as metarl.sb3.TrialPolicy(policy), in "
-            "a metarl.sb3.TrialEnv"
+            f"{name} adapts in its memory, which PPO does not have; run it in stable-baselines3 as "
+            "metarl.sb3.TrialPolicy(policy) in a metarl.sb3.TrialEnv"
         )
-    if not isinstance(network, MlpPolicy) or not isinstance(normalizer, Normalizer):
+    if adapts_by == "inference" or not (isinstance(network, MlpPolicy) and isinstance(normalizer, Normalizer)):
         raise UserError(
-            f"{name} has no MLP that PPO could take over: run it in stable-baselines3 as metarl.sb3.TrialPolicy(policy)"
+            f"to_sb3 does not support {name}: it has no MLP policy that acts on observations alone; run it in "
+            "stable-baselines3 as metarl.sb3.TrialPolicy(policy)"
         )
     if network.heads > 1:
         raise UserError(
-            f"the policy has {network.heads} heads, and PPO's has one: run it in stable-baselines3 as it is, e.g. "
+            f"the policy has {network.heads} heads, and PPO has one; run it in stable-baselines3 as it is, e.g. "
             "evaluate_policy(policy, env), or as metarl.sb3.TrialPolicy(policy)"
         )
     env = _first_held_out(policy) if env is None else env
     _check_fit(policy, env)
     if isinstance(env, gymnasium.Env):
         env = EpisodeSuccess(env)
-    settings = {"device": "cpu", **_of_run(policy.config.agent), **ppo_settings}
+    settings = {"device": "cpu", **_run_settings(policy.config.agent), **ppo_settings}
     settings["policy_kwargs"] = _policy_kwargs(network, ppo_settings)
     ppo = PPO("MlpPolicy", env, **settings)
     _copy(network, policy.state, normalizer, policy.spaces.action_bounds, ppo.policy)
@@ -85,7 +86,7 @@ def to_sb3(policy: Policy, env: gymnasium.Env[Any, Any] | VecEnv | None = None, 
 def _first_held_out(policy: Policy) -> gymnasium.Env[Any, Any]:
     env = env_of(policy.config)
     if env is None:
-        raise UserError("the run has custom tasks: give the environment to go on in, to_sb3(policy, env)")
+        raise UserError("the run has custom tasks; pass the environment to continue in, to_sb3(policy, env)")
     return env
 
 
@@ -93,18 +94,18 @@ def _check_fit(policy: Policy, env: gymnasium.Env[Any, Any] | VecEnv) -> None:
     check_env(policy.spaces, env.observation_space, env.action_space)
     normalized = unwrap_vec_normalize(env) if isinstance(env, VecEnv) else None
     if normalized is not None and normalized.norm_obs:
-        raise UserError("the policy normalises observations itself: VecNormalize(..., norm_obs=False)")
+        raise UserError("the policy normalises observations itself; use VecNormalize(..., norm_obs=False)")
 
 
-def _of_run(agent: Any) -> dict[str, float]:
-    """Return what PPO has in common with the settings of a run's agent."""
+def _run_settings(agent: Any) -> dict[str, float]:
+    """Return the settings that PPO shares with a run's agent."""
     settings = {name: getattr(agent, name) for name in ("gamma", "gae_lambda")}
     clip_eps = getattr(agent.outer, "clip_eps", None)
     return settings if clip_eps is None else {**settings, "clip_range": clip_eps}
 
 
 def _policy_kwargs(network: MlpPolicy, ppo_settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how PPO's networks are built; raises UserError if it is asked for another way."""
+    """Return the settings of PPO's networks; raises UserError if the caller sets one of them."""
     sizes = list(network.hidden_sizes)
     ours = {
         "net_arch": {"pi": sizes, "vf": sizes},
@@ -115,7 +116,7 @@ def _policy_kwargs(network: MlpPolicy, ppo_settings: Mapping[str, Any]) -> dict[
     theirs = dict(ppo_settings.get("policy_kwargs") or {})
     taken = sorted(ours.keys() & theirs.keys())
     if taken or ppo_settings.get("use_sde"):
-        raise UserError(f"to_sb3 got {', '.join(taken) or 'use_sde'}; the policy that is copied determines it")
+        raise UserError(f"to_sb3 got {', '.join(taken) or 'use_sde'}, which the copied policy determines; leave it out")
     return {**theirs, **ours}
 
 
@@ -127,7 +128,7 @@ def _copy(
     action_bounds: tuple[FloatArray, FloatArray],
     target: ActorCriticPolicy,
 ) -> None:
-    """Copy parameters that are stacked for one task, `[1, ...]`; action units are those of the environment."""
+    """Copy the parameters `[1, ...]` of one task, with actions in the units of the environment."""
     low, high = (torch.from_numpy(bound) for bound in action_bounds)
     centre, half_range = (high + low) / 2, (high - low) / 2
     params = {name: value[0].double() for name, value in state.items()}
@@ -145,10 +146,10 @@ def _copy(
 
 
 class NormalizedObservations(BaseFeaturesExtractor):
-    """Shifts and scales observations as the copied policy does. What it does so by is saved with it, and not learned.
+    """Normalises observations as the copied policy does; the statistics are saved buffers and not trained.
 
-    It is not folded into the first layer, where large terms would cancel: on Meta-World some deviations are a
-    thousandth of the mean.
+    They are not folded into the first layer, where large terms would cancel: on Meta-World some standard deviations are
+    a thousandth of the mean.
     """
 
     mean: Tensor
@@ -168,14 +169,14 @@ class NormalizedObservations(BaseFeaturesExtractor):
 
 
 class EpisodeSuccess(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
-    """Says at the end of an episode whether it was solved at any step, as `info["is_success"]`.
+    """Reports at the end of an episode whether it was solved at any step, as `info["is_success"]`.
 
-    That is where stable-baselines3 looks for success: EvalCallback logs it as `eval/success_rate`. Metarl's
-    environments say at each step whether they are solved then, as `info["success"]`. Where an environment does not say
-    so nothing is added. It belongs around whatever ends the episode.
+    Stable-baselines3 reads this key: EvalCallback logs it as `eval/success_rate`. Metarl's environments report success
+    at every step as `info["success"]`; without that key nothing is added. Wrap it around any wrapper that ends
+    episodes.
 
     Args:
-        env: the environment.
+        env: the environment to wrap.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
@@ -186,7 +187,7 @@ class EpisodeSuccess(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArg
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[Any], dict[str, Any]]:
-        """Begin an episode."""
+        """Start an episode."""
         self._solved = 0.0
         return self.env.reset(seed=seed, options=options)
 
@@ -200,30 +201,29 @@ class EpisodeSuccess(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArg
 
 
 def _solved(before: float, info: Mapping[str, Any]) -> float:
-    """Return 1 if an episode has been solved at any step so far, else 0; NaN once that is not defined."""
+    """Return 1 if the episode was solved at any step so far, else 0; NaN if success is not defined."""
     return float(np.maximum(before, info.get("success", math.nan)))
 
 
 class TrialEnv(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
-    """Makes a trial of several episodes one episode, so that what acts in it can learn from one to the next.
+    """Turns a trial of several episodes into a single episode, so that an agent can adapt from one to the next.
 
-    Observations are `[O + 2]`, in the dtype of the environment's: its observation, the last reward, and 1 where an
-    episode of the trial begins, else 0. The reward is 0 where the trial begins; the first observation of a later
-    episode comes with the last reward of the one before. The true last observation of an episode is seen only at the
-    end of the trial.
+    Observations are `[O + 2]`, in the environment's dtype: its observation, the last reward, and 1 at the first step of
+    each episode of the trial, else 0. The reward is 0 at the start of the trial. The first observation of a later
+    episode comes with the last reward of the episode before, whose final observation is not returned.
 
-    The trial ends by truncation, however its last episode ended: it is cut off after so many episodes. `info` then
-    holds `episode_returns`, a list, and where the environment defines success `episode_success`, a list of whether each
-    episode was solved at any step, and `is_success`, the last of them.
+    A trial always ends by truncation, after its last episode. Then `info` has `episode_returns`, a list. If the
+    environment defines success, it also has `episode_success`, a list of whether each episode was solved at any step,
+    and `is_success`, the last of them.
 
-    An episode begins with a seed that descends from that of the trial; the first one has the trial's own.
+    The first episode has the seed of the trial; the seeds of later ones are derived from it.
 
     Args:
-        env: the environment, whose episodes must end (see `gymnasium.wrappers.TimeLimit`).
-        episodes: of a trial; for the agent of a run, `policy.agent.trial_episodes`.
+        env: the environment to wrap, whose episodes must end (see `gymnasium.wrappers.TimeLimit`).
+        episodes: episodes per trial; for the agent of a run, `policy.agent.trial_episodes`.
 
     Raises:
-        ValueError: no episode, or observations are not a flat box of floats.
+        ValueError: `episodes` is less than 1, or observations are not a flat box of floats.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], episodes: int) -> None:
@@ -231,9 +231,9 @@ class TrialEnv(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         super().__init__(env)
         space = env.observation_space
         if episodes < 1:
-            raise ValueError(f"episodes is {episodes}; a trial has at least 1")
+            raise ValueError(f"episodes is {episodes}; expected at least 1")
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f":
-            raise ValueError(f"observation space is {space}; expected a Box of one dimension, of floats: flatten it")
+            raise ValueError(f"observation space is {space}; expected a one-dimensional Box of floats: flatten it")
         low, high = np.append(space.low, [-np.inf, 0.0]), np.append(space.high, [np.inf, 1.0])
         dtype: Any = space.dtype
         self.observation_space = gymnasium.spaces.Box(low.astype(dtype), high.astype(dtype), dtype=dtype)
@@ -241,14 +241,14 @@ class TrialEnv(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         self._seeds = np.random.default_rng()
         self._returns: list[float] = [0.0] * episodes
         self._success: list[float] = [0.0] * episodes
-        self._episode = episodes  # in progress; none is, yet
+        self._episode = episodes  # index of the current episode; `episodes`: no trial in progress
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[Any], dict[str, Any]]:
-        """Begin a trial; `options` are those of each episode's reset."""
+        """Start a trial; `options` are passed to the reset of each episode."""
         if seed is not None:
-            self._seeds = np.random.default_rng([seed, 1])  # another stream than the environment draws from
+            self._seeds = np.random.default_rng([seed, 1])  # independent of the environment's own stream
         self._options = options
         self._returns, self._success = [0.0] * self._episodes, [0.0] * self._episodes
         self._episode = 0
@@ -266,7 +266,7 @@ class TrialEnv(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         """Take a step of the trial.
 
         Raises:
-            gymnasium.error.ResetNeeded: the trial has ended, or none has begun.
+            gymnasium.error.ResetNeeded: no trial is in progress.
         """
         number, last = self._episode, self._episodes - 1
         if number > last:
@@ -288,13 +288,13 @@ class TrialEnv(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
 
 
 class TrialPolicy:
-    """An agent as stable-baselines3's functions take it, for the observations of a `TrialEnv`.
+    """Adapts a policy to stable-baselines3's interface, for the observations of a `TrialEnv`.
 
-    Stable-baselines3 does not tell a policy its rewards, which an agent with a memory learns from, and its episodes are
-    trials here. A policy without a memory can be run so as well.
+    Stable-baselines3 does not pass rewards to a policy, which an agent with a memory needs; they are part of the
+    observations here. It also runs policies without a memory.
 
     Args:
-        policy: from `metarl.load`, or an exported one; trials begin with what it has read in recorded episodes.
+        policy: a policy from `metarl.load`, or an exported one; trials start from what it has adapted to.
     """
 
     def __init__(self, policy: Policy | OnnxPolicy) -> None:
@@ -310,14 +310,14 @@ class TrialPolicy:
         """Choose actions; stable-baselines3's `PolicyPredictor`.
 
         Args:
-            observation: `[O + 2]` or `[B, O + 2]`, of `TrialEnv`.
-            state: what the last call returned; None where all trials begin.
-            episode_start: `[B]`, bool, where a trial begins; the memories of the others live on. None: where `state`
-                is, or nowhere.
-            deterministic: the mean instead of a draw (from torch's global generator).
+            observation: `[O + 2]` or `[B, O + 2]`, from `TrialEnv`.
+            state: the state that the last call returned; None at the start of all trials.
+            episode_start: `[B]`, bool, whether a trial starts; other memories are kept. None: all of them if `state` is
+                None, otherwise no trial.
+            deterministic: whether to return the mean instead of a sample (from torch's global generator).
 
         Returns:
-            Actions `[A]` or `[B, A]`, float32, and the next state `[B, S]`; S is 0 without a memory.
+            actions `[A]` or `[B, A]`, float32, and the next state `[B, S]`; S is 0 without a memory.
 
         Raises:
             ValueError: wrong shape, NaN or infinity.
@@ -325,16 +325,16 @@ class TrialPolicy:
         observation, size = np.asarray(observation, dtype=np.float64), self.policy.observation_size
         if observation.ndim not in (1, 2) or observation.shape[-1] != size + 2:
             raise ValueError(
-                f"observation has shape {observation.shape}; expected ({size + 2},) or (batch, {size + 2}), of TrialEnv"
+                f"observation has shape {observation.shape}; expected ({size + 2},) or (batch, {size + 2}) of TrialEnv"
             )
         count = 1 if observation.ndim == 1 else len(observation)
-        before = self.policy.reset(count)  # where a trial begins; there predict reads neither reward nor start
+        before = self.policy.reset(count)  # at the start of a trial, predict ignores reward and start
         if state is not None:
             if state.shape != before.shape:
                 raise ValueError(
-                    f"state has shape {state.shape}; expected {before.shape}: what predict returned, or None"
+                    f"state has shape {state.shape}; expected {before.shape}, the state that predict returned, or None"
                 )
-            begins = np.full(count, False if episode_start is None else episode_start)
-            before = np.where(begins[:, None], before, state)
+            starts = np.full(count, False if episode_start is None else episode_start)
+            before = np.where(starts[:, None], before, state)
         start, reward = observation[..., -1] > 0, observation[..., -2]
         return self.policy.predict(observation[..., :-2], before, start, deterministic, reward)

@@ -1,4 +1,4 @@
-"""Evaluation: on held-out tasks, by Meta-World's own protocol, with ablated memory, and single-task references."""
+"""Evaluation: held-out tasks, Meta-World's own protocol, ablations of memory, single-task references."""
 
 from metarl.build import distribution_of, family_names
 from metarl.evaluation.held_out import Report, adapt_to, evaluate, evaluate_agent, held_out_metrics, select_tasks

@@ -1,6 +1,6 @@
-"""Ablations: an agent with a memory without its memory of earlier episodes, or without its rewards.
+"""Ablations of agents with a memory: no memory of earlier episodes, or no information from rewards.
 
-Each is an `AdaptiveActor` around an agent that changes what the agent reads; the agent is not retrained.
+Each ablation is an `AdaptiveActor` that wraps an agent and changes its inputs. The agent is not retrained.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from metarl.rl.returns import time_in_episode
 from metarl.types import Rollout, TimeStep
 
 Ablation: TypeAlias = Literal["memory", "reward"]
-"""`memory`: it is reset at each episode; `reward`: the agent reads those of the average task."""
+"""`memory`: the memory is reset at each episode; `reward`: the agent reads the rewards of the average task."""
 
 
 def ablated(agent: AdaptiveActor, ablation: Ablation, rollouts: Sequence[Rollout]) -> AdaptiveActor:
     """Return the agent without its memory or its rewards.
 
     Args:
-        agent: with a memory.
-        ablation: what is removed.
-        rollouts: of the agent as it is, on the same tasks, to average rewards over.
+        agent: an agent with a memory.
+        ablation: the part to remove.
+        rollouts: rollouts of the unablated agent on the same tasks, to average rewards over.
     """
     return WithoutMemory(agent) if ablation == "memory" else WithoutReward(agent, average_rewards(rollouts))
 
 
 class WithoutMemory:
-    """The agent with a memory that is reset at each episode of a trial, as if that were the first one.
+    """The agent with its memory reset at each episode of a trial, as if it were the first one.
 
     Args:
-        agent: to ablate.
+        agent: the agent to ablate.
     """
 
     def __init__(self, agent: AdaptiveActor) -> None:
@@ -52,7 +52,7 @@ class WithoutMemory:
         return self._agent.initial_state(num_tasks)
 
     def act(self, time_step: TimeStep, noise: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
-        """See `AdaptiveActor.act`; all rollouts begin their episodes together."""
+        """See `AdaptiveActor.act`; all rollouts start their episodes together."""
         if bool(time_step.episode_start.all()):
             state = self._agent.initial_state(len(time_step.rewards))
             time_step = time_step._replace(rewards=torch.full_like(time_step.rewards, math.nan))
@@ -64,7 +64,7 @@ class WithoutMemory:
 
 
 class _Counted(NamedTuple):
-    """The agent's state, and which step of which episode comes next."""
+    """The agent's state, and the next episode and step."""
 
     state: Any
     episode: int = -1
@@ -74,11 +74,12 @@ class _Counted(NamedTuple):
 class WithoutReward:
     """The agent with the reward of the average task at each step of a trial.
 
-    A constant would be out of the agent's distribution; the average is not, but says nothing about the task at hand.
+    A constant reward would be out of the agent's distribution. The average is within it and carries no information
+    about the task.
 
     Args:
-        agent: to ablate.
-        rewards: `[L, H]`, of each step of each episode of a trial; beyond H the last one is repeated.
+        agent: the agent to ablate.
+        rewards: `[L, H]`, the reward of each step of each episode of a trial; beyond H the last one is repeated.
     """
 
     def __init__(self, agent: AdaptiveActor, rewards: Tensor) -> None:
@@ -95,10 +96,10 @@ class WithoutReward:
         return _Counted(self._agent.initial_state(num_tasks))
 
     def act(self, time_step: TimeStep, noise: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
-        """See `AdaptiveActor.act`; all rollouts begin their episodes together."""
-        begins = bool(time_step.episode_start.all())
-        episode, time = (state.episode + 1, 0) if begins else (state.episode, state.time)
-        last = min(time, self._rewards.shape[1]) - 1  # an ablated agent may live longer than it did as it is
+        """See `AdaptiveActor.act`; all rollouts start their episodes together."""
+        starts = bool(time_step.episode_start.all())
+        episode, time = (state.episode + 1, 0) if starts else (state.episode, state.time)
+        last = min(time, self._rewards.shape[1]) - 1  # episodes may last longer than those of the unablated agent
         reward = self._rewards[episode, last] if time else self._rewards[episode - 1, -1] if episode else math.nan
         time_step = time_step._replace(rewards=torch.full_like(time_step.rewards, float(reward)))
         actions, log_probs, after = self._agent.act(time_step, noise, state.state)
@@ -112,10 +113,10 @@ class WithoutReward:
 def average_rewards(rollouts: Sequence[Rollout]) -> Tensor:
     """Return the mean reward at each step of each episode of a trial, over all tasks and trials, `[L, H]`.
 
-    Where all episodes have ended, the mean of the step before is repeated.
+    After the end of all episodes, the mean of the last step is repeated.
 
     Args:
-        rollouts: of trials of L episodes; of any number of tasks each.
+        rollouts: rollouts of trials of L episodes, each of any number of tasks.
     """
     parts = []
     for rollout in rollouts:

@@ -1,4 +1,4 @@
-"""Held-out evaluation: adapt as in training; report before and after with intervals, and an untrained agent."""
+"""Held-out evaluation: adapts as in training and reports results before and after, next to an untrained agent."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from metarl.seeding import Purpose, children, seeds
 from metarl.types import FloatArray, Rollout, Task
 
 Report = dict[str, Any]
-"""JSON: see `evaluate`."""
+"""A JSON object; see `evaluate`."""
 
 HOW = {"memory": "in its memory", "inference": "by inference", "nothing": "to nothing"}
-"""How agents adapt that make no steps, in words."""
+"""How agents without adaptation steps adapt, in words."""
 
 MAX_ENVS = 200
-"""Environments of an evaluation; further rollouts, then further tasks, run one after another."""
+"""Maximum number of environments of an evaluation; more rollouts, then more tasks, run one after another."""
 
 
 class _Tasks:
-    """A list of tasks as a distribution, to make environments for."""
+    """A list of tasks as a task distribution, for `make_envs`."""
 
     def __init__(self, tasks: Sequence[Task], make: Callable[[Task], gymnasium.Env[Any, Any]]) -> None:
         self.train_tasks = self.test_tasks = list(tasks)
@@ -57,20 +57,20 @@ def evaluate(
 ) -> Report:
     """Evaluate an agent on tasks, adapting to each as in training, and an untrained agent on the same tasks.
 
-    Every phase runs `rollouts_per_task` episodes with exploring actions. An agent that adapts by gradient steps has
-    K + 1 phases, and a phase's episodes are what the next step adapts on; for an agent with a memory the phases are
-    the episodes of a trial. The return of a phase is the mean over its episodes, its success the fraction of them in
+    Every phase runs `rollouts_per_task` episodes with sampled actions. An agent that adapts by gradient steps has K + 1
+    phases, and each step adapts on the episodes of the phase before. For an agent with a memory, the phases are the
+    episodes of a trial. The return of a phase is the mean over its episodes; its success is the fraction of episodes in
     which the task was solved at any step.
 
     Args:
-        policy: from `metarl.load` or `metarl.train`, before adaptation.
-        tasks: what to evaluate on, e.g. a distribution's `test_tasks`.
-        rollouts_per_task: N; that of `config.evaluation` if None, and without one as in training.
-        adaptation_steps: K; as in training if None.
-        seed: of episodes and of intervals; the run's if None.
-        ablate: evaluate an agent with a memory without that memory of earlier episodes, or without its rewards, too.
-        num_workers: processes that step environments; no effect on the result.
-        make: builds the environment of a task; needed for custom tasks.
+        policy: a policy from `metarl.load` or `metarl.train`, before adaptation.
+        tasks: the tasks, e.g. a distribution's `test_tasks`.
+        rollouts_per_task: N; None for that of `config.evaluation`, or as in training if that is None, too.
+        adaptation_steps: K; None for that of training.
+        seed: the seed of the episodes and intervals; None for the run's.
+        ablate: for an agent with a memory: also evaluate it without memory of earlier episodes, or without its rewards.
+        num_workers: the number of processes that step environments; does not affect the result.
+        make: builds the environment of a task; required for custom tasks.
 
     Returns:
         `{"protocol", "split", "held_out", "env_steps", "seed", "adaptation_steps", "adapts_by", "trial_episodes",
@@ -78,28 +78,27 @@ def evaluate(
         "untrained_returns", "untrained_success"}], "aggregate": {"return_pre": {"mean", "iqm", "ci95": [low, high]},
         "return_post", "return_gain", "success_pre", …, "untrained_return_post", …}, "phases": [{"return": {"mean",
         …}, "success"}], "per_class": {name: {"return_pre", "success_post", "untrained_success_post", …}}}`. Intervals
-        are 95 % bootstrap intervals of the mean over tasks, stratified by class; `gain` is post − pre, task by task.
-        Success is null where a task does not define it, and so are phases whose episodes all had to be dropped; both
-        are left out of the aggregates. An ablation is named in "ablate"; its results are in "ablated_returns",
-        "ablated_return_post" and so on.
+        are 95 % bootstrap intervals of the mean over tasks, stratified by class; `gain` is post − pre per task.
+        Undefined success and phases whose episodes were all dropped are null and left out of the aggregates. An
+        ablation is named in "ablate"; its results are in "ablated_returns", "ablated_return_post" and so on.
 
     Raises:
-        UserError: the tasks do not fit the agent, or the agent has no such phases or no memory to ablate.
+        UserError: the policy is already adapted; the tasks do not fit the agent; `adaptation_steps` is given for an
+            agent that takes none; or the agent has no memory to ablate.
+        ValueError: no tasks.
     """
     if not tasks:
         raise ValueError("no tasks to evaluate on; expected at least one")
     if policy.adapted:
-        raise UserError(
-            "the policy is adapted already, and evaluating adapts by itself; give the agent before adaptation"
-        )
+        raise UserError("the policy is already adapted; pass the policy before adaptation")
     config, adapts_by = policy.config, policy.agent.adapts_by
     if adapts_by != "gradient" and adaptation_steps is not None:
         raise UserError(
-            f"{config.agent.name} adapts {HOW[adapts_by]}, within trials of {policy.agent.trial_episodes} episodes; "
-            "there is no number of adaptation steps to choose"
+            f"{config.agent.name} adapts {HOW[adapts_by]}, within trials of {policy.agent.trial_episodes} episodes, "
+            "without adaptation steps; omit adaptation_steps"
         )
     if ablate is not None and adapts_by != "memory":
-        raise UserError(f"{config.agent.name} has no memory; only agents with one, e.g. rl2, can be ablated")
+        raise UserError(f"{config.agent.name} has no memory to ablate; omit ablate, or use an agent with one, e.g. rl2")
     seed = config.seed if seed is None else seed
     rollouts = rollouts_per_task or config.evaluation.rollouts_per_task or config.rollouts_per_task
     untrained = build_agent(config, policy.spaces, policy.agent.device, Purpose.UNTRAINED_AGENT, policy.builder)
@@ -135,7 +134,7 @@ def evaluate_agent(
     untrained: AdaptiveActor | None = None,
     ablate: Ablation | None = None,
 ) -> Report:
-    """Evaluate with a given collector; see `evaluate` for the report, in which the untrained agent may be missing."""
+    """Evaluate with the given collector; see `evaluate` for the report. The untrained agent is optional."""
     trials = functools.partial(
         _collect,
         collector,
@@ -183,7 +182,7 @@ def _collect(
     seed: int,
     adaptation_steps: int | None,
 ) -> list[list[Rollout]]:
-    """Return the K + 1 rollouts of all tasks, in parts of as many tasks as the collector takes."""
+    """Return the K + 1 rollouts of all tasks, in batches of at most `collector.max_tasks` tasks."""
     task_seeds, size = children(seeds(seed, Purpose.EVALUATION_ROLLOUTS), len(tasks)), collector.max_tasks
     return [
         adapt_and_collect(
@@ -204,7 +203,7 @@ _PREFIXES = ("", "untrained_", "ablated_")
 
 
 def _defined(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], FloatArray]]:
-    """Return each measure as the classes and values `[tasks, phases]` of the tasks that define it."""
+    """Return for each measure the classes and values `[tasks, phases]` of the tasks that define it."""
     measures = {}
     for prefix in _PREFIXES:
         for measure, field in _MEASURES.items():
@@ -216,7 +215,7 @@ def _defined(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], Float
 
 
 def _measures(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], FloatArray]]:
-    """Return each measure before and after adaptation as classes and values `[tasks]`, and the gain of one over it."""
+    """Return the classes and values `[tasks]` of each measure before and after adaptation, and of the gain."""
     measures: dict[str, tuple[list[str], FloatArray]] = {}
     for name, (classes, values) in _defined(rows).items():
         measures[f"{name}_pre"], measures[f"{name}_post"] = (classes, values[:, 0]), (classes, values[:, -1])
@@ -251,7 +250,7 @@ def _per_class(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def held_out_metrics(report: Report) -> dict[str, float]:
-    """Return the scalars of a report, as they are tracked during training."""
+    """Return the scalars of a report under the names that are tracked during training."""
     aggregate = report["aggregate"]
     names = [f"{measure}_{phase}" for measure in _MEASURES for phase in ("pre", "post")]
     metrics = {f"meta_test/{name}": aggregate[name]["mean"] for name in names if name in aggregate}
@@ -271,21 +270,21 @@ def adapt_to(
 ) -> Policy:
     """Return the policy adapted to a task as in training: K steps, each on fresh episodes.
 
-    An agent with a memory reads all episodes of a trial but the last, which is the one that it acts in then.
+    An agent with a memory adapts on all episodes of a trial but the last, and then acts in that one.
 
     Args:
-        policy: before adaptation.
-        task: to adapt to.
-        rollouts_per_task: N, episodes of a step; as in training if None; `config.evaluation` has no effect. An agent
-            with a memory reads one trial.
-        seed: of the episodes; the run's if None.
+        policy: the policy before adaptation.
+        task: the task to adapt to.
+        rollouts_per_task: N, the episodes per step; None for that of training (not of `config.evaluation`). An agent
+            with a memory always adapts on a single trial.
+        seed: the seed of the episodes; None for the run's.
         make: builds the environment of a task.
 
     Raises:
-        UserError: the task does not fit the agent, or the policy is adapted already.
+        UserError: the task does not fit the agent, the agent does not adapt, or the policy is already adapted.
     """
     if policy.adapted:
-        raise UserError("the policy is adapted already; give the agent before adaptation")
+        raise UserError("the policy is already adapted; pass the policy before adaptation")
     if policy.agent.adapts_by == "nothing":
         raise UserError(f"{policy.config.agent.name} does not adapt; use the policy as it is")
     agent, config = policy.agent, policy.config
@@ -306,5 +305,5 @@ def adapt_to(
 
 
 def select_tasks(tasks: Sequence[Task], count: int, rng: np.random.Generator) -> list[Task]:
-    """Return `count` of the tasks, or all if there are fewer, balanced over classes and in a fixed order of classes."""
+    """Sample `count` tasks, or return all if there are fewer, balanced over classes and in a fixed order of classes."""
     return list(tasks) if count >= len(tasks) else EnvManager(tasks).sample(count, rng)

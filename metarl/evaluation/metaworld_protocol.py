@@ -1,8 +1,8 @@
-"""Meta-World's own evaluation of meta-learning agents, on its own environments: figures to compare with published ones.
+"""Meta-World's own evaluation of meta-learning agents, for comparison with published results.
 
-Owns the adapter between agents and `metaworld.evaluation`, and a second count of what that evaluates: upstream counts
-success over the first episodes of a class to finish, and as an episode ends where it is solved, a goal that is solved
-at once stands for the others, too. The environments are the official ones, unchanged, their goals hidden.
+Owns the adapter between agents and `metaworld.evaluation`, and a second count of its episodes. Upstream counts success
+over the first episodes of a class to finish. Solved episodes end early, so that easy goals are counted more often. The
+environments are the official ones, unchanged and with hidden goals.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from metarl.seeding import Purpose, integer_seed
 from metarl.types import BoolArray, FloatArray, Rollout
 
 GOALS_PER_CLASS = {"train": 50, "test": 40}
-"""Goals of each class that published figures are over (`MetaworldMetaLearningConfig` of metaworld-algorithms)."""
+"""Goals per class of published results (`MetaworldMetaLearningConfig` of metaworld-algorithms)."""
 
 NUM_ENVS = 20
-"""Environments of published figures (upstream's `meta_batch_size`); fewer where goals or classes do not divide them."""
+"""Environments of published results (upstream's `meta_batch_size`); fewer if goals or classes do not divide them."""
 
 
 class MetaWorldAgent:
-    """A policy as a `metaworld.evaluation.MetaLearningAgent`, of as many environments E as it meets, a task each.
+    """A policy as a `metaworld.evaluation.MetaLearningAgent` for any number E of environments, one task each.
 
-    Agents that adapt between rollouts (the MAML family) are given the complete episodes since the last adaptation;
-    the last observation of an episode stands for the one after it, which upstream does not pass on.
+    Agents that adapt between rollouts (the MAML family) adapt on the complete episodes since the last adaptation. The
+    last observation of an episode also serves as its next observation, which upstream does not pass on.
 
-    Those that adapt in their memory keep it through the ends of adaptation episodes; `reset` brings back what `adapt`
-    found in it, with the last reward of then. As upstream tells no reward while it evaluates, their environments need
-    `recurrent_info_in_obs=True, normalize_reward_in_recurrent_info=False`. Each environment has a state of its own, as
-    a row of a common one could not be brought back: E calls of the agent make a step.
+    Agents that adapt in their memory keep it across adaptation episodes; `reset` restores the memory and the last
+    reward of the last `adapt`. Upstream passes no rewards during evaluation, so that these agents need environments
+    with `recurrent_info_in_obs=True, normalize_reward_in_recurrent_info=False`. Each environment has a separate state,
+    since single rows of a batched one could not be restored: a step takes E calls of the agent.
 
     Args:
-        policy: before adaptation.
-        seed: of the actions' noise; each `init` begins a stream of its own.
-        deterministic: whether `eval_action` acts without noise, as published figures do (metaworld-algorithms takes
-            the mode, for MAML and RL² alike); otherwise it explores as in training. Adapting always explores.
+        policy: the policy before adaptation.
+        seed: the seed of the action noise; each `init` starts a new stream.
+        deterministic: whether `eval_action` acts without noise, as in published results (metaworld-algorithms uses the
+            mode, for both MAML and RL²); otherwise it explores as in training. Adaptation always explores.
     """
 
     def __init__(self, policy: Policy, *, seed: int = 0, deterministic: bool = False) -> None:
@@ -54,14 +54,14 @@ class MetaWorldAgent:
         self.init()
 
     def init(self) -> None:
-        """Forget the tasks, to begin with new ones."""
+        """Reset the agent for new tasks."""
         noise_seed = integer_seed(self._seed, Purpose.EVALUATION_ROLLOUTS, self._num_inits)
         self._noise = torch.Generator().manual_seed(noise_seed)
         self._num_inits, self._num_envs = self._num_inits + 1, 0
         self._record: list[dict[str, NDArray[Any]]] = []
 
     def _begin(self, envs: int) -> None:
-        """Have a state for each environment, from the first time on that they are met."""
+        """Create the states when the number of environments is first known."""
         if self._num_envs:
             return
         agent, self._num_envs = self._agent, envs
@@ -70,19 +70,19 @@ class MetaWorldAgent:
         self._adapted = self._states, self._rewards
 
     def adapt_action(self, observations: FloatArray) -> tuple[FloatArray, dict[str, NDArray[Any]]]:
-        """Explore: observations `[E, ·]` → actions `[E, A]` for the environments, and what `step` needs of them."""
-        own, rewards = self._read(observations)
+        """Explore: return actions `[E, A]` for observations `[E, ·]`, and the data that `step` needs."""
+        inputs, rewards = self._read(observations)
         fits = self._episode_start | np.isclose(rewards, self._rewards, rtol=1e-4)
         if not fits.all():
             raise ValueError(
-                f"observations hold the rewards {rewards[~fits]}, environments {self._rewards[~fits]}; build them "
+                f"observations have the rewards {rewards[~fits]}, environments {self._rewards[~fits]}; build them "
                 "with normalize_reward_in_recurrent_info=False and no wrapper that changes rewards"
             )
-        draws, log_probs = self._act(own, deterministic=False)
-        return self._to_envs(draws), {"observations": own, "actions": draws, "log_probs": log_probs}
+        draws, log_probs = self._act(inputs, deterministic=False)
+        return self._to_envs(draws), {"observations": inputs, "actions": draws, "log_probs": log_probs}
 
     def step(self, timestep: Any) -> None:
-        """Take in the `metaworld.evaluation.Timestep` that an `adapt_action` led to."""
+        """Record the `metaworld.evaluation.Timestep` that follows an `adapt_action`."""
         ends = {"terminated": timestep.terminated, "truncated": timestep.truncated}
         self._rewards = np.array(timestep.reward, np.float32)
         self._episode_start = np.logical_or(*ends.values())
@@ -90,7 +90,7 @@ class MetaWorldAgent:
             self._record.append({**timestep.aux_policy_outputs, "rewards": self._rewards, **ends})
 
     def adapt(self) -> None:
-        """Adapt to what was recorded, or keep what is remembered; the next step begins an episode."""
+        """Adapt on the recorded episodes, or store the memory; the next step starts an episode."""
         if not self._remembers:
             rollout = self._rollout().to(self._agent.device)
             self._states, self._record = [self._agent.adapt(self._states[0], rollout)], []
@@ -98,47 +98,47 @@ class MetaWorldAgent:
         self._episode_start = np.ones(self._num_envs, np.bool_)
 
     def reset(self, env_mask: BoolArray) -> None:
-        """Where `env_mask` `[E]`, an episode begins with what was adapted; nothing else changes."""
+        """Start an episode with the adapted state in the environments of `env_mask` `[E]`; others do not change."""
         self._begin(len(env_mask))
         states, rewards = self._adapted
         self._rewards, self._episode_start = np.where(env_mask, rewards, self._rewards), self._episode_start | env_mask
         if self._remembers:
             parts = zip(env_mask, states, self._states, strict=True)
-            self._states = [adapted if back else current for back, adapted, current in parts]
+            self._states = [adapted if restored else current for restored, adapted, current in parts]
 
     def eval_action(self, observations: FloatArray) -> FloatArray:
-        """Act after adaptation: observations `[E, ·]` → actions `[E, A]` for the environments."""
-        own, rewards = self._read(observations)
+        """Act after adaptation: return actions `[E, A]` for observations `[E, ·]`."""
+        inputs, rewards = self._read(observations)
         self._rewards = np.where(self._episode_start, self._rewards, rewards)
-        return self._to_envs(self._act(own, self._deterministic)[0])
+        return self._to_envs(self._act(inputs, self._deterministic)[0])
 
     def _read(self, observations: FloatArray) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return observations `[E, O]` and the last rewards `[E]`: of memories those that the observations tell."""
+        """Return observations `[E, O]` and the last rewards `[E]`, which for memories are part of the observations."""
         self._begin(len(observations))
         size = self._spaces.observation_size
         expected = (self._num_envs, size + (self._spaces.action_size + 2 if self._remembers else 0))
         if observations.shape != expected:
             raise ValueError(
-                f"observations have shape {observations.shape}; expected {expected}: the environments of this agent "
-                f"are built with recurrent_info_in_obs={self._remembers}"
+                f"observations have shape {observations.shape}; expected {expected}: build the environments of this "
+                f"agent with recurrent_info_in_obs={self._remembers}"
             )
         if not np.isfinite(observations).all():
-            raise ValueError("observations hold NaN or infinity; the simulation has diverged")
+            raise ValueError("observations contain NaN or infinity; the simulation has diverged")
         observations = observations.astype(np.float32)
         return observations[:, :size], observations[:, -2] if self._remembers else self._rewards
 
     def _act(self, observations: NDArray[Any], deterministic: bool) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return draws `[E, A]`, in which ±1 are the bounds, not clipped, and log-probabilities `[E]`; moves states."""
+        """Return unclipped actions `[E, A]` with bounds ±1 and their log-probabilities `[E]`; updates the states."""
         shape = (self._num_envs, 1)
         noise = torch.randn(*shape, self._agent.noise_size, generator=self._noise) * (not deterministic)
         rewards, start, active = self._rewards[:, None], self._episode_start[:, None], np.ones(shape, np.bool_)
         count = self._num_envs // len(self._states)
-        acted = []
+        outputs = []
         for i, state in zip(range(0, self._num_envs, count), self._states, strict=True):
-            own = slice(i, i + count)
-            read = observations[own, None], rewards[own], start[own], active[own]
-            acted.append(act(self._agent, *read, noise[own], state))
-        draws, log_probs, self._states = (list(part) for part in zip(*acted, strict=True))
+            rows = slice(i, i + count)
+            inputs = observations[rows, None], rewards[rows], start[rows], active[rows]
+            outputs.append(act(self._agent, *inputs, noise[rows], state))
+        draws, log_probs, self._states = (list(part) for part in zip(*outputs, strict=True))
         self._episode_start = np.zeros(self._num_envs, np.bool_)
         return torch.cat(draws)[:, 0].numpy(), torch.cat(log_probs)[:, 0].numpy()
 
@@ -146,7 +146,7 @@ class MetaWorldAgent:
         return scale_actions(np.clip(draws.astype(np.float64), -1.0, 1.0), *self._spaces.action_bounds)
 
     def _rollout(self) -> Rollout:
-        """Lay the complete episodes out, `[E, N, T, ...]`; one that has not ended is left out, padding is last."""
+        """Return the complete episodes as a rollout `[E, N, T, ...]`, padded at the end; drops unfinished episodes."""
         steps = {name: np.stack([step[name] for step in self._record]) for name in self._record[0]}
         ends = [np.flatnonzero(ended) + 1 for ended in (steps["terminated"] | steps["truncated"]).T]
         episodes = [np.split(np.arange(of_env[-1]), of_env[:-1]) for of_env in ends]
@@ -159,21 +159,21 @@ class MetaWorldAgent:
                 for name, values in steps.items():
                     arrays[name][where] = values[when, m]
                 arrays["next_observations"][where] = steps["observations"][[*when[1:], when[-1]], m]
-                arrays["success"][where] = np.nan  # upstream does not tell
+                arrays["success"][where] = np.nan  # not passed on by upstream
                 arrays["valid"][where] = arrays["episode_start"][m, n, 0] = True
         return Rollout(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def success_per_class(names: Sequence[str], outcomes: Sequence[Sequence[float]], num_episodes: int) -> dict[str, float]:
-    """Return the success of each class, in which every environment counts alike.
+    """Return the success of each class, with equal weight for every environment.
 
     Args:
         names: the class of each of E environments.
-        outcomes: 0 or 1 of the episodes of each of E environments, in the order in which it finished them.
-        num_episodes: how many of each environment count, the first ones.
+        outcomes: for each of E environments the success, 0 or 1, of its episodes in order.
+        num_episodes: the number of episodes of each environment to count, from the first.
 
     Raises:
-        ValueError: an environment has finished fewer.
+        ValueError: an environment has finished fewer episodes.
     """
     finished = [len(of_env) for of_env in outcomes]
     if min(finished) < num_episodes:
@@ -185,15 +185,15 @@ def success_per_class(names: Sequence[str], outcomes: Sequence[Sequence[float]],
 
 
 class CountedEnvs:
-    """Official vector environments that count success per environment in addition to upstream, on the same episodes.
+    """Official vector environments that also count success per environment, on the same episodes as upstream.
 
-    Upstream ends an evaluation by setting `terminate_on_success` back. Before that the episodes continue here as they
-    were, until every environment has finished as many as upstream counts of a class; its own count is over by then.
+    Upstream ends an evaluation by resetting `terminate_on_success`, when its own count is complete. Before that is
+    passed on, episodes continue here until every environment has finished `num_episodes`.
 
     Args:
-        envs: as `metaworld.make_ml_envs` makes them.
-        agent: that is evaluated.
-        num_episodes: of an evaluation.
+        envs: environments of `metaworld.make_ml_envs`.
+        agent: the agent under evaluation.
+        num_episodes: the number of episodes that upstream counts per class.
     """
 
     def __init__(self, envs: Any, agent: MetaWorldAgent, num_episodes: int) -> None:
@@ -211,7 +211,7 @@ class CountedEnvs:
         return self._envs.get_attr(name)
 
     def call(self, name: str, *args: Any) -> Any:
-        """As upstream; an evaluation begins where it lets success end episodes, and ends at the next such call."""
+        """As upstream; an evaluation starts when success is set to end episodes, and ends at the next such call."""
         if name == "toggle_terminate_on_success":
             if self._outcomes is not None:
                 self._finish(self._outcomes)
@@ -247,7 +247,7 @@ def evaluate_both_ways(
     adaptation_episodes: int,
     evaluation_episodes: int,
 ) -> dict[str, Any]:
-    """Run `metaworld.evaluation.metalearning_evaluation`, count per environment as well, and return both figures."""
+    """Run `metaworld.evaluation.metalearning_evaluation`; return its results and those per environment."""
     from metaworld.evaluation import metalearning_evaluation
 
     counted: Any = CountedEnvs(envs, agent, evaluation_episodes)
@@ -282,42 +282,42 @@ def official_report(
     deterministic: bool = True,
     vector_strategy: Literal["sync", "async"] = "sync",
 ) -> dict[str, Any]:
-    """Evaluate a policy with Meta-World's own evaluation; by default as published figures were.
+    """Evaluate a policy with Meta-World's own evaluation, by default with the settings of published results.
 
-    That is: 40 test goals of each class, each of them once, in 20 environments; K adaptation steps on 10 episodes each,
-    then 3 episodes a class without noise. Upstream's success is biased upwards: of a class it counts the first 3
-    episodes to finish in any of its environments, and solved episodes finish early. The report also holds the
-    success of the first 3 episodes of every environment, of the same adapted agents.
+    By default: each of 40 test goals per class once, in 20 environments; K adaptation steps on 10 episodes each; then 3
+    episodes per class without noise. Upstream's success is biased upwards: it counts the first 3 episodes of a class to
+    finish in any of its environments, and solved episodes finish early. The report also has the success of the first 3
+    episodes of every environment, of the same adapted agents.
 
     Args:
-        policy: from `metarl.load` or `metarl.train`, before adaptation.
-        benchmark: whose environments. ML25 tests on a class that it trains on as well; the report names it.
+        policy: a policy from `metarl.load` or `metarl.train`, before adaptation.
+        benchmark: the benchmark of the environments. ML25 tests on one of its training classes; the report names it.
         name: the class of ML1.
-        split: of the benchmark's classes and goals.
-        seed: of the actions' noise.
-        goal_seed: of the benchmark's goals and their order; that of the run's own goals if None. With the one below it
-            ML1 would test on the goals of the training.
-        num_evals: rounds, each with another goal in every environment; None: until each goal has had its turn.
-        adaptation_episodes: of an adaptation step, or those that a memory sees before it is evaluated.
-        evaluation_episodes: of each class, and of each environment, that count.
-        horizon: steps an episode, at most 500.
+        split: the split of the benchmark's classes and goals.
+        seed: the seed of the action noise.
+        goal_seed: the seed of the benchmark's goals and their order; None for that of the run's goals. A seed one
+            lower would make ML1 test on training goals.
+        num_evals: the number of rounds, each with new goals in every environment; None: enough for every goal.
+        adaptation_episodes: episodes per adaptation step, or before the evaluation of a memory.
+        evaluation_episodes: counted episodes per class, and per environment.
+        horizon: steps per episode, at most 500.
         reward_version: Meta-World's reward_function_version.
         deterministic: whether the adapted agent acts without noise.
-        vector_strategy: `async` steps every environment in a process of its own; no effect on the result.
+        vector_strategy: `async` runs every environment in a separate process; does not affect the result.
 
     Returns:
         `{"protocol": "metaworld", "success_mean", "return_mean", "success_per_class": {name: …}, "per_environment":
-        {"success_mean", "success_per_class"}, "biased_by": official − per environment, "shared_classes": those of both
-        splits, "env_steps": of the training, …}` and the settings.
+        {"success_mean", "success_per_class"}, "biased_by": official − per environment, "shared_classes": those in both
+        splits, "env_steps": of training, …}` and the settings.
 
     Raises:
-        UserError: the policy is adapted already, benchmark and name do not fit, the reward is not one of Meta-World's,
-            or the policy was trained for other observations or actions.
+        UserError: the policy is already adapted or was trained for other observations or actions, benchmark and name do
+            not fit, or Meta-World does not have the reward version.
     """
     if policy.adapted:
-        raise UserError("the policy is adapted already, and evaluating adapts by itself; give the one before")
+        raise UserError("the policy is already adapted; pass the policy before adaptation")
     if reward_version not in ("v1", "v2"):
-        raise UserError(f"reward_version is {reward_version!r}, which Meta-World does not have; expected v1 or v2")
+        raise UserError(f"reward_version is {reward_version!r}; expected v1 or v2")
     import metaworld
 
     classes, goals = _classes(benchmark, name), GOALS_PER_CLASS[split]
@@ -327,7 +327,7 @@ def official_report(
     settings = {"split": split, "seed": seed, "horizon": horizon, "reward_version": reward_version}
     rounds = {
         "num_evals": goals // per_class if num_evals is None else num_evals,
-        "adaptation_steps": max(1, policy.agent.adaptation_steps),  # a memory adapts in upstream's one step
+        "adaptation_steps": max(1, policy.agent.adaptation_steps),  # for upstream, a memory adapts in one step
         "adaptation_episodes": adaptation_episodes,
         "evaluation_episodes": evaluation_episodes,
     }
@@ -349,11 +349,11 @@ def official_report(
     )
     try:
         action_size = envs.single_action_space.shape[0]
-        hidden = (action_size + 2) * remembers  # what upstream appends for a memory
-        seen = gymnasium.spaces.Box(-np.inf, np.inf, (envs.single_observation_space.shape[0] - hidden,))
-        check_env(policy.spaces, seen, envs.single_action_space)
+        appended = (action_size + 2) * remembers  # upstream's inputs for a memory
+        own = gymnasium.spaces.Box(-np.inf, np.inf, (envs.single_observation_space.shape[0] - appended,))
+        check_env(policy.spaces, own, envs.single_action_space)
         agent = MetaWorldAgent(policy, seed=seed, deterministic=deterministic)
-        figures = evaluate_both_ways(envs, agent, **rounds)
+        results = evaluate_both_ways(envs, agent, **rounds)
     finally:
         envs.close()
     shared = set() if benchmark == "ML1" else set(classes["train"]) & set(classes["test"])
@@ -369,23 +369,25 @@ def official_report(
         "deterministic": deterministic,
         "env_steps": policy.env_steps,
         "shared_classes": sorted(shared),
-        **figures,
+        **results,
     }
 
 
 def envs_per_class(num_classes: int, goals: int) -> int:
-    """Return how many environments share the goals of a class: as published, or the next smaller divisor of `goals`."""
+    """Return the number of environments per class: as published, or the next smaller divisor of `goals`."""
     return max(k for k in range(1, goals + 1) if goals % k == 0 and (k == 1 or k * num_classes <= NUM_ENVS))
 
 
 def _classes(benchmark: str, name: str | None) -> Mapping[str, Sequence[str]]:
-    """Return the names of the classes of each split, as upstream lists them."""
+    """Return the names of the classes of each split, in upstream's order."""
     from metaworld import env_dict
 
     if benchmark not in ("ML1", "ML10", "ML25", "ML45") or (name is None) == (benchmark == "ML1"):
-        raise UserError(f"benchmark is {benchmark!r}, name {name!r}; expected ML1 and a class, or ML10, ML25 or ML45")
+        raise UserError(
+            f"benchmark is {benchmark!r}, name is {name!r}; expected ML1 with a name, or ML10, ML25 or ML45 without"
+        )
     if name is None:
         return {split: list(classes) for split, classes in getattr(env_dict, f"{benchmark}_V3").items()}
     if name not in env_dict.ALL_V3_ENVIRONMENTS:
-        raise UserError(f"name is {name!r}; expected a class of Meta-World: `metarl list envs` shows all")
+        raise UserError(f"name is {name!r}; expected a class of Meta-World, see `metarl list envs`")
     return {"train": [name], "test": [name]}

@@ -1,7 +1,7 @@
-"""Single-task references: what stable-baselines3's PPO or SAC reaches when it is trained from scratch on one task.
+"""Single-task references: stable-baselines3's PPO or SAC, trained from scratch on single tasks.
 
-What a whole training run reaches is what a meta-learner's few episodes are judged by. Finished tasks are kept in a
-cache of JSON files. Knows tasks and environments; must not import metarl's agents, policies or training.
+A meta-learner's result after a few episodes is compared with that of a whole training run. Finished tasks are cached
+in JSON files. Knows tasks and environments; must not import metarl's agents, policies or training.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
         "policy_kwargs": {"net_arch": [256, 256]},
     },
 }
-"""stable-baselines3's own defaults, written out: nearly those of Schulman et al. 2017 and Haarnoja et al. 2018 for
+"""stable-baselines3's defaults, written out: close to those of Schulman et al. 2017 and Haarnoja et al. 2018 for
 MuJoCo, with one environment. Neither observations nor rewards are normalised."""
 
 CURVE_POINTS = 10
-"""Evaluations during and after training, at most; one more comes before it."""
+"""Maximum number of evaluations during and after training; one more comes before training."""
 
 _ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "sac": SAC}
-_FORMAT = 1  # of the cache; whoever changes how scores are computed raises it
+_FORMAT = 1  # of the cache; increase it when the computation of scores changes
 _LIBRARIES = ("metarl", "stable-baselines3", "torch", "numpy", "gymnasium", "mujoco", "metaworld")
 _LOG = logging.getLogger(__name__)
 
 
 class _Curve(Settings):
-    """What is kept of a task: a value for each evaluation, the first of them before training and the last after it."""
+    """The cached learning curve of a task: one value per evaluation, the first before and the last after training."""
 
     env_steps: list[int]
     returns: list[float]
@@ -81,20 +81,20 @@ def reference(
     make: Make = make_env,
     progress: Callable[[int, Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Train a fresh agent on each task alone, on the CPU, and evaluate it before, during and after.
+    """Train a fresh agent on each task alone, on the CPU, and evaluate it before, during and after training.
 
-    Actions of evaluations explore, as in metarl's other reports; their seeds are the same at each point of the curve,
-    and they have no effect on training. The global random streams are left as they were.
+    Evaluations sample actions, as in metarl's other reports. They use the same seeds at every point of the curve and do
+    not affect training. Global random generators are restored.
 
     Args:
-        tasks: what to train on, e.g. some of a distribution's `test_tasks`.
+        tasks: the tasks to train on, e.g. some of a distribution's `test_tasks`.
         algorithm: `ppo` or `sac`, with `HYPERPARAMETERS`.
-        env_steps: of training on each task; for PPO rounded up to whole rollouts of `n_steps`.
-        eval_episodes: episodes of an evaluation.
-        seed: of networks, episodes and intervals.
-        cache: folder of finished tasks, made if missing; None keeps none. A file's name is a hash of all that the
-            scores depend on, but for what `make` builds: another `make` needs another folder.
-        make: builds the environment of a task; needed for custom tasks.
+        env_steps: training steps per task; for PPO rounded up to whole rollouts of `n_steps`.
+        eval_episodes: episodes per evaluation.
+        seed: the seed of networks, episodes and intervals.
+        cache: the folder for finished tasks, created if missing; None for no cache. A file's name is a hash of
+            everything that the scores depend on except `make`: use a separate folder for each `make`.
+        make: builds the environment of a task; required for custom tasks.
         progress: called with the number of finished tasks and the last one's entry in the report.
 
     Returns:
@@ -105,23 +105,23 @@ def reference(
         not define it, and left out of the aggregates.
 
     Raises:
-        UserError: unknown algorithm, too few `env_steps`, spaces that it cannot be trained on, or `cache` cannot be
-            written.
+        UserError: unknown algorithm, too few `env_steps`, spaces that the algorithm does not support, or `cache` cannot
+            be written.
         ValueError: no task or no episode.
         RuntimeError: more than half of an evaluation's episodes diverged.
     """
     if not tasks or eval_episodes < 1:
-        raise ValueError(f"{len(tasks)} tasks and eval_episodes {eval_episodes}; expected at least one of each")
-    setting = {**_setting(algorithm, env_steps), "eval_episodes": eval_episodes, "seed": seed}
+        raise ValueError(f"got {len(tasks)} tasks and eval_episodes {eval_episodes}; expected at least one of each")
+    settings = {**_settings(algorithm, env_steps), "eval_episodes": eval_episodes, "seed": seed}
     folder = _writable(Path(cache)) if cache is not None else None
     rows: list[dict[str, Any]] = []
     for task in tasks:
-        key = {"format": _FORMAT, "curve_points": CURVE_POINTS, **setting, "task": json.loads(task.to_json())}
+        key = {"format": _FORMAT, "curve_points": CURVE_POINTS, **settings, "task": json.loads(task.to_json())}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         path = folder / f"{digest[:32]}.json" if folder else None
         curve = _read(path, key) if path else None
         if curve is None:
-            curve = _train(task, setting, make)
+            curve = _train(task, settings, make)
             if path:
                 _write(path, json.dumps({"key": key, "curve": curve.model_dump()}))
         row = {"name": task.name, "index": task.index, "task": key["task"], "curve": curve.model_dump()}
@@ -130,34 +130,37 @@ def reference(
         rows.append(row)
         if progress:
             progress(len(rows), row)
-    return {**setting, "tasks": rows, "aggregate": _aggregate(rows, seed)}
+    return {**settings, "tasks": rows, "aggregate": _aggregate(rows, seed)}
 
 
-def _setting(algorithm: str, env_steps: int) -> dict[str, Any]:
+def _settings(algorithm: str, env_steps: int) -> dict[str, Any]:
+    """Return the settings of an algorithm, with `env_steps` as trained, and the versions of libraries."""
     if algorithm not in HYPERPARAMETERS:
         raise UserError(str(unknown_name("algorithm", algorithm, HYPERPARAMETERS, "metarl baseline --help")))
     values = HYPERPARAMETERS[algorithm]
     least = values["n_steps"] if algorithm == "ppo" else values["learning_starts"] + 1
     if env_steps < least:
-        raise UserError(f"env_steps is {env_steps}; expected at least {least}, before which {algorithm} learns nothing")
+        raise UserError(
+            f"env_steps is {env_steps}; expected at least {least}, since {algorithm} does not learn earlier"
+        )
     if algorithm == "ppo":
         env_steps = -(-env_steps // values["n_steps"]) * values["n_steps"]
     versions = {name: version(name) for name in _LIBRARIES}
     return {"algorithm": algorithm, "hyperparameters": {**values}, "env_steps": env_steps, "versions": versions}
 
 
-def _train(task: Task, setting: Mapping[str, Any], make: Make) -> _Curve:
+def _train(task: Task, settings: Mapping[str, Any], make: Make) -> _Curve:
     """Return the learning curve of a fresh agent on one task."""
-    # stable-baselines3 writes into the `policy_kwargs` that it is given: not into those that name a file of the cache.
-    algorithm, env_steps, values = setting["algorithm"], setting["env_steps"], copy.deepcopy(setting["hyperparameters"])
-    unit = values.get("n_steps", 1)  # of PPO, the policy stays the same for a rollout
+    algorithm, env_steps = settings["algorithm"], settings["env_steps"]
+    values = copy.deepcopy(settings["hyperparameters"])  # stable-baselines3 modifies `policy_kwargs`
+    unit = values.get("n_steps", 1)  # PPO's policy changes only between rollouts
     points = np.unique(np.linspace(0, env_steps // unit, CURVE_POINTS + 1).round().astype(int)) * unit
-    if algorithm == "sac":  # what never fills up is memory wasted
+    if algorithm == "sac":  # a larger buffer would never fill up
         values["buffer_size"] = min(values["buffer_size"], env_steps)
-    # Seeded by the task and not by its place in the list: a score does not depend on which other tasks are trained.
-    root, number = setting["seed"], zlib.crc32(task.to_json().encode())
+    # The seed depends on the task, not on its index, so that a score does not depend on the other tasks.
+    root, number = settings["seed"], zlib.crc32(task.to_json().encode())
     train_seed = int(seeds(root, Purpose.AGENT, number).generate_state(1)[0])
-    eval_seeds = seeds(root, Purpose.EVALUATION_ROLLOUTS, number).generate_state(1 + setting["eval_episodes"])
+    eval_seeds = seeds(root, Purpose.EVALUATION_ROLLOUTS, number).generate_state(1 + settings["eval_episodes"])
     env, eval_env = (gymnasium.wrappers.TimeLimit(_Guarded(make(task)), task.option("horizon")) for _ in range(2))
     outcomes = []
     with contextlib.closing(env), contextlib.closing(eval_env), _seeded(train_seed):
@@ -165,7 +168,7 @@ def _train(task: Task, setting: Mapping[str, Any], make: Make) -> _Curve:
             agent = _ALGORITHMS[algorithm]("MlpPolicy", env, seed=train_seed, device="cpu", **values)
         except (AssertionError, ValueError) as error:
             raise UserError(f"{algorithm} cannot be trained on {task.name}: {error}") from error
-        agent.set_logger(Logger(None, []))  # the default one leaves a folder behind
+        agent.set_logger(Logger(None, []))  # the default logger creates a folder
         for point in points.tolist():
             if point:
                 agent.learn(point - agent.num_timesteps, reset_num_timesteps=False)
@@ -175,7 +178,7 @@ def _train(task: Task, setting: Mapping[str, Any], make: Make) -> _Curve:
 
 
 def _evaluate(agent: BaseAlgorithm, env: gymnasium.Env[Any, Any], seeds: Sequence[int]) -> tuple[float, float | None]:
-    """Return mean return and success rate over episodes; the first seed is that of the actions."""
+    """Return mean return and success rate over episodes; the first seed is for the actions."""
     outcomes = []
     with _seeded(seeds[0]):
         for seed in seeds[1:]:
@@ -192,7 +195,7 @@ def _evaluate(agent: BaseAlgorithm, env: gymnasium.Env[Any, Any], seeds: Sequenc
 
 
 class _Guarded(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Truncates an episode whose physics diverge at its last finite observation: training continues with the next."""
+    """Truncates an episode whose physics diverge at its last finite observation, so that training continues."""
 
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
         self._last, info = self.env.reset(**options)
@@ -209,10 +212,10 @@ class _Guarded(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global random streams, which stable-baselines3 draws from, and use one thread; restore all of it.
+    """Seed the global random generators, which stable-baselines3 uses, and use one thread; restore both on exit.
 
-    Sums depend on the number of threads in their last bits, and networks this small gain nothing from a second one.
-    GPUs that nothing has used are left alone: asking for the state of their streams would take memory of them.
+    The last bits of sums depend on the number of threads, and networks this small gain nothing from a second one.
+    Unused GPUs are left alone: reading the state of their generators would allocate memory on them.
     """
     python, numpy, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
     in_use = torch.cuda.device_count() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
@@ -240,33 +243,33 @@ def _aggregate(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, statis
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> _Curve | None:
-    """Return the curve in a cache file; None, with a warning that names it, if it does not hold the wanted one."""
+    """Return the curve in a cache file; None if the file is missing or, with a warning, if it is damaged."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
         if entry["key"] != key:
-            raise ValueError("it was made with other settings than its name says")
+            raise ValueError("its settings do not match its name")
         curve = _Curve.model_validate(entry["curve"], strict=True)
         ends = curve.env_steps[0], curve.env_steps[-1]
         if ends != (0, key["env_steps"]) or not len(curve.env_steps) == len(curve.returns) == len(curve.success):
-            raise ValueError("its curve is not complete")
+            raise ValueError("its curve is incomplete")
     except FileNotFoundError:
         return None
     except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        _LOG.warning("metarl: %s is damaged and is computed again: %s: %s", path, type(error).__name__, reason)
+        _LOG.warning("metarl: %s is damaged and will be recomputed: %s: %s", path, type(error).__name__, reason)
         return None
     return curve
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
+    """Write a file atomically, also if several processes write it at once; it is not synced to disk."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def _writable(folder: Path) -> Path:
-    """Make the folder; raises UserError before anything is trained if nothing can be written to it."""
+    """Create the folder; raises UserError if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -1,1 +1,1 @@
-"""Figures of runs, of their evaluation reports, and of several runs."""
+"""Figures: single runs, evaluation reports, comparisons of runs."""

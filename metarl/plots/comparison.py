@@ -1,4 +1,4 @@
-"""One figure of several runs: what each method has learned by how many env steps, with intervals over seeds.
+"""Comparison of several runs: learning curves of methods over env steps, with bootstrap intervals over seeds.
 
 Must not import torch, environments or agents.
 """
@@ -21,20 +21,20 @@ from metarl.statistics import stratified_bootstrap_ci
 from metarl.types import FloatArray
 
 Points = Mapping[int, tuple[float, float]]
-"""What one run reached: iteration → env steps and value."""
+"""The values of one run: iteration → env steps and value."""
 
 _Key = tuple[str, int, bool]
 _MANY_POINTS = 30
 
 
 class MethodCurve(NamedTuple):
-    """What the runs of one method reached, at the iterations that all of them have.
+    """Learning curves of the runs of one method, at the iterations that all of them share.
 
     Attributes:
-        label: of the method.
-        env_steps: `[n]`, mean over runs: where episodes end early, those of one iteration differ.
-        values: `[R, n]`, of each run.
-        held_out: whether on held-out tasks, else on those in training.
+        label: the name of the method.
+        env_steps: `[n]`, mean over runs, which may differ where episodes end early.
+        values: `[R, n]`, one row per run.
+        held_out: whether the values are on held-out tasks instead of training tasks.
     """
 
     label: str
@@ -44,25 +44,25 @@ class MethodCurve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Curves of one measure, on the same tasks."""
+    """Curves of one measure on the same tasks."""
 
     measure: str
     curves: Sequence[MethodCurve]
 
 
 def tracked(lines: Iterable[Mapping[str, Any]], name: str) -> Points:
-    """Return a scalar of metrics.jsonl; of several at one iteration the last counts."""
+    """Return the values of a scalar in metrics.jsonl; the last of several at one iteration counts."""
     return {line["iteration"]: (line["env_steps"], line[name]) for line in lines if name in line}
 
 
 def average_scores(evaluations: Iterable[Evaluation]) -> Points:
-    """Return the mean score of all stages after adaptation, where each has one."""
-    found = {each.iteration: (each.env_steps, float(np.mean(each.scores))) for each in evaluations}
-    return {iteration: point for iteration, point in found.items() if np.isfinite(point[1])}
+    """Return the mean score over all stages after adaptation, at evaluations where every stage has one."""
+    means = {item.iteration: (item.env_steps, float(np.mean(item.scores))) for item in evaluations}
+    return {iteration: point for iteration, point in means.items() if np.isfinite(point[1])}
 
 
 def method_curve(label: str, runs: Sequence[Points], *, held_out: bool) -> MethodCurve | None:
-    """Return the curve of a method's runs, or None if there is no iteration that all of them have."""
+    """Return the curve of a method's runs, or None if they share no iteration."""
     shared = sorted(set.intersection(*(set(points) for points in runs)))
     if not shared:
         return None
@@ -71,12 +71,12 @@ def method_curve(label: str, runs: Sequence[Points], *, held_out: bool) -> Metho
 
 
 def comparison(groups: Mapping[str, Sequence[Panel]]) -> Figure:
-    """Draw methods against env steps, the mean over runs with its 95 % bootstrap interval as a band.
+    """Plot methods over env steps: the mean over runs, with its 95 % bootstrap interval as a band.
 
-    Each row has its own tasks; a method looks the same in all of them.
+    Each row shows one set of tasks; a method has the same style in every row.
 
     Args:
-        groups: panels by what their tasks are called; at least one with a curve.
+        groups: the panels of each set of tasks, by its title; at least one with a curve.
     """
     columns = max(len(panels) for panels in groups.values())
     curves = [curve for panels in groups.values() for panel in panels for curve in panel.curves]
@@ -103,7 +103,7 @@ def comparison(groups: Mapping[str, Sequence[Panel]]) -> Figure:
                 axes.set_ylim(-0.04, 1.04)
             if column == 0:
                 axes.set_title(one_line(tasks, 90), loc="left", fontsize=10.5)
-    which = "held-out tasks" + ("" if all(curve.held_out for curve in curves) else " where nothing else is said")
+    which = "held-out tasks" + ("" if all(curve.held_out for curve in curves) else " unless stated otherwise")
     figure.legend(
         list(lines.values()),
         [entries[key] for key in lines],
@@ -119,18 +119,18 @@ def comparison(groups: Mapping[str, Sequence[Panel]]) -> Figure:
 
 
 def _key(curve: MethodCurve) -> _Key:
-    """What curves of one entry in the legend have in common."""
+    """Return the key under which curves share an entry of the legend."""
     return curve.label, len(curve.values), curve.held_out
 
 
 def _entry(curve: MethodCurve) -> str:
-    """What the legend says of a curve."""
+    """Return the legend text of a curve."""
     name = f"{one_line(curve.label, 70)}, n = {len(curve.values)}"
     return name if curve.held_out else f"{name} (training tasks)"
 
 
 def _draw(axes: Axes, curve: MethodCurve, number: int) -> Line2D:
-    """Draw a curve; returns its line."""
+    """Plot a curve and return its line."""
     steps, mean = curve.env_steps, curve.values.mean(axis=0)
     every = max(1, len(steps) // 10) if len(steps) > _MANY_POINTS else 1
     (line,) = axes.plot(

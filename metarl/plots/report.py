@@ -1,7 +1,7 @@
 """Figures of evaluation reports: every class of tasks and every phase of adaptation, with intervals.
 
-Owns what it asks of a report that it is given as a file: that is checked before anything is drawn. Must not import
-torch, environments or agents.
+Owns the schema of the reports that it reads, and validates them before plotting. Must not import torch, environments
+or agents.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LABELS = {"return": "return of an episode", "success": "success rate"}
 
 
 class Estimate(BaseModel):
-    """A mean and its 95 % interval; None, or one without width, where there is nothing to estimate it from."""
+    """A mean and its 95 % interval, which is None or has zero width if there are too few tasks to estimate it."""
 
     model_config = _CHECKED
 
@@ -36,7 +36,7 @@ class Estimate(BaseModel):
 
 
 class TaskRow(BaseModel):
-    """One task of a report: a number a phase, None where it is not defined."""
+    """One task of a report: one value per phase, None where undefined."""
 
     model_config = _CHECKED
 
@@ -50,7 +50,7 @@ class TaskRow(BaseModel):
 
 
 class EvaluationReport(BaseModel):
-    """What is drawn of a report of `metarl.evaluation.held_out.evaluate`."""
+    """The plotted part of a report of `metarl.evaluation.held_out.evaluate`."""
 
     model_config = _CHECKED
 
@@ -59,7 +59,7 @@ class EvaluationReport(BaseModel):
     held_out: bool
     env_steps: int
     adaptation_steps: int
-    adapts_by: AdaptsBy | None = None  # reports of earlier versions do not say
+    adapts_by: AdaptsBy | None = None  # missing in reports of earlier versions
     rollouts_per_task: int
     ablate: str | None = None
     tasks: tuple[TaskRow, ...] = Field(min_length=1)
@@ -68,7 +68,7 @@ class EvaluationReport(BaseModel):
 
     @property
     def in_trials(self) -> bool:
-        """Whether phases are the episodes of a trial, not the rollouts between adaptation steps."""
+        """Whether phases are episodes of a trial instead of rollouts between adaptation steps."""
         return self.adapts_by == "memory" or (self.adapts_by is None and not self.adaptation_steps)
 
 
@@ -82,7 +82,7 @@ class PerEnvironment(BaseModel):
 
 
 class OfficialReport(PerEnvironment):
-    """What is drawn of a report of `metarl.evaluation.metaworld_protocol.official_report`."""
+    """The plotted part of a report of `metarl.evaluation.metaworld_protocol.official_report`."""
 
     protocol: Literal["metaworld"]
     split: str
@@ -98,48 +98,48 @@ _REPORT: TypeAdapter[EvaluationReport | OfficialReport] = TypeAdapter(
 
 
 class _Series(NamedTuple):
-    """One mark in every row of a figure: where it stands, its interval, and the tasks that it is the mean of."""
+    """One marker in every row of a figure: its label and style, its mean and interval, and its single tasks."""
 
     label: str
-    look: dict[str, Any]
+    style: dict[str, Any]
     estimates: Sequence[Estimate | None]
     tasks: Sequence[Sequence[float]]
 
 
 def read_report(text: bytes) -> EvaluationReport | OfficialReport:
-    """Check a report.
+    """Parse and validate a report.
 
     Args:
         text: JSON, as `metarl evaluate` writes it.
 
     Raises:
-        ValueError: it is none, in one line.
+        ValueError: the text is not a report; the message is one line.
     """
     try:
         return _REPORT.validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] == "union_tag_not_found":
-            raise ValueError("it names no protocol") from error
+            raise ValueError("the field protocol is missing") from error
         where = ".".join(str(key) for key in first["loc"] if key not in ("metarl", "metaworld"))
         message = first["msg"].replace("Input should be", "expected")
         raise ValueError(" ".join(f"{where}: {message}".removeprefix(": ").split())) from error
 
 
 def report_figure(report: EvaluationReport | OfficialReport) -> Figure:
-    """Draw a report from `read_report`."""
+    """Plot a report from `read_report`."""
     return _official(report) if isinstance(report, OfficialReport) else _evaluation(report)
 
 
 def _evaluation(report: EvaluationReport) -> Figure:
-    """Draw every phase above, and below each class before and after adaptation, beside an untrained agent.
+    """Plot every phase at the top, and each class before and after adaptation below, next to an untrained agent.
 
-    The classes show success where it is defined, else returns. Intervals of all tasks together are those of the report,
-    those of a class bootstrap its tasks; faint dots are single tasks, where there is room for them.
+    Classes show success where it is defined, otherwise returns. Intervals over all tasks come from the report, those of
+    a class from a bootstrap over its tasks. Faint dots are single tasks, if there is room for them.
     """
     measures = [name for name in ("success", "return") if f"{name}_post" in report.aggregate]
     if not measures:
-        raise ValueError("aggregate: it has neither success_post nor return_post; all episodes were dropped")
+        raise ValueError("aggregate: success_post and return_post are missing; all episodes were dropped")
     names = list(dict.fromkeys(row.name for row in report.tasks))
     series = [_of_classes(report, measures[0], names, *which) for which in _marks(report, measures[0])]
     counts = [len(scores) for scores in series[1].tasks[-len(names) :]]
@@ -158,7 +158,7 @@ def _evaluation(report: EvaluationReport) -> Figure:
 
 
 def _official(report: OfficialReport) -> Figure:
-    """Draw the success of each class as Meta-World counts it, beside that of every environment."""
+    """Plot the success of each class by Meta-World's count and per environment."""
     ours, names = report.per_environment, list(report.success_per_class)
     counted = (
         ("per environment", ours, {"color": COLOURS[0], "marker": "o"}),
@@ -166,10 +166,10 @@ def _official(report: OfficialReport) -> Figure:
     )
     rows = ["mean of classes"] * (len(names) > 1) + [one_line(name, 32) for name in names]
     series = []
-    for label, figures, look in counted:
-        values = [figures.success_mean, *(figures.success_per_class.get(name) for name in names)][-len(rows) :]
+    for label, success, style in counted:
+        values = [success.success_mean, *(success.success_per_class.get(name) for name in names)][-len(rows) :]
         estimates = [None if value is None else Estimate(mean=value) for value in values]
-        series.append(_Series(label, look, estimates, [()] * len(rows)))
+        series.append(_Series(label, style, estimates, [()] * len(rows)))
     inches = _inches(len(rows), len(series))
     figure = Figure(figsize=(9.0, 1.8 + inches), layout="constrained")
     axes = figure.subplots()
@@ -180,13 +180,13 @@ def _official(report: OfficialReport) -> Figure:
         series,
         f"Meta-World's own evaluation on {report.split} tasks, after {_steps(report.env_steps)} env steps of training\n"
         f"{_count(report.adaptation_episodes, 'episode')} to adapt on, then {report.evaluation_episodes} are counted; "
-        "Meta-World counts the first of a class to finish,\nand solved ones finish early",
+        "Meta-World counts the first of a class to finish,\nand solved episodes finish early",
     )
     return figure
 
 
 def _arms(report: EvaluationReport) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return the agents of a report: the prefix of their figures, what they are called, how they look."""
+    """Return the agents of a report: the prefix of their fields, their label and their style."""
     arms = [
         ("", "", {"color": COLOURS[0], "marker": "o"}),
         ("ablated_", f"without {report.ablate}, ", {"color": COLOURS[1], "marker": "^"}),
@@ -196,16 +196,16 @@ def _arms(report: EvaluationReport) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def _marks(report: EvaluationReport, measure: str) -> list[tuple[str, str, str, dict[str, Any]]]:
-    """Return what each row shows: a label, the prefix of an arm, `pre` or `post`, and how it looks."""
+    """Return the markers of each row: the label, the prefix of an arm, `pre` or `post`, and the style."""
     before, after = ("first episode", "last episode") if report.in_trials else ("before adaptation", "after adaptation")
     (_, _, own), *others = _arms(report)
     marks = [(before, "", "pre", {**own, "markerfacecolor": "white"}), (after, "", "post", own)]
-    marks += [(whose + after, prefix, "post", look) for prefix, whose, look in others]
+    marks += [(arm + after, prefix, "post", style) for prefix, arm, style in others]
     return [mark for mark in marks if f"{mark[1]}{measure}_{mark[2]}" in report.aggregate]
 
 
 def _of_classes(
-    report: EvaluationReport, measure: str, names: Sequence[str], label: str, prefix: str, when: str, look: Any
+    report: EvaluationReport, measure: str, names: Sequence[str], label: str, prefix: str, when: str, style: Any
 ) -> _Series:
     field, phase = f"{prefix}{'returns' if measure == 'return' else measure}", 0 if when == "pre" else -1
     values: dict[str, list[float]] = {name: [] for name in names}
@@ -215,43 +215,43 @@ def _of_classes(
             values[row.name].append(phases[phase])
     whole = report.aggregate[f"{prefix}{measure}_{when}"]
     if len(names) == 1:
-        return _Series(label, look, [whole], list(values.values()))
+        return _Series(label, style, [whole], list(values.values()))
     estimates = [_estimate(scores) for scores in values.values()]
-    return _Series(label, look, [whole, *estimates], [(), *values.values()])
+    return _Series(label, style, [whole, *estimates], [(), *values.values()])
 
 
 def _estimate(scores: Sequence[float]) -> Estimate | None:
-    """The mean over tasks with its bootstrap interval; one task has none."""
+    """Return the mean over tasks with its bootstrap interval; a single task has no interval."""
     if not scores:
         return None
     ci95 = stratified_bootstrap_ci([scores], np.mean, rng=0) if len(scores) > 1 else None
     return Estimate(mean=float(np.mean(scores)), ci95=ci95)
 
 
-def _reach(estimate: Estimate) -> tuple[float, float]:
-    """How far an interval reaches below and above the mean."""
+def _error_bar(estimate: Estimate) -> tuple[float, float]:
+    """Return the lengths of an interval below and above the mean."""
     low, high = estimate.ci95 or (estimate.mean, estimate.mean)
     return max(estimate.mean - low, 0.0), max(high - estimate.mean, 0.0)
 
 
 def _spread(scores: Sequence[float]) -> FloatArray:
-    """How far each of the scores stands beside the line, within ±1/2, so that equal ones don't hide each other."""
+    """Return an offset within ±1/2 for each score, so that equal scores do not hide each other."""
     values = np.array(scores)
-    places = np.zeros(len(values))
+    offsets = np.zeros(len(values))
     for value in np.unique(values):
         (same,) = np.nonzero(values == value)
-        places[same] = (np.arange(len(same)) + 0.5) / len(same) - 0.5
-    return places
+        offsets[same] = (np.arange(len(same)) + 0.5) / len(same) - 0.5
+    return offsets
 
 
 def _inches(rows: int, marks: int) -> float:
-    """The height of rows, in which marks stand below each other."""
+    """Return the height of rows with their markers stacked."""
     height = (0.4, 0.24) if rows == 1 else (0.1, 0.17) if rows <= _ROOMY_ROWS else (0.05, 0.08)
     return 0.55 + rows * (height[0] + height[1] * marks)
 
 
 def _rows(axes: Axes, names: Sequence[str], series: Sequence[_Series]) -> None:
-    """Draw a row a name, the first of several set apart, with one mark below the other."""
+    """Plot one row per name with its markers stacked; the first of several rows is the summary."""
     plain(axes)
     axes.grid(visible=False, axis="y")
     roomy = len(names) <= _ROOMY_ROWS
@@ -259,20 +259,20 @@ def _rows(axes: Axes, names: Sequence[str], series: Sequence[_Series]) -> None:
         axes.axhspan(row - 0.5, row + 0.5, color="0.965", zorder=0, linewidth=0)
     for number, one in enumerate(series):
         offset = 0.8 * ((number + 0.5) / len(series) - 0.5)
-        there = [(row + offset, estimate) for row, estimate in enumerate(one.estimates) if estimate]
+        points = [(row + offset, estimate) for row, estimate in enumerate(one.estimates) if estimate]
         for row, scores in enumerate(one.tasks):
             if roomy and len(scores) > 1:
                 heights = row + offset + 0.6 / len(series) * _spread(scores)
-                axes.scatter(scores, heights, s=9, color=one.look["color"], alpha=0.35, linewidths=0, gid="tasks")
+                axes.scatter(scores, heights, s=9, color=one.style["color"], alpha=0.35, linewidths=0, gid="tasks")
         axes.errorbar(
-            [estimate.mean for _, estimate in there],
-            [height for height, _ in there],
-            xerr=np.array([_reach(estimate) for _, estimate in there]).reshape(-1, 2).T,
+            [estimate.mean for _, estimate in points],
+            [height for height, _ in points],
+            xerr=np.array([_error_bar(estimate) for _, estimate in points]).reshape(-1, 2).T,
             linestyle="none",
             markersize=6.5 if roomy else 4.5,
             elinewidth=1.4 if roomy else 1.1,
             label=one.label,
-            **one.look,
+            **one.style,
         )
     for row in range(len(names)):
         if not any(one.estimates[row] for one in series):
@@ -287,32 +287,32 @@ def _rows(axes: Axes, names: Sequence[str], series: Sequence[_Series]) -> None:
 
 
 def _phases(axes: Axes, report: EvaluationReport, measure: str) -> None:
-    """Draw a measure of every phase; the first one, before adaptation, is hollow."""
+    """Plot a measure over the phases; the first one, before adaptation, has a hollow marker."""
     plain(axes)
     arms, first = _arms(report), 1 if report.in_trials else 0
     size = 6.5 if len(report.phases) <= 6 else 4.5
-    apart = min(0.12, 0.025 * (len(report.phases) - 0.5))
-    for number, (prefix, _, look) in enumerate(arms):
-        offset = apart * (number - (len(arms) - 1) / 2)
-        found = [
-            (phase + offset, each[prefix + measure])
-            for phase, each in enumerate(report.phases, first)
-            if prefix + measure in each
+    spacing = min(0.12, 0.025 * (len(report.phases) - 0.5))
+    for number, (prefix, _, style) in enumerate(arms):
+        offset = spacing * (number - (len(arms) - 1) / 2)
+        points = [
+            (phase + offset, estimates[prefix + measure])
+            for phase, estimates in enumerate(report.phases, first)
+            if prefix + measure in estimates
         ]
-        if not found:
+        if not points:
             continue
-        places, means = [place for place, _ in found], [estimate.mean for _, estimate in found]
+        x, means = [position for position, _ in points], [estimate.mean for _, estimate in points]
         axes.errorbar(
-            places,
+            x,
             means,
-            yerr=np.array([_reach(estimate) for _, estimate in found]).T,
+            yerr=np.array([_error_bar(estimate) for _, estimate in points]).T,
             linestyle="--" if prefix else "-",
             markersize=size,
             elinewidth=1.4,
             linewidth=1.2,
-            **look,
+            **style,
         )
-        axes.plot(places[:1], means[:1], **look, markersize=size, markerfacecolor="white", zorder=3, gid="first phase")
+        axes.plot(x[:1], means[:1], **style, markersize=size, markerfacecolor="white", zorder=3, gid="first phase")
     axes.set_xticks(range(first, first + len(report.phases)))
     axes.set_xlim(first - 0.25, first + len(report.phases) - 0.75)
     axes.set_xlabel("episode of the trial" if report.in_trials else "adaptation steps")
@@ -326,7 +326,7 @@ def _measured(set_label: Any, set_limits: Any, measure: str) -> None:
 
 
 def _legend(figure: Figure, series: Sequence[_Series], title: str) -> None:
-    handles = [Line2D([], [], linestyle="none", markersize=6.5, **one.look) for one in series]
+    handles = [Line2D([], [], linestyle="none", markersize=6.5, **one.style) for one in series]
     legend = figure.legend(
         handles,
         [one.label for one in series],
@@ -341,17 +341,17 @@ def _legend(figure: Figure, series: Sequence[_Series], title: str) -> None:
 
 
 def _title(report: EvaluationReport, several: bool, roomy: bool) -> str:
-    what, note = ("held-out task", "") if report.held_out else (f"{report.split} task", " (NOT held out)")
-    tasks = f"{_count(len(report.tasks), what)}{note}"
+    kind, note = ("held-out task", "") if report.held_out else (f"{report.split} task", " (NOT held out)")
+    tasks = f"{_count(len(report.tasks), kind)}{note}"
     count = _count(report.rollouts_per_task, "trial" if report.in_trials else "episode") + " each"
-    shown = "means, 95 % bootstrap intervals over tasks" if several else "means; one task a class has no interval"
+    marks = "means, 95 % bootstrap intervals over tasks" if several else "means; one task per class has no interval"
     if several and roomy:
-        shown += "; faint dots: tasks"
-    return f"{tasks}, {count}, after {_steps(report.env_steps)} env steps of training\n{shown}"
+        marks += "; faint dots: tasks"
+    return f"{tasks}, {count}, after {_steps(report.env_steps)} env steps of training\n{marks}"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _steps(env_steps: int) -> str:

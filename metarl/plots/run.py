@@ -1,7 +1,7 @@
-"""Figures of a run and of several: plain data in, matplotlib figures out.
+"""Figures of runs: plain data in, matplotlib figures out.
 
-Draws without pyplot, so no figure or backend is held globally; saving is the caller's. Must not import torch,
-environments or agents.
+Uses no pyplot, hence no global figures or backend; callers save the figures. Must not import torch, environments or
+agents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from metarl.continual.metrics import Evaluation
 from metarl.statistics import stratified_bootstrap_ci
 from metarl.types import FloatArray
 
-# Okabe and Ito's palette for the colour-blind, without its yellow, which is too light for lines on white.
+# Okabe and Ito's colour-blind-safe palette without its yellow, which is too light for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -34,7 +34,7 @@ _CHARACTER_INCHES = 0.075
 
 
 class Span(NamedTuple):
-    """The stretch of a run in which one stage was trained, in env steps."""
+    """The env steps over which a stage was trained."""
 
     name: str
     begin: float
@@ -42,7 +42,7 @@ class Span(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One run in the plane of stability and plasticity; runs with the same label are seeds of one method."""
+    """The stability and plasticity of one run; runs with the same label are seeds of one method."""
 
     label: str
     plasticity: float
@@ -50,11 +50,11 @@ class Point(NamedTuple):
 
 
 def stage_spans(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Span]:
-    """Return where the stages that have begun lie, by the lines of metrics.jsonl.
+    """Return the spans of the stages that have started.
 
     Args:
-        lines: as `metarl.runs.tracking.read_metrics` returns them.
-        names: of all stages.
+        lines: the lines of metrics.jsonl, from `metarl.runs.tracking.read_metrics`.
+        names: the names of all stages.
     """
     spans: list[Span] = []
     for stage, name in enumerate(names):
@@ -65,20 +65,20 @@ def stage_spans(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
 
 
 def learning_curves(lines: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -> Figure:
-    """Draw return, and success where there is one, before and after adaptation against env steps.
+    """Plot return, and success if defined, before and after adaptation over env steps.
 
-    Lines are training tasks, points held-out ones; where there are several stages, their boundaries are marked.
+    Lines are training tasks, points are held-out tasks. Boundaries between stages are marked.
 
     Args:
-        lines: of metrics.jsonl.
-        spans: from `stage_spans`.
+        lines: the lines of metrics.jsonl.
+        spans: the output of `stage_spans`.
 
     Raises:
-        ValueError: no return is among the lines.
+        ValueError: the lines have no return.
     """
     measures = [name for name in ("return", "success") if any(f"meta_train/{name}_post" in line for line in lines)]
     if not measures:
-        raise ValueError("the lines hold no meta_train/return_post; train at least one iteration")
+        raise ValueError("the lines have no meta_train/return_post; train at least one iteration")
     figure = Figure(figsize=(9.0, 1.3 + 2.9 * len(measures)), layout="constrained")
     panels = figure.subplots(len(measures), 1, sharex=True, squeeze=False)[:, 0]
     phases = (("pre", "before adaptation", COLOURS[4]), ("post", "after adaptation", COLOURS[0]))
@@ -110,26 +110,26 @@ def learning_curves(lines: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -
 
 
 def continual_curves(evaluations: Sequence[Evaluation], spans: Sequence[Span], names: Sequence[str]) -> Figure:
-    """Draw the score of each stage after adaptation against env steps, bold while the stage itself is trained.
+    """Plot the score of each stage after adaptation over env steps, bold while the stage itself is in training.
 
     Args:
-        evaluations: by iteration.
-        spans: from `stage_spans`.
-        names: of the S stages.
+        evaluations: the run's evaluations, by iteration.
+        spans: the output of `stage_spans`.
+        names: the names of the S stages.
     """
     columns = 1 + (len(names) - 1) // 24
     figure = Figure(figsize=(9.5 + 1.5 * columns, max(4.2, 1.5 + 0.2 * min(len(names), 24))), layout="constrained")
     axes = figure.subplots()
-    steps = np.array([each.env_steps for each in evaluations], dtype=np.float64)
-    scores = np.array([each.scores for each in evaluations], dtype=np.float64).reshape(len(steps), len(names))
+    steps = np.array([item.env_steps for item in evaluations], dtype=np.float64)
+    scores = np.array([item.scores for item in evaluations], dtype=np.float64).reshape(len(steps), len(names))
     handles = []
     for stage, column in enumerate(scores.T):
-        there = np.isfinite(column)
+        defined = np.isfinite(column)
         style: dict[str, Any] = {"color": colour_of(stage), "linestyle": DASHES[stage // len(COLOURS) % len(DASHES)]}
         dot = "." if len(steps) < 60 else ""
-        handles += axes.plot(steps[there], column[there], linewidth=1.1, marker=dot, markersize=4, **style)
+        handles += axes.plot(steps[defined], column[defined], linewidth=1.1, marker=dot, markersize=4, **style)
         if stage < len(spans):
-            own = there & (steps >= spans[stage].begin) & (steps <= spans[stage].end)
+            own = defined & (steps >= spans[stage].begin) & (steps <= spans[stage].end)
             axes.plot(steps[own], column[own], linewidth=3.0, solid_capstyle="round", gid="own stage", **style)
     axes.set_ylabel("score on held-out tasks after adaptation")
     axes.set_xlabel("env steps")
@@ -151,16 +151,16 @@ def continual_curves(evaluations: Sequence[Evaluation], spans: Sequence[Span], n
 
 
 def adaptation_curves(
-    lines: Sequence[Mapping[str, Any]], names: Sequence[str], abscissa: str = "adaptation steps"
+    lines: Sequence[Mapping[str, Any]], names: Sequence[str], x_label: str = "adaptation steps"
 ) -> Figure | None:
-    """Draw the return on training tasks by how much the agent has adapted, at the end of each stage so far.
+    """Plot the return on training tasks over the phases of adaptation, at the end of each stage so far.
 
-    Each point is the mean over the last 10 iterations of a stage: one iteration alone has few episodes.
+    Each point is the mean over the last 10 iterations of a stage, since one iteration has few episodes.
 
     Args:
-        lines: of metrics.jsonl.
-        names: of all stages.
-        abscissa: what the agent adapts by, for the axis.
+        lines: the lines of metrics.jsonl.
+        names: the names of all stages.
+        x_label: the label of the x-axis, which depends on how the agent adapts.
 
     Returns:
         a figure, or None if there is no adaptation to show.
@@ -189,7 +189,7 @@ def adaptation_curves(
             markersize=5,
         )
     axes.set_xticks(range(max(len(returns) for _, returns in curves)))
-    axes.set_xlabel(abscissa)
+    axes.set_xlabel(x_label)
     axes.set_ylabel("return of an episode, training tasks")
     axes.set_title(f"last {_LAST_ITERATIONS} iterations of {'each stage' if several else 'training'}", fontsize=10)
     plain(axes)
@@ -200,12 +200,12 @@ def adaptation_curves(
 
 
 def score_matrices(pre: FloatArray, post: FloatArray, names: Sequence[str]) -> Figure:
-    """Draw the score matrices before and after adaptation side by side, on one scale of colours.
+    """Plot the score matrices before and after adaptation side by side, with one colour scale.
 
     Args:
         pre: `[K + 1, S]`, from `metarl.continual.metrics.score_matrix`.
         post: `[K + 1, S]`.
-        names: of the S stages.
+        names: the names of the S stages.
     """
     width, height = _matrix_inches(post)
     figure = Figure(figsize=(2 * width + 2.6, height + _label_inches(names) + 0.8), layout="constrained")
@@ -221,14 +221,13 @@ def score_matrices(pre: FloatArray, post: FloatArray, names: Sequence[str]) -> F
 
 
 def score_matrix_image(matrix: FloatArray, names: Sequence[str]) -> NDArray[np.uint8]:
-    """Return a score matrix as a picture, for TensorBoard.
+    """Return a score matrix as an image for TensorBoard.
 
-    Rows of stages to come are drawn without numbers: all pictures of a run have one size, and none needs more memory
-    than the first.
+    Rows of future stages are empty, so that all images of a run have one size and need the same memory.
 
     Args:
         matrix: `[K + 1, S]`, from `metarl.continual.metrics.score_matrix`.
-        names: of the S stages.
+        names: the names of the S stages.
 
     Returns:
         `[height, width, 3]`, uint8, RGB.
@@ -242,18 +241,18 @@ def score_matrix_image(matrix: FloatArray, names: Sequence[str]) -> NDArray[np.u
     canvas.draw()  # type: ignore[no-untyped-call]
     image = np.array(canvas.buffer_rgba(), dtype=np.uint8)[..., :3].copy()  # type: ignore[no-untyped-call]
     del figure, canvas
-    gc.collect()  # a figure is a web of cycles, some MB, which would lie about until Python comes to its oldest objects
+    gc.collect()  # a figure has reference cycles; several MB would stay until a full collection
     return image
 
 
 def stability_plasticity(points: Sequence[Point]) -> Figure:
-    """Draw several runs by what they keep and what they still learn; the best are at the top right.
+    """Plot the stability of several runs over their plasticity; the best are at the top right.
 
-    A method's mark is the mean over its runs, its bars the 95 % bootstrap intervals of the mean over runs (Agarwal et
-    al. 2021), the faint dots its runs. One run has no interval.
+    A method's marker is the mean over its runs, with 95 % bootstrap intervals of the mean (Agarwal et al. 2021). Faint
+    dots are its runs. A single run has no interval.
 
     Args:
-        points: one a run; at least one.
+        points: one per run; at least one.
     """
     runs: dict[str, list[Point]] = {}
     for point in points:
@@ -299,37 +298,37 @@ def stability_plasticity(points: Sequence[Point]) -> Figure:
 
 
 def _interval(values: FloatArray) -> FloatArray:
-    """`[2, 1]`, how far the interval of the mean reaches below and above it."""
+    """Return the lengths `[2, 1]` of the mean's interval below and above it."""
     low, high = stratified_bootstrap_ci([values], np.mean, rng=0)
     return np.maximum([[values.mean() - low], [high - values.mean()]], 0.0)
 
 
 def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    found = [(line["env_steps"], line[name]) for line in lines if name in line]
-    return [steps for steps, _ in found], [value for _, value in found]
+    points = [(line["env_steps"], line[name]) for line in lines if name in line]
+    return [steps for steps, _ in points], [value for _, value in points]
 
 
 def colour_of(number: int) -> str:
-    """A colour of the palette, which repeats."""
+    """Return a colour of the palette, which repeats."""
     return COLOURS[number % len(COLOURS)]
 
 
 def one_line(name: str, longest: int) -> str:
-    """A name on one line, cut to its first characters; what stands between dollars is no formula."""
+    """Return a name on one line, cut to `longest` characters; dollar signs are escaped, not read as mathtext."""
     name = " ".join(name.split())
     name = name if len(name) <= longest else f"{name[: longest - 1]}…"
     return name.replace("$", r"\$")
 
 
 def plain(axes: Axes) -> None:
-    """Leave a faint grid and two axes."""
+    """Reduce the axes to a faint grid and two spines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
 
 
 def _over_env_steps(axes: Axes, spans: Sequence[Span]) -> None:
-    """Make env steps the abscissa and mark where stages begin."""
+    """Set up the x-axis for env steps and mark where stages start."""
     plain(axes)
     begin, end = spans[0].begin, max(spans[-1].end, spans[0].begin + 1.0)
     axes.set_xlim(begin - 0.015 * (end - begin), end + 0.015 * (end - begin))
@@ -339,16 +338,16 @@ def _over_env_steps(axes: Axes, spans: Sequence[Span]) -> None:
 
 
 def _name_stages(axes: Axes, spans: Sequence[Span], *, coloured: bool = False) -> None:
-    """Write the names of several stages above their middles, slanted where they are too long to stand side by side."""
+    """Write the names of several stages above their centres, rotated if they are too long to fit side by side."""
     if len(spans) < 2:
         return
     begin, end = spans[0].begin, spans[-1].end
     steps_per_inch = (end - begin) / (axes.get_window_extent().width / axes.figure.dpi)
-    middles = np.array([(span.begin + span.end) / 2 for span in spans])
+    centres = np.array([(span.begin + span.end) / 2 for span in spans])
     labels = [one_line(span.name, 26) for span in spans]
-    level = max(map(len, labels)) * _CHARACTER_INCHES * steps_per_inch < np.diff(middles).min()
+    level = max(map(len, labels)) * _CHARACTER_INCHES * steps_per_inch < np.diff(centres).min()
     top = axes.secondary_xaxis("top")
-    top.set_xticks(middles if level else _apart(middles, begin, end, 0.25 * steps_per_inch), labels, fontsize=8.5)
+    top.set_xticks(centres if level else _spread(centres, begin, end, 0.25 * steps_per_inch), labels, fontsize=8.5)
     top.tick_params(length=0, pad=2)
     top.spines["top"].set_visible(False)
     for stage, label in enumerate(top.get_xticklabels()):
@@ -357,16 +356,16 @@ def _name_stages(axes: Axes, spans: Sequence[Span], *, coloured: bool = False) -
             label.set_color(colour_of(stage))
 
 
-def _apart(places: FloatArray, low: float, high: float, gap: float) -> FloatArray:
-    """Move ascending places within [low, high] so that neighbours are `gap` apart, as far as there is room."""
-    steps = np.arange(len(places)) * min(gap, (high - low) / max(len(places) - 1, 1))
-    moved: FloatArray = np.maximum.accumulate(np.maximum(places, low) - steps) + steps
+def _spread(positions: FloatArray, low: float, high: float, gap: float) -> FloatArray:
+    """Move ascending positions within [low, high] so that neighbours are `gap` apart, as far as there is room."""
+    steps = np.arange(len(positions)) * min(gap, (high - low) / max(len(positions) - 1, 1))
+    moved: FloatArray = np.maximum.accumulate(np.maximum(positions, low) - steps) + steps
     moved = np.minimum(moved, high - steps[::-1])
     return moved
 
 
 def _scale(*matrices: FloatArray) -> tuple[float, float]:
-    """Colours span 0 to 1, and further where scores do."""
+    """Return the range of colours: [0, 1], extended to scores outside it."""
     values = np.concatenate([matrix[np.isfinite(matrix)] for matrix in matrices])
     return float(values.min(initial=0.0)), float(values.max(initial=1.0))
 
@@ -381,7 +380,7 @@ def _label_inches(names: Sequence[str]) -> float:
 
 
 def _heat_map(axes: Axes, matrix: FloatArray, names: Sequence[str], scale: tuple[float, float]) -> AxesImage:
-    """Draw a score matrix with its numbers; the stage that was just trained has a frame."""
+    """Plot a score matrix with its numbers; a frame marks the stage that each row has just trained."""
     low, high = scale
     rows, columns = matrix.shape
     axes.set_facecolor("0.88")

@@ -1,4 +1,4 @@
-"""Atomic file writes, and opening of plain files only: no links, pipes or devices. Imports nothing of metarl."""
+"""Safe file access: the atomic write of a file, and opening of plain files only. Imports nothing of metarl."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Saves and loads everything that training changes: safetensors and a JSON manifest, nothing that could hold code.
+"""Saves and loads checkpoints: safetensors and a JSON manifest, no format that can execute code.
 
-A checkpoint appears whole or not at all: it is written beside its place, synced, and renamed; the manifest, which
-says what every file holds and its hash, is written last. Whatever is loaded passes all checks before it is used.
+Saving is atomic: a checkpoint is written to a temporary folder, synced and renamed. The manifest, written last, lists
+every file with its hash and the shapes of its tensors. Everything is verified before it is used.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _AGENT = "agent.safetensors"
 _MANIFEST = "manifest.json"
 _LIBRARIES = ("metarl", "torch", "numpy", "gymnasium", "metaworld", "mujoco")
 _MOST_BYTES = 16 * 2**20
-"""Of a manifest and of a file's header, which have some 100 KiB; what is larger is refused unread."""
+"""Size limit of a manifest and of a file's header, which have about 100 KiB; larger ones are rejected unread."""
 _MOST_FILE_BYTES = 2**37
 
 
 class Entry(Settings):
-    """What the manifest says of a file."""
+    """The manifest's entry of a file."""
 
     sha256: str
     bytes: int = Field(ge=8, le=_MOST_FILE_BYTES)
@@ -48,18 +48,18 @@ class Entry(Settings):
 
 
 class Manifest(Settings):
-    """What a checkpoint says of itself.
+    """The manifest of a checkpoint.
 
     Attributes:
-        format: of the checkpoint.
-        position: where the run stands.
-        spaces: what the agent was built for.
-        score: of the evaluation in this iteration, higher is better; None if there was none.
-        config_sha256: of the run's config.yaml.
-        logs: how many bytes of each log, by name, belong to what came before the checkpoint.
-        files: by name.
-        data: files of stored data in the run's `data` folder, by name without suffix; see `data_store`.
-        versions: of libraries.
+        format: the version of the format.
+        position: the run's position.
+        spaces: the spaces of the agent.
+        score: the score of the evaluation in this iteration, higher is better; None without an evaluation.
+        config_sha256: the hash of the run's config.yaml.
+        logs: the size in bytes of each log at the checkpoint, by name.
+        files: the entries of the checkpoint's files, by name.
+        data: the entries of files in the run's `data` folder, by name without suffix; see `data_store`.
+        versions: the versions of libraries.
     """
 
     format: int
@@ -75,7 +75,7 @@ class Manifest(Settings):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, all of it verified."""
+    """A verified checkpoint."""
 
     path: Path
     manifest: Manifest
@@ -83,21 +83,21 @@ class Checkpoint:
 
     @property
     def position(self) -> Position:
-        """Where the run stands."""
+        """The run's position."""
         return self.manifest.position
 
     @property
     def spaces(self) -> Spaces:
-        """What the agent was built for."""
+        """The spaces of the agent."""
         return self.manifest.spaces
 
     @property
     def parts(self) -> frozenset[str]:
-        """Names of all states that it holds."""
+        """The names of all states in the checkpoint."""
         return frozenset(name.removesuffix(".safetensors") for name in self.manifest.files)
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """Return another state, e.g. `stability`, empty if there was none; raises CorruptCheckpointError."""
+        """Return another state, e.g. `stability`; empty if the checkpoint has none. Raises CorruptCheckpointError."""
         file = f"{name}.safetensors"
         return read_tensors(self.path / file) if file in self.manifest.files else {}
 
@@ -121,23 +121,23 @@ def save(
 ) -> Path:
     """Write `folder/<iteration>/`, and remove all checkpoints but the newest and the best.
 
-    Whoever saves this iteration has none that comes later: those that are there were rejected, when the run was gone on
-    with. They are kept under another name, `<iteration>.rejected`.
+    Existing checkpoints of later iterations were rejected when the run was resumed. They are renamed to
+    `<iteration>.rejected`.
 
     Args:
         folder: the run's `checkpoints` folder.
-        states: an agent's `state_dict`, under `agent`, and others; each goes into a file of its own, empty ones do not.
-        position: where the run stands.
-        spaces: what the agent was built for.
-        keep: how many of the newest stay, ≥ 1.
-        keep_best: how many of those with the highest score stay, ≥ 0; of equal ones the newest.
-        score: see `Manifest`, as the rest.
-        config_sha256: likewise.
-        logs: likewise.
-        data: likewise.
+        states: the agent's `state_dict` under `agent`, and others; each that is not empty gets a file.
+        position: the run's position.
+        spaces: the spaces of the agent.
+        keep: the number of newest checkpoints to keep, ≥ 1.
+        keep_best: the number of checkpoints with the highest score to keep, ≥ 0; the newest of equal ones.
+        score: see `Manifest`.
+        config_sha256: see `Manifest`.
+        logs: see `Manifest`.
+        data: see `Manifest`.
 
     Raises:
-        OSError: (also SafetensorError) it cannot be written; all is as it was.
+        OSError: the checkpoint cannot be written; the folder is left as it was. Also SafetensorError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{position.iteration:06d}"
@@ -149,7 +149,7 @@ def save(
         for name, state in states.items():
             if state:
                 path = temporary / f"{name}.safetensors"
-                safetensors.torch.save_file(_apart(state), path)
+                safetensors.torch.save_file(_unshare(state), path)
                 sync(path)
                 files[path.name] = entry_of(path, state)
         manifest = Manifest(
@@ -172,7 +172,7 @@ def save(
         sync(folder)
     except BaseException:
         if not temporary.exists():
-            target.rename(temporary)  # it may not have come through to the disk
+            target.rename(temporary)  # it may not be synced
         if replaced.exists():
             replaced.rename(target)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -189,19 +189,19 @@ def _versions() -> dict[str, str]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a killed process has left; a checkpoint that it was about to replace is put back.
+    """Remove the leftovers of a killed process, and restore a checkpoint that it was replacing.
 
-    Nobody else may be at work there. Raises OSError: it cannot be put back.
+    No other process may use the folder. Raises OSError if a checkpoint cannot be restored.
     """
     for path in _newest_first(folder):
         if not path.name.isdigit():
             path.rename(folder / _number(path))
-    for left_over in folder.glob(".*.tmp"):
-        shutil.rmtree(left_over, ignore_errors=True)
+    for leftover in folder.glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _set_aside(folder: Path, iteration: int) -> None:
-    """Give checkpoints of later iterations another name: they would take the place of those that are still to come."""
+    """Rename checkpoints of later iterations, which would collide with future ones."""
     for path in _newest_first(folder):
         if int(path.name) > iteration:
             rejected = path.with_name(f"{path.name}.rejected")
@@ -214,16 +214,16 @@ def _prune(folder: Path, keep: int, keep_best: int) -> None:
     """Remove all checkpoints but the newest and the best."""
     newest_first = _newest_first(folder)
     scores = {path: score for path in newest_first if keep_best and (score := _score(path)) is not None}
-    best = sorted(scores, key=lambda path: scores[path], reverse=True)[:keep_best]  # sorting keeps the order of equals
+    best = sorted(scores, key=lambda path: scores[path], reverse=True)[:keep_best]  # a stable sort: newest of equals
     for path in newest_first[keep:]:
         if path not in best:
             with contextlib.suppress(OSError):
-                # A process may be killed in the midst of it: half a checkpoint must not look like one.
+                # Rename first: a process killed during removal must not leave half a checkpoint.
                 shutil.rmtree(path.rename(folder / f".{path.name}.removed.tmp"))
 
 
 def _score(path: Path) -> float | None:
-    """Return the score of a checkpoint; None for one that has none or cannot be read."""
+    """Return the score of a checkpoint; None if it has none or cannot be read."""
     try:
         return _read_manifest(path).score
     except CorruptCheckpointError:
@@ -231,23 +231,23 @@ def _score(path: Path) -> float | None:
 
 
 def load_latest(folder: Path) -> Checkpoint:
-    """Load the newest checkpoint that passes its checks; each newer one is named in a warning, with the reason.
+    """Load the newest valid checkpoint; a warning names each newer one and why it was rejected.
 
     Raises:
-        CorruptCheckpointError: there is none; the message names each one that was rejected, and why.
+        CorruptCheckpointError: no checkpoint is valid; the message names each one and why it was rejected.
     """
-    return _first_sound(_newest_first(folder), folder)
+    return _first_valid(_newest_first(folder), folder)
 
 
 def load_best(folder: Path) -> Checkpoint:
-    """Load the checkpoint with the highest score, as `load_latest` does; without scores there is none."""
+    """Load the valid checkpoint with the highest score, as `load_latest` does."""
     scores = {path: score for path in _newest_first(folder) if (score := _score(path)) is not None}
     if not scores:
-        raise CorruptCheckpointError(f"no checkpoint in {folder} was made at an evaluation")
-    return _first_sound(sorted(scores, key=lambda path: scores[path], reverse=True), folder)
+        raise CorruptCheckpointError(f"no checkpoint in {folder} has a score; evaluate during training to get one")
+    return _first_valid(sorted(scores, key=lambda path: scores[path], reverse=True), folder)
 
 
-def _first_sound(paths: list[Path], folder: Path) -> Checkpoint:
+def _first_valid(paths: list[Path], folder: Path) -> Checkpoint:
     rejected: list[str] = []
     for path in paths:
         try:
@@ -256,22 +256,22 @@ def _first_sound(paths: list[Path], folder: Path) -> Checkpoint:
             rejected.append(str(error))
         else:
             for reason in rejected:
-                _LOG.warning("metarl: rejected a checkpoint, %s is used: %s", path.name, reason)
+                _LOG.warning("metarl: rejected a checkpoint, using %s instead: %s", path.name, reason)
             return checkpoint
     raise CorruptCheckpointError("; ".join(rejected) or f"no checkpoint in {folder}")
 
 
 def load_iteration(folder: Path, iteration: int) -> Checkpoint:
-    """Load the checkpoint of an iteration; raises CorruptCheckpointError, also if there is none."""
+    """Load the checkpoint of an iteration; raises CorruptCheckpointError if it is missing or invalid."""
     paths = {int(_number(path)): path for path in _newest_first(folder)}
     if iteration not in paths:
-        there = ", ".join(map(str, sorted(paths))) or "none"
-        raise CorruptCheckpointError(f"{folder} has no checkpoint of iteration {iteration}; there are: {there}")
+        available = ", ".join(map(str, sorted(paths))) or "none"
+        raise CorruptCheckpointError(f"{folder} has no checkpoint of iteration {iteration}; available: {available}")
     return load(paths[iteration])
 
 
 def load(path: Path) -> Checkpoint:
-    """Load one checkpoint, once all of its files have passed their checks; raises CorruptCheckpointError."""
+    """Load one checkpoint after verifying all of its files; raises CorruptCheckpointError."""
     manifest = _read_manifest(path)
     if _AGENT not in manifest.files:
         raise CorruptCheckpointError(f"{path}: the manifest does not name {_AGENT}")
@@ -281,7 +281,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    """Return a checkpoint's manifest if it is what was once written; raises CorruptCheckpointError."""
+    """Return the verified manifest of a checkpoint; raises CorruptCheckpointError."""
     file = path / _MANIFEST
     try:
         if path.is_symlink():
@@ -289,29 +289,29 @@ def _read_manifest(path: Path) -> Manifest:
         with open_plain(file) as opened:
             data = opened.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:
-            raise CorruptCheckpointError(f"{file}: more than {_MOST_BYTES:,} bytes; no manifest is that long")
+            raise CorruptCheckpointError(f"{file}: more than {_MOST_BYTES:,} bytes, too long for a manifest")
         content = json.loads(data)
         if not isinstance(content, dict):
             raise CorruptCheckpointError(f"{file}: holds a {type(content).__name__}, not a manifest")
         if content.get("format") != FORMAT:
-            found = f"{content.get('format')!r:.20}"
-            raise CorruptCheckpointError(f"{file}: format {found}; this metarl reads format {FORMAT}")
+            file_format = f"{content.get('format')!r:.20}"
+            raise CorruptCheckpointError(f"{file}: format {file_format}; this metarl reads format {FORMAT}")
         if content.pop("sha256", None) != _checksum(content):
-            raise CorruptCheckpointError(f"{file}: its hash is not its own; the file is damaged")
+            raise CorruptCheckpointError(f"{file}: its hash does not match its content; the file is damaged")
         return Manifest.model_validate(content, strict=False)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = _shown(".".join(map(str, first["loc"])))
+        where = _escape(".".join(map(str, first["loc"])))
         raise CorruptCheckpointError(f"{file}: {where}: {first['msg']}, found {first['input']!r:.80}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"{file}: {_reason(error)}") from error
 
 
 def verify(path: Path, entry: Entry) -> None:
-    """Check that a file is the one that was written, with the tensors that the manifest names.
+    """Check the size, hash and tensors of a file against the manifest.
 
     Raises:
-        CorruptCheckpointError: it is not.
+        CorruptCheckpointError: they differ, or the file cannot be read.
     """
     try:
         with open_plain(path) as file:
@@ -323,21 +323,21 @@ def verify(path: Path, entry: Entry) -> None:
                 raise CorruptCheckpointError(f"{path}: not safetensors: a header of {header:,} bytes")
             file.seek(0)
             if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-                raise CorruptCheckpointError(f"{path}: its hash is not the manifest's; the file is damaged")
+                raise CorruptCheckpointError(f"{path}: its hash does not match the manifest; the file is damaged")
         with safetensors.safe_open(path, "pt") as tensors:
             shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise CorruptCheckpointError(f"{path}: {_reason(error)}") from error
     for name in shapes.keys() | entry.tensors.keys():
         if shapes.get(name) != entry.tensors.get(name):
-            found, expected = (each.get(name, "nothing") for each in (shapes, entry.tensors))
+            actual, expected = (shapes_by_name.get(name, "nothing") for shapes_by_name in (shapes, entry.tensors))
             raise CorruptCheckpointError(
-                f"{path}: {_shown(name)} has shape {found!r:.80}; the manifest says {expected!r:.80}"
+                f"{path}: {_escape(name)} has shape {actual!r:.80}; the manifest says {expected!r:.80}"
             )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file that is verified; raises CorruptCheckpointError for what torch cannot hold."""
+    """Read a verified file; raises CorruptCheckpointError if torch cannot load it."""
     try:
         return safetensors.torch.load_file(path)
     except (OSError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
@@ -345,22 +345,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return f"{type(error).__name__}: {_shown(told)}"
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"{type(error).__name__}: {_escape(message)}"
 
 
-def _shown(text: str) -> str:
-    """Return somebody else's words for a message: in one line, and not too long."""
+def _escape(text: str) -> str:
+    """Return foreign text for a message, escaped to one line and cut to 200 characters."""
     return repr(text[:200])[1:-1]
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
-    """Hash of a manifest's content, which damage to the file changes whatever it hits."""
+    """Return the hash of a manifest's content."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that share memory with others, which safetensors refuses; large ones of their own stay."""
+def _unshare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy only the tensors that share memory with others, which safetensors rejects."""
     shared = Counter(value.untyped_storage().data_ptr() for value in state.values())
     return {
         name: (value.clone() if shared[value.untyped_storage().data_ptr()] > 1 else value).contiguous()
@@ -369,13 +369,13 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def entry_of(path: Path, tensors: Mapping[str, Tensor]) -> Entry:
-    """Return what a manifest says of a file that holds these tensors."""
+    """Return the manifest's entry of a file with these tensors."""
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     return Entry(sha256=_hash(path), bytes=path.stat().st_size, tensors=shapes)
 
 
 def referenced_data(folder: Path) -> set[str]:
-    """Return the names of the data files that any readable checkpoint of a run needs."""
+    """Return the names of the data files that readable checkpoints of a run refer to."""
     names: set[str] = set()
     for path in _newest_first(folder):
         with contextlib.suppress(CorruptCheckpointError):
@@ -389,17 +389,17 @@ def _hash(path: Path) -> str:
 
 
 def _replaced(target: Path) -> Path:
-    """Where a checkpoint lies while the new one of the same iteration takes its place."""
+    """Return the temporary path of a checkpoint while a new one of the same iteration replaces it."""
     return target.with_name(f".{target.name}.replaced.tmp")
 
 
 def _number(path: Path) -> str:
-    """Return the number of a checkpoint, also of one that was being replaced; of anything else what is no number."""
+    """Return the number of a checkpoint, even of one that was being replaced; other names stay as they are."""
     return path.name.removeprefix(".").removesuffix(".replaced.tmp")
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """Return the paths of all checkpoints; one whose replacement was cut short is still there under another name."""
+    """Return the paths of all checkpoints, including one under a temporary name whose replacement was interrupted."""
     if not folder.is_dir():
         return []
     numbered = {path.name: path for path in folder.iterdir()}

@@ -1,4 +1,4 @@
-"""Checks whether a run can be resumed with a config, clears run directories and writes their config."""
+"""Run directories: checks whether a run can resume with a config, clears a directory, writes its config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_to_resume(run_dir: Path, config: RunConfig, *, allow_config_change: boo
 
     Args:
         run_dir: the run directory.
-        config: to resume with.
+        config: the config to resume with.
         allow_config_change: whether settings may differ from the run's.
 
     Raises:

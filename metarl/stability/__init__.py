@@ -28,7 +28,7 @@ StabilityConfig = Annotated[EwcConfig | ReplayConfig | L2Config | MasConfig | Me
 
 
 def expand_names(value: object) -> object:
-    """Let the name of a stability method stand for it with its defaults."""
+    """Replace the name of a stability method by its default settings."""
     value = as_tuple(value)
     if not isinstance(value, list | tuple):
         return value

@@ -30,7 +30,7 @@ from metarl import stability
 from metarl.build import local_collectors, resolve_device, stage_distributions, with_custom_agent
 from metarl.collect import BrokenRolloutsError, adapt_and_collect, per_phase
 from metarl.config.schema import RunConfig, as_config, hash_of
-from metarl.continual.score_table import plasticity as network_use
+from metarl.continual.network_use import network_use
 from metarl.deploy.policy import Policy
 from metarl.errors import RunError
 from metarl.evaluation import Report

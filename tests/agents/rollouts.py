@@ -13,7 +13,7 @@ OBSERVATIONS, ACTIONS = 3, 2
 
 
 def make_agent(seed=0, name="maml_ppo", device="cpu", **settings):
-    """An agent with small layers; settings of the outer step are told from the others by their names."""
+    """An agent with small layers; settings of the outer step are recognised by their names."""
     ppo = {key: settings.pop(key) for key in list(settings) if key in outer.PpoConfig.model_fields}
     plain = {} if name in ("maml_trpo", "maml_vpg") else {"epochs": 1, "max_kl": 1e9}
     config = agent_configs()[name](**{"hidden_sizes": (8, 8), "outer": plain | ppo, **settings})

@@ -67,12 +67,12 @@ def test_zeros_begin_a_trial_and_rows_are_on_their_own(name):
 @every_memory
 def test_where_a_trial_begins_an_episode_does(name):
     policy, (observations, rewards, starts) = make_policy(name), make_trials()
-    told, _ = walk(policy, (observations, rewards, starts))
+    actions, _ = walk(policy, (observations, rewards, starts))
     starts = starts.copy()
     starts[0] = False
-    np.testing.assert_array_equal(walk(policy, (observations, rewards, starts))[0], told)
-    starts[4] = False  # but the second episode has to be told
-    assert np.abs(walk(policy, (observations, rewards, starts))[0] - told)[4:].max() > 1e-4
+    np.testing.assert_array_equal(walk(policy, (observations, rewards, starts))[0], actions)
+    starts[4] = False  # but the start of the second episode is an input
+    assert np.abs(walk(policy, (observations, rewards, starts))[0] - actions)[4:].max() > 1e-4
 
 
 @every_memory
@@ -162,21 +162,21 @@ def test_the_scale_of_rewards_is_told(name):
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("inputs", "message"),
     [
         ({"observation": {"x": 1.0}}, "observation has dtype object; expected numbers"),
         ({"observation": ["0", "1", "2"]}, "observation has dtype <U1; expected numbers"),
         ({"observation": np.zeros(4)}, r"observation has shape \(4,\); expected \(3,\) or \(batch, 3\)"),
         ({"observation": np.zeros((1, 2, 3))}, r"observation has shape \(1, 2, 3\)"),
-        ({"observation": np.array([0.0, np.nan, 0.0])}, "observation holds NaN or infinity"),
-        ({"observation": np.array([0.0, 1e300, 0.0])}, "observation holds NaN or infinity"),  # beyond float32
+        ({"observation": np.array([0.0, np.nan, 0.0])}, "observation contains NaN or infinity"),
+        ({"observation": np.array([0.0, 1e300, 0.0])}, "observation contains NaN or infinity"),  # beyond float32
         ({"reward": np.inf}, "reward is infinite"),
-        ({"reward": np.zeros(2)}, r"reward has shape \(2,\); expected one for each of 1 observation"),
+        ({"reward": np.zeros(2)}, r"reward has shape \(2,\); expected one value for each of 1 observation"),
         ({"episode_start": np.zeros(2, bool)}, r"episode_start has shape \(2,\)"),
         ({"state": np.zeros((1, 3), np.float32)}, r"state has shape \(1, 3\); expected \(1, "),
     ],
 )
 @pytest.mark.filterwarnings("ignore:overflow")
-def test_bad_input_is_told_in_a_line(told, message):
+def test_bad_input_is_told_in_a_line(inputs, message):
     with pytest.raises(ValueError, match=message):
-        make_policy("gru").predict(**{"observation": np.zeros(3), **told})
+        make_policy("gru").predict(**{"observation": np.zeros(3), **inputs})

@@ -1,4 +1,4 @@
-"""What is told of the stage: cues are not normalised, and choose the head; and what keeps means within the bounds."""
+"""The stage as an input: cues are not normalised and choose the head; means stay within the bounds."""
 
 import pytest
 import torch

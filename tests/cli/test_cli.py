@@ -80,7 +80,7 @@ def test_no_arguments_show_help(command):
 
 def test_unknown_words_are_answered_with_the_nearest(mistake, tmp_path):
     assert "did you mean 'train'?" in mistake("trian", "quickstart")
-    assert "there are train, evaluate, export, play, inspect, list, doctor" in mistake("xyzzy")
+    assert "expected one of train, evaluate, export, play, inspect, list, doctor" in mistake("xyzzy")
     assert "did you mean 'quickstart'?" in mistake("train", "quickstrat")
     misspelt = mistake("train", "quickstart", "--agent.inner-lrr", "0.1", "--run-dir", tmp_path / "run")
     assert misspelt == "metarl: --agent.inner-lrr: unknown setting; did you mean --agent.inner-lr?\n"
@@ -297,11 +297,11 @@ def test_evaluate_by_the_official_protocol(command, remembering):
 
 
 def test_evaluations_that_do_not_go_together_are_refused(mistake, trained, remembering):
-    assert "--ablate does not go with --official" in mistake(
+    assert "--ablate cannot be combined with --official" in mistake(
         "evaluate", remembering, "--official", "--ablate", "memory"
     )
-    assert "--num-evals needs --official" in mistake("evaluate", remembering, "--num-evals", 3)
-    assert "--official is for tasks of Meta-World" in mistake("evaluate", trained, "--official")
+    assert "--num-evals requires --official" in mistake("evaluate", remembering, "--num-evals", 3)
+    assert "--official requires Meta-World tasks" in mistake("evaluate", trained, "--official")
     assert "maml_ppo has no memory" in mistake("evaluate", trained, "--ablate", "memory", "--num-workers", 0)
     assert "adapts in its memory" in mistake("evaluate", remembering, "--adaptation-steps", 2, "--num-workers", 0)
     refused = mistake("train", "navigation_rl2", "--agent.observation-entries", "7", "--run-dir", remembering / "new")
@@ -382,12 +382,14 @@ def test_list_shows_names_with_their_purpose(command):
     for what, names in (
         ("configs", embedded_configs()),
         ("agents", ["maml_ppo", "fomaml", "multi_task"]),
+        ("stability", ["ewc", "replay", "l2", "mas", "mer"]),
         ("envs", ["ML10", "ML45", "reach-v3", "HalfCheetahVel", "goals"]),
     ):
         status, out, _ = command("list", what)
         words = [line.split(maxsplit=1) for line in out.splitlines()]
         assert status == 0 and {word[0] for word in words} >= set(names)
         assert all(len(word) == 2 for word in words)
+    assert command("list", "methods") == command("list", "stability")  # the earlier name
 
 
 def test_doctor_looks_at_every_library_and_family(command, monkeypatch):
@@ -426,7 +428,7 @@ def test_inspect_says_that_a_policy_is_adapted(command, trained, adapted, tmp_pa
 
 
 def test_evaluating_an_adapted_policy_is_refused_and_leaves_nothing(mistake, adapted):
-    assert "adapted already" in mistake("evaluate", adapted, "--num-tasks", 1, "--num-workers", 0)
+    assert "already adapted" in mistake("evaluate", adapted, "--num-tasks", 1, "--num-workers", 0)
     assert not (adapted / "evaluation" / "test.json").exists()
 
 

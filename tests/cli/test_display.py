@@ -33,4 +33,4 @@ def test_an_evaluation_without_a_result_is_told():
     shown(Position(0, 5, 5, 50), {"time/evaluation_seconds": 1.0})
     shown(Position(0, 6, 6, 60), ITERATION)
     lines = shown._console.file.getvalue().splitlines()
-    assert lines == ["meta-training  5/100  50 env steps  held out: no task without broken episodes"]
+    assert lines == ["meta-training  5/100  50 env steps  held out: no result, every task has broken episodes"]

@@ -42,7 +42,7 @@ def test_all_is_well(findings):
     status, found = findings()
     assert status == 0 and {state for state, _ in found.values()} == {"ok"}
     assert found["mujoco"] == ("ok", "1,234 env steps/s in one process")
-    assert found["drawing"] == ("ok", "OpenGL by egl")
+    assert found["rendering"] == ("ok", "OpenGL with egl")
     assert "--device auto is " in found["gpu"][1]
     assert "python" in found and "cpu cores" in found
 
@@ -51,8 +51,8 @@ def test_a_missing_extra_is_no_fault_and_has_its_pip_line(findings):
     status, found = findings("imageio-ffmpeg", "onnxruntime")
     assert status == 0
     assert found["extra video"] == ("--", 'no imageio-ffmpeg (metarl play as MP4): pip install "metarl[video]"')
-    state, told = found["extra onnx"]
-    assert state == "--" and told.startswith("no onnxruntime ") and told.endswith('pip install "metarl[onnx]"')
+    state, detail = found["extra onnx"]
+    assert state == "--" and detail.startswith("no onnxruntime ") and detail.endswith('pip install "metarl[onnx]"')
 
 
 def test_a_missing_library_is_a_fault(findings):
@@ -66,11 +66,11 @@ def test_nothing_that_draws_is_no_fault(findings, monkeypatch):
 
     monkeypatch.setattr(rendering, "choose_gl", fail)
     status, found = findings()
-    assert status == 0 and found["drawing"] == ("--", "no OpenGL here")
+    assert status == 0 and found["rendering"] == ("--", "no OpenGL here")
     monkeypatch.setattr(rendering, "choose_gl", lambda: "glfw")
     monkeypatch.setattr(rendering, "gl_works", lambda backend: False)
     status, found = findings()
-    assert status == 0 and found["drawing"][0] == "--" and "unset MUJOCO_GL" in found["drawing"][1]
+    assert status == 0 and found["rendering"][0] == "--" and "unset MUJOCO_GL" in found["rendering"][1]
 
 
 def test_a_simulator_that_fails_is_a_fault(findings, monkeypatch):

@@ -45,7 +45,7 @@ def test_a_saved_policy_is_exported_as_it_is(command, run_dir, tmp_path):
     policy = load(run_dir)
     adapt_to(policy, task_of(policy.config)).save(tmp_path / "saved")
     status, _, error = command("export", tmp_path / "saved", tmp_path / "twice.onnx", "--adapt-on", "goals:1")
-    assert status == 2 and "holds a policy that is adapted already; leave --adapt-on out" in error
+    assert status == 2 and "is already adapted; omit --adapt-on" in error
     status, said, _ = command("export", tmp_path / "saved", tmp_path / "once.onnx")
     assert status == 0 and "once.onnx: adapted, " in said
 
@@ -65,9 +65,9 @@ def test_the_task_of_a_stage_has_its_stage_id():
     ("words", "message"),
     [
         (["{run}", "policy.pt"], "policy.pt does not end in .onnx"),
-        (["{run}", "p.onnx", "--seed", "1"], "--seed needs --adapt-on"),
-        (["{run}", "p.onnx", "--split", "train"], "--split needs --adapt-on"),
-        (["{run}", "p.onnx", "--stage", "goals"], "--stage needs --adapt-on"),
+        (["{run}", "p.onnx", "--seed", "1"], "--seed requires --adapt-on"),
+        (["{run}", "p.onnx", "--split", "train"], "--split requires --adapt-on"),
+        (["{run}", "p.onnx", "--stage", "goals"], "--stage requires --adapt-on"),
         (["{run}", "p.onnx", "--adapt-on", "goals", "--stage", "other"], "the run has no stage 'other'"),
         (["{run}", "p.onnx", "--adapt-on", ""], "unknown task or benchmark ''"),
         (["{run}", "p.onnx", "--adapt-on", "goals:3"], "there is no goals:3; the test split has 3 of goals"),

@@ -1,4 +1,4 @@
-"""Sequences in a config: `for_each` writes out stages, every stage has a name, and mistakes are told as written."""
+"""Sequences in a config: `for_each` writes out stages, stages have names, errors quote the config as written."""
 
 import copy
 
@@ -40,7 +40,7 @@ def names(*stages):
 
 @pytest.fixture
 def problem(tmp_path):
-    def told(stages, *flags):
+    def message(stages, *flags):
         path = tmp_path / "mine.yaml"
         path.write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
         with pytest.raises(UserError) as error:
@@ -49,7 +49,7 @@ def problem(tmp_path):
         with_flags_alone = not str(error.value).startswith(str(path))
         return str(error.value) if with_flags_alone else str(error.value).replace(f"{path}: ", "")
 
-    return told
+    return message
 
 
 # Stages

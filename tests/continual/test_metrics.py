@@ -1,4 +1,4 @@
-"""The account of continual learning, worked out by hand."""
+"""Continual metrics, worked out by hand."""
 
 import math
 
@@ -8,18 +8,16 @@ import pytest
 from metarl.continual.metrics import (
     Curve,
     Evaluation,
-    account,
     area_under_curve,
     average_performance,
     backward_transfer,
-    dormant_fraction,
-    effective_rank,
+    continual_metrics,
     evaluations,
+    final_stage_performance,
     finished_stages,
     forgetting,
     forward_transfer,
     min_acc,
-    plasticity,
     relearning,
     score_matrix,
     training_curve,
@@ -69,7 +67,7 @@ def test_matrix_metrics_by_hand():
     assert backward_transfer(MATRIX) == near((-0.2 - 0.5) / 2)
     # Stage 2 right before its training 0.1, untrained 0.0; stage 3 right before 0.4, untrained 0.2.
     assert zero_shot_transfer(MATRIX) == near((0.1 + 0.2) / 2)
-    assert plasticity(MATRIX) == 0.7
+    assert final_stage_performance(MATRIX) == 0.7
 
 
 def test_matrix_metrics_after_two_of_three_stages_by_hand():
@@ -78,7 +76,7 @@ def test_matrix_metrics_after_two_of_three_stages_by_hand():
     assert forgetting(matrix) == near((0.3 + 0.0) / 2)
     assert backward_transfer(matrix) == near(-0.3)
     assert zero_shot_transfer(matrix) == near((0.1 + 0.2) / 2)  # stage 3 is about to be trained
-    assert plasticity(matrix) == 0.9
+    assert final_stage_performance(matrix) == 0.9
     # After one stage only the next one's gain is known.
     assert zero_shot_transfer(MATRIX[:2]) == near(0.1)
 
@@ -93,7 +91,7 @@ def test_two_stages_by_hand():
 
 def test_one_stage():
     matrix = np.array([[0.2], [0.9]])
-    assert (average_performance(matrix), plasticity(matrix)) == (0.9, 0.9)
+    assert (average_performance(matrix), final_stage_performance(matrix)) == (0.9, 0.9)
     assert (forgetting(matrix), backward_transfer(matrix), zero_shot_transfer(matrix)) == (0.0, 0.0, 0.0)
 
 
@@ -101,7 +99,7 @@ def test_an_agent_that_never_changes():
     matrix = np.tile([0.3, -0.5, 1.5], (4, 1))
     assert average_performance(matrix) == near(1.3 / 3)
     assert (forgetting(matrix), backward_transfer(matrix), zero_shot_transfer(matrix)) == (0.0, 0.0, 0.0)
-    assert plasticity(matrix) == 1.5
+    assert final_stage_performance(matrix) == 1.5
 
 
 def test_stages_without_scores_are_left_out():
@@ -111,7 +109,7 @@ def test_stages_without_scores_are_left_out():
     assert forgetting(matrix) == near((0.5 + 0.0) / 2)
     assert backward_transfer(matrix) == near(-0.5)
     nothing = np.full((4, 3), NAN)
-    for metric in (average_performance, forgetting, backward_transfer, zero_shot_transfer, plasticity):
+    for metric in (average_performance, forgetting, backward_transfer, zero_shot_transfer, final_stage_performance):
         assert math.isnan(metric(nothing))
         assert math.isnan(metric(MATRIX[:1]))  # before the first stage has ended
 
@@ -170,8 +168,8 @@ def test_min_acc_without_earlier_stages_is_undefined(run, finished):
     assert math.isnan(min_acc(run, finished))
 
 
-def test_account_by_hand():
-    assert account(RUN, 3, 3) == {
+def test_continual_metrics_by_hand():
+    assert continual_metrics(RUN, 3, 3) == {
         "continual/average_performance": near(1.7 / 3),
         "continual/forgetting": near(0.7 / 3),
         "continual/backward_transfer": near(-0.35),
@@ -181,20 +179,22 @@ def test_account_by_hand():
     }
 
 
-def test_account_reports_what_is_defined():
-    assert account([], 3, 0) == account(RUN[:2], 3, 0) == {}
-    assert account(RUN[:3], 3, 1) == {
+def test_undefined_continual_metrics_are_left_out():
+    assert continual_metrics([], 3, 0) == continual_metrics(RUN[:2], 3, 0) == {}
+    assert continual_metrics(RUN[:3], 3, 1) == {
         "continual/average_performance": near(0.8),
         "continual/forgetting": 0.0,
         "continual/backward_transfer": 0.0,
         "continual/forward_transfer": near(0.1),
         "continual/plasticity": near(0.8),
     }
-    assert account(RUN[:4], 3, 1) == account(RUN[:3], 3, 1) | {"continual/min_acc": near(0.2)}  # amid stage 2
-    one = account(evaluated((0, 0, 0.1), (9, 0, 0.6)), 1, 1)
+    assert continual_metrics(RUN[:4], 3, 1) == continual_metrics(RUN[:3], 3, 1) | {
+        "continual/min_acc": near(0.2)
+    }  # amid stage 2
+    one = continual_metrics(evaluated((0, 0, 0.1), (9, 0, 0.6)), 1, 1)
     assert one.pop("continual/average_performance") == one.pop("continual/plasticity") == 0.6
     assert set(one.values()) == {0.0}
-    undefined = account(evaluated((0, 0, NAN, 0.0), (1, 0, NAN, 0.1), (2, 1, NAN, 0.5)), 2, 2)
+    undefined = continual_metrics(evaluated((0, 0, NAN, 0.0), (1, 0, NAN, 0.1), (2, 1, NAN, 0.5)), 2, 2)
     assert undefined["continual/average_performance"] == 0.5
     assert "continual/backward_transfer" not in undefined  # the only earlier stage has no scores
 
@@ -277,34 +277,3 @@ def test_relearning_of_what_was_never_learned():
     assert relearning(evaluated((0, 0, 0.0), (9, 0, 0.0), (18, 1, 0.0), (27, 2, 0.5)), 0, 2) == (None, None)
     assert relearning(evaluated((0, 0, 0.0), (9, 0, NAN), (27, 2, 0.5)), 0, 2) == (None, None)
     assert relearning([], 0, 2) == (None, None)
-
-
-def test_dormant_fraction_by_hand():
-    # E|h| = 0, 0.1, 1.9, 2; their mean is 1, so s = 0, 0.1, 1.9, 2.
-    activations = np.array([[0.0, 0.2, 1.8, -1.0], [0.0, 0.0, 2.0, 3.0]])
-    assert dormant_fraction(activations) == 0.25
-    assert dormant_fraction(activations, 0.025) == 0.25
-    assert dormant_fraction(activations, 0.1 + 1e-9) == 0.5
-    assert dormant_fraction(10 * activations, 0.11) == 0.5  # the scale does not matter
-    assert dormant_fraction(np.ones((3, 5))) == 0.0
-    assert dormant_fraction(np.zeros((3, 5))) == 1.0
-
-
-def test_effective_rank_by_hand():
-    assert effective_rank(np.eye(4)) == pytest.approx(4.0)  # four equal singular values: exp(ln 4)
-    assert effective_rank(np.outer([1.0, 2.0, 3.0], [1.0, -1.0])) == pytest.approx(1.0, abs=1e-9)
-    # Singular values 3 and 1: p = 3/4, 1/4; exp(−3/4 ln 3/4 − 1/4 ln 1/4) = (4/3)^(3/4) · 4^(1/4).
-    skewed = np.array([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    assert effective_rank(skewed) == pytest.approx((4 / 3) ** 0.75 * 4**0.25)
-    assert effective_rank(100 * skewed) == pytest.approx(effective_rank(skewed))
-    assert effective_rank(np.zeros((3, 2))) == 0.0
-
-
-@pytest.mark.parametrize("measure", [dormant_fraction, effective_rank])
-def test_unusable_activations_are_named(measure):
-    with pytest.raises(ValueError, match=r"has shape \(3,\); expected \[n, H\]"):
-        measure(np.ones(3))
-    with pytest.raises(ValueError, match=r"has shape \(0, 4\)"):
-        measure(np.ones((0, 4)))
-    with pytest.raises(ValueError, match="holds NaN or infinity"):
-        measure([[1.0, NAN]])

@@ -1,4 +1,4 @@
-"""What a stage scores, and where scores before and after adaptation go."""
+"""The score of a stage, and the score table before and after adaptation."""
 
 import math
 
@@ -17,7 +17,7 @@ def report(**means):
 
 
 @pytest.mark.parametrize(
-    ("settings", "found", "expected"),
+    ("settings", "means", "expected"),
     [
         ({}, {"return_post": -6.0, "success_post": 0.25}, 0.25),
         ({}, {"return_post": -6.0}, -6.0),
@@ -27,18 +27,18 @@ def report(**means):
         ({}, {"return_pre": -6.0}, math.nan),
     ],
 )
-def test_a_score_is_success_or_the_return_on_the_scale_of_the_stage(settings, found, expected):
-    assert score(report(**found), stage(**settings), "post") == pytest.approx(expected, nan_ok=True)
+def test_a_score_is_success_or_the_return_on_the_scale_of_the_stage(settings, means, expected):
+    assert score(report(**means), stage(**settings), "post") == pytest.approx(expected, nan_ok=True)
 
 
 def test_scores_before_and_after_adaptation_are_not_mixed_up():
-    account = ScoreTable([stage(name="a"), stage(name="b")], [])
+    table = ScoreTable([stage(name="a"), stage(name="b")], [])
     for number, (pre, post) in enumerate([(0.125, 0.25), (0.25, 0.875), (0.375, 0.625)]):
         reports = [report(success_pre=pre + part, success_post=post + part) for part in (0.0, 0.0625)]
         place = {"iteration": number, "stage": max(0, number - 1), "env_steps": 7 * number}
-        tracked = account.add(place, reports, finished=number)
+        tracked = table.add(place, reports, finished=number)
     assert (tracked["continual/score/a"], tracked["continual/score_pre/a"]) == (0.625, 0.375)
     assert tracked["continual/forgetting"] == (0.875 - 0.625) / 2  # after adaptation; the last counts as 0
-    found = account.report(finished=2)
-    assert found["scores_pre"] == [[0.125, 0.1875], [0.25, 0.3125], [0.375, 0.4375]]
-    assert found["scores_post"] == [[0.25, 0.3125], [0.875, 0.9375], [0.625, 0.6875]]
+    final = table.report(finished=2)
+    assert final["scores_pre"] == [[0.125, 0.1875], [0.25, 0.3125], [0.375, 0.4375]]
+    assert final["scores_post"] == [[0.25, 0.3125], [0.875, 0.9375], [0.625, 0.6875]]

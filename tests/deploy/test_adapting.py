@@ -52,10 +52,10 @@ def test_adapting_as_no_agent_does_is_refused(name, asked, message):
 
 def test_episodes_without_log_probabilities_get_those_of_the_policy_and_it_is_said(caplog):
     policy = make_policy("mlp")
-    bare, told = make_episodes(), make_episodes(log_probs=True)
-    policy.adapt(told)
+    bare, with_log_probs = make_episodes(), make_episodes(log_probs=True)
+    policy.adapt(with_log_probs)
     assert not caplog.records
-    adapted = policy.adapt([bare[0], told[1]])
+    adapted = policy.adapt([bare[0], with_log_probs[1]])
     (record,) = caplog.records
     assert record.getMessage().startswith(
         "metarl: 1 of 2 episodes come without log-probabilities; those of this policy"
@@ -65,7 +65,7 @@ def test_episodes_without_log_probabilities_get_those_of_the_policy_and_it_is_sa
         replace(episode, log_probs=own.numpy().astype(np.float64))
         for episode, own in zip(bare, policy.agent.log_prob(policy.state, rollout)[0], strict=True)
     ]
-    for name, value in policy.adapt([filled[0], told[1]]).state.items():
+    for name, value in policy.adapt([filled[0], with_log_probs[1]]).state.items():
         torch.testing.assert_close(value, adapted.state[name])
 
 
@@ -125,7 +125,7 @@ def test_an_agent_with_a_memory_adapts_to_a_task_by_one_trial():
 
 def test_adapting_to_a_task_begins_from_an_agent_that_is_not_adapted():
     task = metarl.envs.distribution("navigation", name="goals").test_tasks[0]
-    with pytest.raises(UserError, match="the policy is adapted already"):
+    with pytest.raises(UserError, match="the policy is already adapted"):
         adapt_to(make_policy("mlp").adapt(make_episodes(log_probs=True)), task)
 
 
@@ -140,7 +140,7 @@ def test_recorded_episodes_are_laid_out_as_rollouts_are():
     assert rollout.episode_start.tolist() == [[[True, False, False, False]] * 2]
     observations = torch.from_numpy(cut.observations).float()
     torch.testing.assert_close(rollout.next_observations[0, 0, :3], observations[1:])
-    torch.testing.assert_close(rollout.next_observations[0, 0, 3], observations[3])  # stands for the one after it
+    torch.testing.assert_close(rollout.next_observations[0, 0, 3], observations[3])  # also serves as the next one
     low, high = SPACES.action_bounds
     actions = torch.from_numpy((ended.actions - (low + high) / 2) / ((high - low) / 2)).float()
     torch.testing.assert_close(rollout.actions[0, 1, :2], actions)
@@ -195,7 +195,7 @@ def test_a_damaged_adaptation_is_not_loaded(tmp_path):
     data = bytearray(part.read_bytes())
     data[-1] ^= 1
     part.write_bytes(data)
-    with pytest.raises(UserError, match=r"adapted\.safetensors: its hash is not the manifest's"):
+    with pytest.raises(UserError, match=r"adapted\.safetensors: its hash does not match the manifest"):
         metarl.load(tmp_path / "saved")
 
 

@@ -1,4 +1,4 @@
-"""One ONNX file does what the policy does, and is kept only then; damaged and foreign files are told apart."""
+"""One ONNX file does what the policy does, and is kept only then; damaged and foreign files are recognised."""
 
 import json
 import sys
@@ -97,8 +97,8 @@ def test_the_horizon_is_that_of_the_task_that_it_was_adapted_to():
     policy = make_policy("gru", spaces, agent={**AGENTS["gru"], "observation_entries": [0, 1]}, stages=stages)
     first = metarl.envs.distribution("navigation", name="goals", horizon=5).test_tasks[0]
     unsaid = metarl.Task("custom", "mine", "test", "mine", 0, 0)
-    told = [policy._metadata(None, task, None)["trial"]["horizon"] for task in (first, None, unsaid)]
-    assert told == [5, 7, 7]
+    horizons = [policy._metadata(None, task, None)["trial"]["horizon"] for task in (first, None, unsaid)]
+    assert horizons == [5, 7, 7]
 
 
 def test_the_file_tells_what_it_is(tmp_path):
@@ -117,17 +117,19 @@ def test_the_file_tells_what_it_is(tmp_path):
 
     env = Named(metarl.envs.make(tasks.test_tasks[1]))
     policy.export(tmp_path / "named.onnx", env, task=tasks.test_tasks[1])
-    told = OnnxPolicy(tmp_path / "named.onnx").metadata
-    assert told["observation_names"] == ["x", "y"] and told["action_names"] == ["right", "up"]
-    assert told["control_period_s"] == 0.05 and told["adapted"] and told["agent"] == "rl2"
-    assert metarl.Task.from_json(json.dumps(told["task"])) == tasks.test_tasks[1]
-    assert (told["action_low"], told["action_high"]) == ([-1.0, -1.0], [1.0, 1.0])
-    assert told["config_sha256"] == config_hash(policy.config) and told["versions"]["torch"] == torch.__version__
-    assert told["reward"] == policy.controller.reward_scale and told["env_steps"] == 1000
-    assert told["trial"] == {"episodes": 2, "horizon": 5}
+    metadata = OnnxPolicy(tmp_path / "named.onnx").metadata
+    assert metadata["observation_names"] == ["x", "y"] and metadata["action_names"] == ["right", "up"]
+    assert metadata["control_period_s"] == 0.05 and metadata["adapted"] and metadata["agent"] == "rl2"
+    assert metarl.Task.from_json(json.dumps(metadata["task"])) == tasks.test_tasks[1]
+    assert (metadata["action_low"], metadata["action_high"]) == ([-1.0, -1.0], [1.0, 1.0])
+    assert (
+        metadata["config_sha256"] == config_hash(policy.config) and metadata["versions"]["torch"] == torch.__version__
+    )
+    assert metadata["reward"] == policy.controller.reward_scale and metadata["env_steps"] == 1000
+    assert metadata["trial"] == {"episodes": 2, "horizon": 5}
     policy.export(tmp_path / "own.onnx")  # its run's own environment names them, too
-    told = OnnxPolicy(tmp_path / "own.onnx").metadata
-    assert (told["observation_names"], told["control_period_s"]) == (["position_x", "position_y"], None)
+    metadata = OnnxPolicy(tmp_path / "own.onnx").metadata
+    assert (metadata["observation_names"], metadata["control_period_s"]) == (["position_x", "position_y"], None)
     Named.action_names = ("right",)
     with pytest.raises(ValueError, match="names 1 entries of its actions; the policy has 2"):
         policy.export(tmp_path / "wrong.onnx", env)
@@ -208,16 +210,16 @@ def test_any_damage_is_seen(exported):
         with pytest.raises(ValueError, match="metarl export"):
             OnnxPolicy(bytes(damaged))
     for size in (0, 10, len(data) // 2, len(data) - 1):
-        with pytest.raises(ValueError, match="does not end in its hash"):
+        with pytest.raises(ValueError, match="its hash is missing"):
             OnnxPolicy(data[:size])
 
 
 def relabelled(path, change):
     """The file with other metadata, and a hash that fits."""
     model = onnx.load(path)
-    told = json.loads(next(each.value for each in model.metadata_props if each.key == "metarl"))
+    metadata = json.loads(next(each.value for each in model.metadata_props if each.key == "metarl"))
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {"metarl": json.dumps(change(told))})
+    onnx.helper.set_model_props(model, {"metarl": json.dumps(change(metadata))})
     return seal(model.SerializeToString())
 
 
@@ -230,43 +232,43 @@ def test_foreign_and_newer_files_are_refused(exported, tmp_path):
     (tmp_path / "foreign.onnx").write_bytes(foreign.SerializeToString())
     (tmp_path / "text.onnx").write_text("not a model " * 20)
     for name in ("foreign.onnx", "text.onnx"):
-        with pytest.raises(ValueError, match=rf"{name} is no complete file of `metarl export`"):
+        with pytest.raises(ValueError, match=rf"{name} is not a complete file of `metarl export`"):
             OnnxPolicy(tmp_path / name)
     with pytest.raises(ValueError, match=r"elsewhere\.onnx refers to other files"):
         elsewhere = onnx.load(path)
         onnx.external_data_helper.convert_model_to_external_data(elsewhere, location="x.bin", size_threshold=0)
         (tmp_path / "elsewhere.onnx").write_bytes(seal(elsewhere.SerializeToString()))
         OnnxPolicy(tmp_path / "elsewhere.onnx")
-    with pytest.raises(ValueError, match="is no model of `metarl export`: KeyError"):
+    with pytest.raises(ValueError, match="is not a model of `metarl export`: KeyError"):
         OnnxPolicy(seal(foreign.SerializeToString()))
-    with pytest.raises(ValueError, match="is no model of `metarl export`"):
+    with pytest.raises(ValueError, match="is not a model of `metarl export`"):
         OnnxPolicy(seal(b"no protobuf at all"))
     with pytest.raises(ValueError, match=r"has format 2; this metarl.runtime reads format 1"):
-        OnnxPolicy(relabelled(path, lambda told: {**told, "format": 2}))
-    with pytest.raises(ValueError, match="its own description says"):
-        OnnxPolicy(relabelled(path, lambda told: {**told, "observation_size": 4}))
-    with pytest.raises(ValueError, match="its own description says"):
-        OnnxPolicy(relabelled(path, lambda told: {**told, "state_size": 5}))
-    with pytest.raises(ValueError, match="has format 2"):  # which may describe itself by other words
-        OnnxPolicy(relabelled(path, lambda told: {"format": 2}))
-    OnnxPolicy(relabelled(path, lambda told: told))  # what these leave as it is can be read
+        OnnxPolicy(relabelled(path, lambda metadata: {**metadata, "format": 2}))
+    with pytest.raises(ValueError, match="according to its metadata"):
+        OnnxPolicy(relabelled(path, lambda metadata: {**metadata, "observation_size": 4}))
+    with pytest.raises(ValueError, match="according to its metadata"):
+        OnnxPolicy(relabelled(path, lambda metadata: {**metadata, "state_size": 5}))
+    with pytest.raises(ValueError, match="has format 2"):  # whose metadata may have other keys
+        OnnxPolicy(relabelled(path, lambda metadata: {"format": 2}))
+    OnnxPolicy(relabelled(path, lambda metadata: metadata))  # an unchanged file can be read
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("inputs", "message"),
     [
         ({"observation": {"x": 1.0}}, "observation has dtype object; expected numbers"),
         ({"observation": ["0", "1", "2"]}, "observation has dtype <U1; expected numbers"),
         ({"observation": np.zeros(4)}, r"observation has shape \(4,\); expected \(3,\) or \(batch, 3\)"),
-        ({"observation": [0.0, float("nan"), 0.0]}, "observation holds NaN or infinity"),
+        ({"observation": [0.0, float("nan"), 0.0]}, "observation contains NaN or infinity"),
         ({"reward": np.inf}, "reward is infinite"),
-        ({"reward": np.zeros(2)}, r"reward has shape \(2,\); expected one for each of 1 observation"),
+        ({"reward": np.zeros(2)}, r"reward has shape \(2,\); expected one value for each of 1 observation"),
         ({"episode_start": np.zeros(2, bool)}, r"episode_start has shape \(2,\)"),
         ({"state": np.zeros((1, 3), np.float32)}, r"state has shape \(1, 3\); expected \(1, "),
-        ({"state": np.full((1, 16), np.nan, np.float32)}, "state is not what predict returned"),
+        ({"state": np.full((1, 16), np.nan, np.float32)}, "state does not come from predict"),
     ],
 )
-def test_bad_input_is_told_in_a_line(exported, told, message):
+def test_bad_input_is_told_in_a_line(exported, inputs, message):
     _, path = exported("gru", True)
     with pytest.raises(ValueError, match=message):
-        OnnxPolicy(path).predict(**{"observation": np.zeros(3), **told})
+        OnnxPolicy(path).predict(**{"observation": np.zeros(3), **inputs})

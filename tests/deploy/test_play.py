@@ -123,9 +123,9 @@ def test_an_episode_is_told_step_by_step(runs):
     assert before.steps == list(range(HORIZON + 1))
     np.testing.assert_allclose(before.returns, [0.0, *np.cumsum(rewards)], rtol=0, atol=1e-12)
     assert before.success == [None, *(float(value) for value in np.maximum.accumulate(successes))]
-    assert len(before.pictures) == HORIZON + 1
+    assert len(before.frames) == HORIZON + 1
     env.reset()
-    np.testing.assert_array_equal(before.pictures[0], env.render())
+    np.testing.assert_array_equal(before.frames[0], env.render())
 
 
 def test_the_first_and_the_last_step_are_always_shown(runs):
@@ -152,7 +152,7 @@ def test_speed_and_frames_a_second(runs):
 
 
 class Corridor(gymnasium.Env):
-    """An environment of one's own, as large as `goals`: the episodes end after 4, 6, 8 … steps; success is unknown."""
+    """A custom environment, as large as `goals`: the episodes end after 4, 6, 8 … steps; success is unknown."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012
     render_mode = "rgb_array"
@@ -193,12 +193,12 @@ def test_a_task_of_one_s_own(runs):
     assert greys[9:] == [[40, 80]] * 75
 
 
-@pytest.mark.parametrize(("told", "success"), [(np.nan, None), (0.0, 0.0), (1.0, 1.0)])
-def test_a_success_that_is_not_defined_is_none(runs, told, success):
+@pytest.mark.parametrize(("reported", "success"), [(np.nan, None), (0.0, 0.0), (1.0, 1.0)])
+def test_a_success_that_is_not_defined_is_none(runs, reported, success):
     class Telling(Corridor):
         def step(self, action):
             *step, info = super().step(action)
-            return *step, {**info, "success": told}
+            return *step, {**info, "success": reported}
 
     assert play(metarl.load(runs / "rl2"), Telling()).success == (success, success)
 
@@ -219,12 +219,12 @@ def test_what_cannot_be_played_is_said(runs):
     with pytest.raises(ValueError, match="render_mode is None; build the environment with"):
         play(policy, make(task))
     env = make(task, render_mode="rgb_array")
-    with pytest.raises(UserError, match="adapted already"):
+    with pytest.raises(UserError, match="already adapted"):
         play(policy.adapt(policy.record(env, 1)), env)
     with pytest.raises(UserError, match=r"observations have shape \(17,\); the agent was trained for \(2,\)"):
         play(policy, make(distribution("mujoco").train_tasks[0], render_mode="rgb_array"))
     for pace in ({"speed": 1e-9}, {"fps": 1e-9}, {"speed": 1e308}):  # not even a frame, or no number
-        with pytest.raises(UserError, match=r"expected numbers of at least 0\.05"):
+        with pytest.raises(UserError, match=r"expected at least 0\.05 for both"):
             play(policy, env, **pace)
     with pytest.raises(ValueError, match=r"render\(\) returned uint8 \(33, 61\); expected"):
         play(policy, Corridor(shape=(33, 61)))
@@ -340,17 +340,17 @@ def test_mistakes_are_told_in_one_line(runs, mistake, tmp_path, monkeypatch):
     assert "the run has no stage 'other'" in mistake(run, "--stage", "other")
     assert "there is no goals:100; the test split has 100 of goals" in mistake(run, "--task", "goals:100")
     assert "the agent was trained for" in mistake(run, "--task", "cued_wedges")
-    assert "--video a.avi: expected a file that ends in .mp4" in mistake(run, "--video", "a.avi")
-    assert "--gif a.mp4: expected a file that ends in .gif" in mistake(run, "--gif", "a.mp4")
+    assert "--video a.avi: expected a file name that ends in .mp4" in mistake(run, "--video", "a.avi")
+    assert "--gif a.mp4: expected a file name that ends in .gif" in mistake(run, "--gif", "a.mp4")
     (tmp_path / "file").touch()
-    assert "cannot make its folder" in mistake(run, "--gif", tmp_path / "file" / "a.gif")
+    assert "cannot create its folder" in mistake(run, "--gif", tmp_path / "file" / "a.gif")
     (tmp_path / "a.gif").mkdir()
     assert "is a folder" in mistake(run, "--gif", tmp_path / "a.gif")
     for flag in ("--speed", "--fps"):
         for value in ("0", "fast", "inf"):
             assert f"got '{value}', expected a number above 0" in mistake(run, flag, value)
     for flag in ("--speed", "--fps"):
-        assert "expected numbers of at least 0.05" in mistake(run, flag, "1e-9", "--video", tmp_path / "a.mp4")
+        assert "expected at least 0.05 for both" in mistake(run, flag, "1e-9", "--video", tmp_path / "a.mp4")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     assert 'pip install "metarl[video]"' in mistake(run, "--video", tmp_path / "a.mp4")
     assert not (tmp_path / "a.mp4").exists()
@@ -359,7 +359,7 @@ def test_mistakes_are_told_in_one_line(runs, mistake, tmp_path, monkeypatch):
 def test_an_adapted_policy_is_not_played(runs, mistake, tmp_path):
     policy = metarl.load(runs / "maml")
     policy.adapt(policy.record(make(task_of(policy)), 1)).save(tmp_path / "adapted")
-    assert "adapted already" in mistake(tmp_path / "adapted", "--gif", tmp_path / "a.gif")
+    assert "already adapted" in mistake(tmp_path / "adapted", "--gif", tmp_path / "a.gif")
 
 
 def test_an_opengl_that_does_not_exist_is_said_at_once(tmp_path):

@@ -64,7 +64,7 @@ def test_what_predict_is_told_matters(policy):
     other_rewards, _ = walk(policy, STEPS, [0.0, 0.0, 0.0, 0.0, 0.0, 0.0], STARTS)
     other_starts, _ = walk(policy, STEPS, REWARDS, [True] + [False] * 5)
     assert np.abs(other_rewards - actions)[1:].max() > 1e-3 and np.abs(other_starts - actions)[3:].max() > 1e-3
-    # A reward that is not told is taken as the average of training: 0 in an agent whose normaliser has seen nothing.
+    # An unknown reward counts as the average of training: 0 in an agent whose normaliser has seen nothing.
     silent, _ = walk(policy, STEPS, [None] * 6, STARTS)
     np.testing.assert_allclose(silent, other_rewards, atol=1e-6)
 
@@ -94,8 +94,8 @@ def test_adapting_to_a_recorded_trial_leads_to_the_state_that_recording_it_did(p
     assert adapted.adapted and not policy.adapted and reward != 0.0
     twice = policy.adapt(trajectories[:1]).adapt(trajectories[1:])
     observation = np.array([0.1, -0.2])
-    told, start = torch.full((1, 1), reward), torch.ones(1, 1, dtype=torch.bool)
-    time_step = TimeStep(torch.from_numpy(observation).float()[None, None], told, start, start)
+    rewards, start = torch.full((1, 1), reward), torch.ones(1, 1, dtype=torch.bool)
+    time_step = TimeStep(torch.from_numpy(observation).float()[None, None], rewards, start, start)
     lived = policy.agent.act(time_step, torch.zeros(1, 1, 2), state)[0][0, 0].clamp(-1.0, 1.0)
     for _ in range(2):
         for reader in (adapted, twice):
@@ -132,7 +132,7 @@ def test_without_reward_only_the_first_step_of_a_trial_is_the_same(policy, goals
     report = evaluate(policy, goals.test_tasks, ablate="reward")
     returns, without = (np.array([row[f"{arm}returns"] for row in report["tasks"]]) for arm in ("", "ablated_"))
     assert (returns != without).all()
-    # Told what it met anyway, it does as before: with one task and one trial the average is that task's own.
+    # With the same rewards it acts as before: with one task and one trial the average is that task's own.
     alone = evaluate(policy, goals.test_tasks[:1], ablate="reward", rollouts_per_task=1)["tasks"][0]
     assert alone["ablated_returns"] == pytest.approx(alone["returns"], abs=1e-5)
 

@@ -24,8 +24,8 @@ from runtime import OnnxPolicy
 
 policy, state = OnnxPolicy(sys.argv[1]), None
 for line in sys.stdin:
-    told = json.loads(line)
-    action, state = policy.predict(told["observation"], state, told["start"], True, told["reward"])
+    request = json.loads(line)
+    action, state = policy.predict(request["observation"], state, request["start"], True, request["reward"])
     print(json.dumps(action.tolist()), flush=True)
 foreign = {"torch", "gymnasium", "mujoco", "metarl", "pydantic"} & set(sys.modules)
 assert not foreign, foreign
@@ -61,8 +61,8 @@ def test_it_acts_as_torch_does_through_500_steps_of_reach(robot, tmp_path, name)
     observation, _ = env.reset(seed=0)
     state, reward, actions = None, None, []
     for step in range(STEPS):
-        told = {"observation": observation.tolist(), "reward": reward, "start": step == 0}
-        process.stdin.write(json.dumps(told) + "\n")
+        request = {"observation": observation.tolist(), "reward": reward, "start": step == 0}
+        process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
         line = process.stdout.readline()
         assert line, process.stderr.read()

@@ -1,7 +1,9 @@
 """The bridge to stable-baselines3: the copied PPO acts as the policy does, and a trial counts as one episode."""
 
+import dataclasses
 import random
 import warnings
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -183,7 +185,7 @@ def test_settings_are_the_runs_unless_they_are_given():
     ppo = to_sb3(make_policy(Line(), no_clipping), Line(), policy_kwargs={"optimizer_kwargs": {"eps": 1e-3}})
     assert (ppo.gamma, ppo.clip_range(1.0), ppo.policy.optimizer.defaults["eps"]) == (0.9, 0.2, 1e-3)
     for name, settings in (("net_arch", {"policy_kwargs": {"net_arch": [4]}}), ("use_sde", {"use_sde": True})):
-        with pytest.raises(UserError, match=f"to_sb3 got {name}; the policy"):
+        with pytest.raises(UserError, match=f"to_sb3 got {name}, which the copied policy"):
             to_sb3(make_policy(Line(), agent), Line(), **settings)
 
 
@@ -199,7 +201,7 @@ def test_it_draws_no_more_than_stable_baselines3_does():
 
 
 def cued_wedges(stage_id):
-    """A policy that is told its stage of two, and the environment of the last one."""
+    """A policy with the stage id of two stages, and the environment of the last one."""
     stages = [
         {"name": f"stage-{number}", "tasks": {"family": "navigation", "name": "rotated_wedges", "wedges": [number]}}
         for number in range(2)
@@ -223,14 +225,14 @@ def test_observations_are_not_normalised_twice():
         envs = DummyVecEnv([lambda: metarl.envs.make(metarl.envs.distribution(**GOALS).test_tasks[0])])
         return VecMonitor(VecNormalize(envs, **settings))  # it is found inside others, too
 
-    with pytest.raises(UserError, match=r"normalises observations itself: VecNormalize\(\.\.\., norm_obs=False\)"):
+    with pytest.raises(UserError, match=r"normalises observations itself; use VecNormalize\(\.\.\., norm_obs=False\)"):
         to_sb3(policy, normalized())
     assert_acts_alike(policy, to_sb3(policy, normalized(norm_obs=False)))
 
 
 def test_what_cannot_be_copied_is_named():
     env = metarl.envs.make(metarl.envs.distribution(**GOALS).test_tasks[0])
-    with pytest.raises(UserError, match=r"rl2 has a memory.*TrialPolicy"):
+    with pytest.raises(UserError, match=r"rl2 adapts in its memory.*TrialPolicy.*TrialEnv"):
         to_sb3(make_policy(env, RL2))
     with pytest.raises(UserError, match=r"2 heads.*TrialPolicy"):
         to_sb3(cued_wedges("head")[0])
@@ -243,6 +245,19 @@ def test_what_cannot_be_copied_is_named():
     wider.action_space = gymnasium.spaces.Box(-4.0, 4.0, (2,))
     with pytest.raises(UserError, match=r"actions have low .*; the agent was trained for \[-1"):
         to_sb3(own, wider)
+
+
+@pytest.mark.parametrize("adapts_by", ["gradient", "inference", "nothing"])
+def test_an_agent_without_an_mlp_is_not_said_to_have_a_memory(adapts_by):
+    """An agent that infers its task is refused even with an MLP, which reads the inferred task, too."""
+    policy = make_policy(Line(), small(), {"family": "custom"})
+    parts = {"policy": policy.agent.policy, "normalizer": policy.agent.normalizer} if adapts_by == "inference" else {}
+    other = dataclasses.replace(policy, agent=SimpleNamespace(adapts_by=adapts_by, **parts))
+    with pytest.raises(
+        UserError, match=r"to_sb3 does not support maml_ppo: it has no MLP policy.*TrialPolicy"
+    ) as error:
+        to_sb3(other, Line())
+    assert "memory" not in str(error.value) and "TrialEnv" not in str(error.value)
 
 
 # --- success as stable-baselines3 reads it -----------------------------------------------------------------------
@@ -412,8 +427,8 @@ def trial_by_hand(policy, task, seed=None):
         start, ended = True, False
         returns.append(0.0)
         while not ended:
-            told = (observation, state, np.array([start]), True, reward)
-            action, state = policy.predict(*told)
+            inputs = (observation, state, np.array([start]), True, reward)
+            action, state = policy.predict(*inputs)
             observation, reward, _, ended, _ = env.step(action)
             actions.append(action)
             returns[-1] += reward
@@ -471,15 +486,15 @@ def test_single_observations_and_batches_are_predicted_alike(rl2):
         action, state = policy.predict(observations[1], state, begins[1:2], deterministic=True)
         assert actions.shape == (3, 2) and action.shape == (2,)
         np.testing.assert_allclose(action, actions[1], atol=1e-6)
-    # Without being told, a trial goes on, and begins where there is no state.
+    # Without episode_start, a trial continues, and starts where there is no state.
     on, _ = policy.predict(observations, states, deterministic=True)
-    told, _ = policy.predict(observations, states, np.zeros(3, bool), deterministic=True)
-    np.testing.assert_array_equal(on, told)
+    explicit, _ = policy.predict(observations, states, np.zeros(3, bool), deterministic=True)
+    np.testing.assert_array_equal(on, explicit)
     anew, _ = policy.predict(observations, None, deterministic=True)
-    told, _ = policy.predict(observations, states, np.ones(3, bool), deterministic=True)
-    np.testing.assert_array_equal(anew, told)
+    explicit, _ = policy.predict(observations, states, np.ones(3, bool), deterministic=True)
+    np.testing.assert_array_equal(anew, explicit)
     assert np.abs(anew - on).max() > 1e-3
-    with pytest.raises(ValueError, match=r"shape \(3, 2\); expected \(4,\) or \(batch, 4\), of TrialEnv"):
+    with pytest.raises(ValueError, match=r"shape \(3, 2\); expected \(4,\) or \(batch, 4\) of TrialEnv"):
         policy.predict(observations[:, :2])
     # Nor is the memory of one trial that of several.
     for few, many in ((state, observations), (states[:2], observations), (states, observations[0])):

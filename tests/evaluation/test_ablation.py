@@ -9,7 +9,7 @@ NAN = float("nan")
 
 
 class Scripted:
-    """Its memory is the list of rewards that it was told in this trial."""
+    """Its memory is the list of rewards that it read in this trial."""
 
     device, trial_episodes, adaptation_steps = torch.device("cpu"), 2, 0
     adapts_by, noise_size = "memory", 1
@@ -23,11 +23,11 @@ class Scripted:
 
 
 def live(agent, rewards, starts):
-    """Tell two rollouts of a task these rewards; returns the memory after each step."""
+    """Pass rewards to two rollouts of a task; returns the memory after each step."""
     state, memories = agent.initial_state(1), []
-    for told, start in zip(rewards, starts, strict=True):
+    for reward, start in zip(rewards, starts, strict=True):
         flags = torch.full((1, 2), start)
-        time_step = TimeStep(torch.zeros(1, 2, 3), torch.tensor([told]), flags, torch.ones_like(flags))
+        time_step = TimeStep(torch.zeros(1, 2, 3), torch.tensor([reward]), flags, torch.ones_like(flags))
         state = agent.act(time_step, torch.zeros(1, 2, 1), state)[2]
         memories.append(getattr(state, "state", state))
     return memories
@@ -46,7 +46,7 @@ def test_without_memory_each_episode_is_a_first_one():
 
 
 def test_without_reward_the_average_task_is_told():
-    # Steps pay 10 and 20 in the first episode, 30 and 40 in the second: told are the last ones.
+    # Steps pay 10 and 20 in the first episode, 30 and 40 in the second: the agent reads the last ones.
     agent = WithoutReward(Scripted(), torch.tensor([[10.0, 20.0], [30.0, 40.0]]))
     for _ in range(2):  # also a second time
         first, *others = live(agent, REWARDS, STARTS)[-1]
@@ -56,7 +56,7 @@ def test_without_reward_the_average_task_is_told():
 def test_an_episode_may_last_longer_than_any_that_rewards_are_known_of():
     agent = WithoutReward(Scripted(), torch.tensor([[10.0, 20.0]]))
     memory = live(agent, [[0.0, 0.0]] * 5, [True, False, False, False, False])[-1]
-    assert [told for told, _ in memory[1:]] == [10.0, 20.0, 20.0, 20.0]
+    assert [reward for reward, _ in memory[1:]] == [10.0, 20.0, 20.0, 20.0]
 
 
 def test_rewards_are_averaged_over_tasks_and_trials_step_by_step():

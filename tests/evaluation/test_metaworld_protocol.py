@@ -63,9 +63,9 @@ class FakeEnvs:
         observations = np.stack([np.arange(self.num_envs), self.time], -1).astype(float)
         if not self.recurrent:
             return observations
-        told = np.zeros((self.num_envs, 4))
-        told[:, :2], told[:, 2], told[:, 3] = 0.5, rewards, self.time == 0
-        return np.concatenate([observations, told * (self.time > 0)[:, None]], -1)
+        extra = np.zeros((self.num_envs, 4))
+        extra[:, :2], extra[:, 2], extra[:, 3] = 0.5, rewards, self.time == 0
+        return np.concatenate([observations, extra * (self.time > 0)[:, None]], -1)
 
     def reset(self):
         self.time[:], self.returns[:] = 0, 0
@@ -132,7 +132,7 @@ class Counting:
 
 
 class Remembering:
-    """Adapts in its memory: its state is all that it was told, as tuples (step, reward, episode_start)."""
+    """Adapts in its memory: its state is all of its inputs, as tuples (step, reward, episode_start)."""
 
     device, trial_episodes, adaptation_steps, training_adaptation_steps = torch.device("cpu"), 3, 0, 0
     adapts_by, noise_size = "memory", 2
@@ -230,7 +230,7 @@ def test_success_counts_every_environment_alike_and_only_its_first_episodes():
 
 
 def test_counting_beside_it_does_not_change_what_upstream_reads():
-    """It draws noise of its own and goes on with memories; nothing of it reaches the next round."""
+    """It draws separate noise and continues with memories; nothing of it reaches the next round."""
     figures = []
     for counting in (False, True):
         envs = RewardedActions([REACH] * 3, [6] * 3, [None, 1, None], recurrent=True)
@@ -264,7 +264,7 @@ def test_adapting_sees_exactly_the_recorded_episodes():
     assert first.truncated.int().tolist() == last and not first.terminated.any()
     assert first.episode_start.int().tolist() == [[[1, 0, 0]] * 3, [[1, 0, 0], [1, 0, 0], [0, 0, 0]]]
     assert first.observations[..., 1].tolist() == [[[0, 1, 0]] * 3, [[0, 1, 2], [0, 1, 2], [0, 0, 0]]]
-    # The last observation of an episode stands for the one after it.
+    # The last observation of an episode also serves as the next one.
     assert first.next_observations[..., 1].tolist() == [[[1, 1, 0]] * 3, [[1, 2, 2], [1, 2, 2], [0, 0, 0]]]
     assert (first.observations[1, :2, :, 0] == 1).all() and (first.next_observations[1, :2, :, 0] == 1).all()
     assert first.success.isnan().equal(first.valid)
@@ -301,7 +301,7 @@ def test_it_acts_with_the_adapted_state_clipped_and_scaled():
     exploring, adapted = np.array(envs.actions[:12]), np.array(envs.actions[12:])
     draws = np.array([draw[:, 0].double().numpy() for draw in agent.draws[:12]])
     np.testing.assert_allclose(exploring, np.clip(draws, -1, 1) * [1, 2] + [0, 2], rtol=1e-6)
-    # After K = 2 adaptations the mean is 2, beyond the bound 1, which stands for HIGH.
+    # After K = 2 adaptations the mean is 2, beyond the bound 1, which means HIGH.
     assert adapted.shape == (3, 2, 2) and (adapted == [1.0, 4.0]).all()
 
 
@@ -405,7 +405,7 @@ def test_environments_that_do_not_fit_are_refused():
         evaluate_upstream(Remembering(), FakeEnvs([REACH], [2]))
     with pytest.raises(ValueError, match="recurrent_info_in_obs=False"):
         evaluate_upstream(Counting(), FakeEnvs([REACH], [2], recurrent=True))
-    with pytest.raises(ValueError, match=r"tell the rewards \[0.1\], the environments \[1.\].*normalize_reward"):
+    with pytest.raises(ValueError, match=r"have the rewards \[0.1\], environments \[1.\].*normalize_reward"):
         evaluate_upstream(Remembering(), FakeEnvs([REACH], [2], recurrent=True, reward_scale=0.1))
     with pytest.raises(ValueError, match="NaN or infinity"):
         MetaWorldAgent(make_policy(Counting())).adapt_action(np.array([[0.0, np.nan]]))
@@ -481,13 +481,13 @@ def test_the_seed_is_that_of_the_noise_and_not_of_the_goals(monkeypatch):
 def test_mistakes_are_named(monkeypatch):
     asked = build_fakes(monkeypatch)
     policy = make_policy(Counting())
-    with pytest.raises(UserError, match="ML1 and a class"):
+    with pytest.raises(UserError, match="ML1 with a name"):
         official.official_report(policy, benchmark="ML1")
-    with pytest.raises(UserError, match="ML1 and a class"):
+    with pytest.raises(UserError, match="ML1 with a name"):
         official.official_report(policy, benchmark="ML10", name="reach-v3")
     with pytest.raises(UserError, match="'raech-v3'"):
         official.official_report(policy, benchmark="ML1", name="raech-v3")
-    with pytest.raises(UserError, match="adapted already"):
+    with pytest.raises(UserError, match="already adapted"):
         official.official_report(
             Policy(policy.config, policy.agent, policy.spaces, 0, None, adapted=True), benchmark="ML10"
         )

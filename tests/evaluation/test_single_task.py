@@ -83,9 +83,9 @@ OWN = Task("mine", "mine", "test", "mine", 0, 0, {"horizon": 5})
     ],
 )
 def test_a_report_holds_each_task_and_all_together(small, algorithm, env_steps, curve_env_steps):
-    told = []
+    reported = []
     report = reference(
-        TASKS[:2], algorithm, env_steps, eval_episodes=2, seed=3, progress=lambda *said: told.append(said)
+        TASKS[:2], algorithm, env_steps, eval_episodes=2, seed=3, progress=lambda *said: reported.append(said)
     )
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert (report["algorithm"], report["env_steps"], report["eval_episodes"], report["seed"]) == (
@@ -95,7 +95,7 @@ def test_a_report_holds_each_task_and_all_together(small, algorithm, env_steps, 
     assert report["hyperparameters"] == HYPERPARAMETERS[algorithm]
     assert set(report["versions"]) >= {"stable-baselines3", "torch", "gymnasium", "mujoco", "metaworld"}
     assert [Task.from_json(json.dumps(row["task"])) for row in report["tasks"]] == TASKS[:2]
-    assert told == list(enumerate(report["tasks"], 1))
+    assert reported == list(enumerate(report["tasks"], 1))
     for row, task in zip(report["tasks"], TASKS, strict=False):
         curve = row["curve"]
         assert (row["name"], row["index"]) == ("goals", task.index)
@@ -489,7 +489,7 @@ def test_an_interrupted_command_says_where_it_goes_on(trained, command, monkeypa
 
     monkeypatch.setattr(baseline, "reference", interrupted)
     status, out, err = command(CONFIG, *SMALL)
-    assert (status, out) == (130, "") and "runs/baselines" in err and "the same command goes on" in err
+    assert (status, out) == (130, "") and "runs/baselines" in err and "repeat the command to resume" in err
 
 
 def test_help_names_the_options(command):

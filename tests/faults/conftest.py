@@ -46,7 +46,7 @@ def mistake(cli):
     """Run a command that must be refused, as a process: its one line."""
 
     def run(*arguments, expected=(), **options):
-        return processes.assert_told_in_one_line(cli(*arguments, **options), *expected)
+        return processes.assert_one_line_error(cli(*arguments, **options), *expected)
 
     return run
 
@@ -63,9 +63,9 @@ def refused(command, tmp_path, monkeypatch):
 
     def run(*arguments, expected=()):
         before = listing(tmp_path)
-        told = processes.assert_told_in_one_line(command(*arguments), *expected)
+        message = processes.assert_one_line_error(command(*arguments), *expected)
         assert listing(tmp_path) == before
-        return told
+        return message
 
     return run
 
@@ -151,12 +151,12 @@ def assert_rejected(older, newer, caplog):
     def check(name, *reasons):
         with pytest.raises(CorruptCheckpointError) as error:
             load(newer)
-        told = str(error.value)
-        assert told.startswith(f"{newer / name}: ") and len(told) > len(f"{newer / name}: ") + 10
-        assert told.isprintable() and len(told) < 1000
-        assert not reasons or any(reason in told for reason in reasons), told
+        message = str(error.value)
+        assert message.startswith(f"{newer / name}: ") and len(message) > len(f"{newer / name}: ") + 10
+        assert message.isprintable() and len(message) < 1000
+        assert not reasons or any(reason in message for reason in reasons), message
         caplog.clear()
         assert load_latest(newer.parent).path == older
-        assert f"rejected a checkpoint, 000004 is used: {told}" in caplog.text
+        assert f"rejected a checkpoint, using 000004 instead: {message}" in caplog.text
 
     return check

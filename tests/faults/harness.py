@@ -79,24 +79,24 @@ def before_operation(number, strike):
 
 @contextlib.contextmanager
 def recorded():
-    """Have what is synced and renamed noted down, by name, in a list."""
-    told, fsync, rename, replace = [], os.fsync, os.rename, os.replace
+    """Record the names of synced and renamed files in a list."""
+    operations, fsync, rename, replace = [], os.fsync, os.rename, os.replace
 
-    def noted_fsync(descriptor):
-        told.append(f"sync {os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))}")
+    def recording_fsync(descriptor):
+        operations.append(f"sync {os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))}")
         fsync(descriptor)
 
-    def noted(move):
+    def recording(move):
         def call(source, target):
-            told.append(f"{os.path.basename(source)} becomes {os.path.basename(target)}")
+            operations.append(f"{os.path.basename(source)} becomes {os.path.basename(target)}")
             move(source, target)
 
         return call
 
     with contextlib.ExitStack() as stack:
-        for name, call in (("fsync", noted_fsync), ("rename", noted(rename)), ("replace", noted(replace))):
+        for name, call in (("fsync", recording_fsync), ("rename", recording(rename)), ("replace", recording(replace))):
             stack.enter_context(mock.patch.object(os, name, call))
-        yield told
+        yield operations
 
 
 def in_child(work):
@@ -129,8 +129,8 @@ def killed_before(number, work):
 def cut_off(size, work, *, kill):
     """Do a piece of work in a child that cannot make any file larger than `size` bytes.
 
-    The write that would is carried out up to there. Then the process is killed, or it is told EFBIG, much like a disk
-    that is full; returns whether it was killed.
+    The write that would is carried out up to there. Then the process is killed, or the write fails with EFBIG, much
+    like on a full disk; returns whether it was killed.
     """
 
     def limited():
@@ -183,7 +183,7 @@ def mounted(folder, *options):
 
 
 def small_disk(folder, kib):
-    """Have a disk of so many KiB at a folder."""
+    """Mount a disk of the given size in KiB at a folder."""
     return mounted(folder, "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs")
 
 

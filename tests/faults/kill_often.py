@@ -41,7 +41,7 @@ SHARED = Path("/dev/shm")
 
 
 def config(iterations: int) -> dict[str, Any]:
-    """Return settings of three stages with so many iterations each, of a quarter of a second or so."""
+    """Return settings of three stages with the given number of iterations each, of a quarter of a second or so."""
     speeds = ([0, 1], [1, 2], [2, 3])
     tasks = {"family": "mujoco", "name": "HalfCheetahVel", "horizon": 40}
     return {
@@ -92,7 +92,7 @@ def orphans(mark: str, seconds: float = 2.0) -> list[int]:
 
 
 def checkpoints(run_dir: Path) -> tuple[dict[int, Checkpoint], list[str]]:
-    """Return the checkpoints that can be loaded by their iteration, and what speaks against the others."""
+    """Return the checkpoints that can be loaded by their iteration, and why the others cannot."""
     sound, rejected = {}, []
     for path in sorted((run_dir / "checkpoints").glob("[0-9]*")):
         try:
@@ -153,7 +153,7 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def under_way(run_dir: Path, process: subprocess.Popen[bytes], more: int = 1) -> None:
-    """Wait until a run has tracked so many lines more, or has ended."""
+    """Wait until a run has tracked this many more lines, or has ended."""
     metrics = run_dir / "metrics.jsonl"
     least, count = sys.maxsize, 0
     while count < least + more and process.poll() is None:
@@ -196,13 +196,13 @@ def kill_often(folder: Path, kills: int, seed: int, iterations: int) -> dict[str
         result["rejected"] += rejected
         result["lost"] += max(sound, default=-1) < newest
         newest = max(sound, default=-1)
-    told = re.findall(rb"^.*(?:Traceback|rejected a checkpoint|Error).*$", output.read_bytes(), re.MULTILINE)
+    messages = re.findall(rb"^.*(?:Traceback|rejected a checkpoint|Error).*$", output.read_bytes(), re.MULTILINE)
     found = events(run_dir)
     return {
         **result,
         "too few": kills - sum(result["kills"].values()),
         "status": status,
-        "told": [line.decode(errors="replace") for line in told],
+        "messages": [line.decode(errors="replace") for line in messages],
         "left": sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob(".*")),
         "differences": different(run_dir, whole),
         "twice": len(found) - len({each[:2] for each in found}),
@@ -213,7 +213,7 @@ def kill_often(folder: Path, kills: int, seed: int, iterations: int) -> dict[str
 
 def wrong(result: dict[str, Any]) -> list[str]:
     """Return the names of the findings that should not be."""
-    bad = ("too few", "status", "told", "rejected", "lost", "orphans", "shared", "left", "differences", "twice")
+    bad = ("too few", "status", "messages", "rejected", "lost", "orphans", "shared", "left", "differences", "twice")
     return [name for name in bad if result[name]]
 
 

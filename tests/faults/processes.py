@@ -62,7 +62,7 @@ def start_cli(*arguments, cwd=None, **variables):
     )
 
 
-def assert_told_in_one_line(done, *expected, status=2):
+def assert_one_line_error(done, *expected, status=2):
     """Check that a command ended with one line of cause and cure, without a traceback and with nothing else."""
     code, out, err = done[:3]
     assert code == status, (code, out, err)

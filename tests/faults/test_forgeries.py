@@ -83,10 +83,10 @@ def test_a_forged_manifest_is_rejected(newer, older, kind):
     forge(newer, FORGERIES[kind])
     with pytest.raises(CorruptCheckpointError) as error:
         load(newer)
-    told = str(error.value)
-    assert told.startswith(str(newer)) and told.isprintable() and len(told) < 1000
+    message = str(error.value)
+    assert message.startswith(str(newer)) and message.isprintable() and len(message) < 1000
     if "format" in kind:
-        assert f"this metarl reads format {checkpoint.FORMAT}" in told
+        assert f"this metarl reads format {checkpoint.FORMAT}" in message
     assert load_latest(newer.parent).path == older
 
 
@@ -95,7 +95,7 @@ def test_a_forged_manifest_is_rejected(newer, older, kind):
     [
         (b"[" * 100_000, "RecursionError"),
         (b'{"a":' * 100_000, "RecursionError"),
-        (b" " * 50 * 2**20, "no manifest is that long"),
+        (b" " * 50 * 2**20, "too long for a manifest"),
         (b'"' + b"x" * 2**20 + b'"', "holds a str, not a manifest"),
         (b"9" * 10_000, "ValueError"),
         (b"NaN", "holds a float"),
@@ -176,7 +176,7 @@ def paths_in(content, above=()):
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_manifest_changed_anywhere_is_rejected_or_as_good(newer, data):
-    """Its hash is right. Whatever is read from it, there is no other exception, and it is told in a line."""
+    """Its hash is right. Whatever is read from it, there is no other exception, and the error is one line."""
     original = (newer / MANIFEST).read_bytes()
     places = sorted(paths_in(json.loads(original)), key=str)
     keys, value = data.draw(st.sampled_from(places)), data.draw(JSON)
@@ -271,12 +271,12 @@ def test_nothing_is_executed_whatever_lies_in_a_run_directory(stopped, newer, ev
         ["plot", stopped],
         ["train", stopped.parent / "given.yaml", "--run-dir", stopped, "--resume"],
     ):
-        status, _, told = command(*verb)
+        status, _, message = command(*verb)
         assert not evil.marker.exists()
-        assert status in (0, 2), told
-        assert "Traceback" not in told
-        assert status == 0 or (told.startswith("metarl: ") and len(told.splitlines()) == 1), told
+        assert status in (0, 2), message
+        assert "Traceback" not in message
+        assert status == 0 or (message.startswith("metarl: ") and len(message.splitlines()) == 1), message
         if name == "config.yaml":
-            assert status == 2 and "config.yaml" in told
+            assert status == 2 and "config.yaml" in message
     if name in FILES or name == EVENTS:
         assert status == 0  # the run has gone on

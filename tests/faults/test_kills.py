@@ -72,7 +72,7 @@ def another_config(run_dir):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (a_line_less, "metrics.jsonl"),
         (a_number_changed, "metrics.jsonl"),
@@ -82,13 +82,13 @@ def another_config(run_dir):
         (another_config, "config.yaml"),
     ],
 )
-def test_the_comparison_sees_each_difference(tmp_path, run, change, told):
+def test_the_comparison_sees_each_difference(tmp_path, run, change, expected):
     for name in ("one", "other"):
         shutil.copytree(run, tmp_path / name)
     assert different(tmp_path / "one", tmp_path / "other") == []
     change(tmp_path / "one")
     for pair in (("one", "other"), ("other", "one")):
-        assert all(each.startswith(told) for each in different(*(tmp_path / name for name in pair)))
+        assert all(each.startswith(expected) for each in different(*(tmp_path / name for name in pair)))
         assert different(*(tmp_path / name for name in pair)) != []
 
 

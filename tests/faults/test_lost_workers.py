@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Noisy:
-    """Acts with its noise, or as another agent does; before each act it does what it is told to."""
+    """Acts with its noise, or as another agent does; before each act it runs a given function."""
 
     device = torch.device("cpu")
     adapts_by, adaptation_steps = "memory", 0

@@ -1,4 +1,4 @@
-"""What a machine lacks: a GPU, OpenGL, a package, memory, room, letters. It is told in one line, too.
+"""What a machine lacks: a GPU, OpenGL, a package, memory, room, letters. The error is one line, too.
 
 The numbers are those of the cases in docs/reliability.md.
 """
@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from metarl.config.schema import embedded_configs
-from tests.faults.processes import COMMAND, NAVIGATION, assert_told_in_one_line, environment
+from tests.faults.processes import COMMAND, NAVIGATION, assert_one_line_error, environment
 from tests.faults.small_runs import listing
 
 # 9: a GPU that is not there
@@ -17,8 +17,8 @@ from tests.faults.small_runs import listing
 @pytest.mark.slow
 def test_case_09_a_gpu_that_is_not_there_is_refused(mistake, cli, run_dir, tmp_path):
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
-    told = mistake(*NAVIGATION, "--device", "cuda", "--run-dir", tmp_path / "run", **hidden)
-    assert "PyTorch finds no GPU here; use --device cpu or auto" in told and listing(tmp_path) == {}
+    message = mistake(*NAVIGATION, "--device", "cuda", "--run-dir", tmp_path / "run", **hidden)
+    assert "PyTorch finds no GPU here; use --device cpu or auto" in message and listing(tmp_path) == {}
     mistake("evaluate", run_dir, "--device", "cuda", expected=["--device cpu or auto"], **hidden)
     done = cli(*NAVIGATION, "--device", "auto", "--run-dir", tmp_path / "run", **hidden)
     assert done.status == 0, done.err
@@ -55,11 +55,11 @@ def cheetah(trained):
 
 @pytest.mark.slow
 def test_case_25_no_opengl_says_what_to_install_and_leaves_no_video(mistake, cheetah, without, tmp_path):
-    told = mistake("play", cheetah, "--gif", tmp_path / "play.gif", **without("OpenGL"))
-    assert "no OpenGL backend works here: `apt install libosmesa6`" in told and "only rendering needs it" in told
+    message = mistake("play", cheetah, "--gif", tmp_path / "play.gif", **without("OpenGL"))
+    assert "no OpenGL backend works here: `apt install libosmesa6`" in message and "only rendering needs it" in message
     assert not (tmp_path / "play.gif").exists()
-    told = mistake("play", cheetah, "--gif", tmp_path / "play.gif", MUJOCO_GL="disable")
-    assert "MUJOCO_GL=disable turns rendering off; unset it" in told
+    message = mistake("play", cheetah, "--gif", tmp_path / "play.gif", MUJOCO_GL="disable")
+    assert "MUJOCO_GL=disable turns rendering off; unset it" in message
 
 
 @pytest.mark.slow
@@ -81,8 +81,8 @@ def test_case_25_evaluating_needs_no_opengl(cli, cheetah, without):
 def test_case_25_a_missing_extra_names_the_line_that_installs_it(
     mistake, run_dir, without, tmp_path, package, arguments, extra
 ):
-    told = mistake(*(word.format(run=run_dir) for word in arguments), **without(package))
-    assert f'pip install "metarl[{extra}]"' in told
+    message = mistake(*(word.format(run=run_dir) for word in arguments), **without(package))
+    assert f'pip install "metarl[{extra}]"' in message
     assert not (tmp_path / "x.onnx").exists() and not (tmp_path / "x.mp4").exists()
 
 
@@ -113,11 +113,14 @@ def test_a_run_that_needs_more_memory_than_there_is_says_so(command, monkeypatch
 
         monkeypatch.setattr("metarl.training.loop.train", fail)
         done = command(*NAVIGATION, "--run-dir", tmp_path / "run")
-        assert_told_in_one_line(done, "out of memory; lower num_tasks", status=1)
+        assert_one_line_error(done, "out of memory; lower num_tasks", status=1)
 
 
 def test_output_that_cannot_be_written_is_no_traceback():
-    for unbuffered, told in ((None, "metarl: cannot print: No space left on device\n"), ("1", "metarl: OSError: ")):
+    for unbuffered, message in (
+        (None, "metarl: cannot write to stdout: No space left on device\n"),
+        ("1", "metarl: OSError: "),
+    ):
         with open("/dev/full", "w") as full:
             done = subprocess.run(
                 [*COMMAND, "--help"],
@@ -127,7 +130,7 @@ def test_output_that_cannot_be_written_is_no_traceback():
                 env=environment(PYTHONUNBUFFERED=unbuffered),
                 check=False,
             )
-        assert done.returncode == 1 and done.stderr.startswith(told) and done.stderr.count("\n") == 1
+        assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 
 def test_a_terminal_without_our_letters_shows_the_others(cli):

@@ -1,4 +1,4 @@
-"""Mistakes in a config are told like those in arguments, with the file and the place in it; nothing is executed.
+"""Mistakes in a config are reported like those in arguments, with file and place; nothing is executed.
 
 The numbers are those of the cases in docs/reliability.md.
 """
@@ -13,7 +13,7 @@ import yaml
 from metarl.config.schema import dump_config, load_config
 from metarl.config.yaml_io import MOST_BYTES
 from metarl.errors import UserError
-from tests.faults.processes import COMMAND, NAVIGATION, assert_told_in_one_line, run_cli
+from tests.faults.processes import COMMAND, NAVIGATION, assert_one_line_error, run_cli
 from tests.faults.small_runs import listing
 
 # 3: settings that are none
@@ -21,8 +21,8 @@ from tests.faults.small_runs import listing
 
 def test_case_03_an_unknown_key_is_named_with_file_path_and_the_nearest(mistake, config):
     path = config("agent: {outer: {lrr: 0.1}}")
-    told = mistake("train", path)
-    assert told == f"metarl: {path}: agent.outer.lrr: unknown setting; did you mean 'lr'?\n"
+    message = mistake("train", path)
+    assert message == f"metarl: {path}: agent.outer.lrr: unknown setting; did you mean 'lr'?\n"
 
 
 def misspelt(tree, path=()):
@@ -89,14 +89,14 @@ def test_case_03_aliases_and_merged_settings_still_work(config):
 
 def test_case_04_values_out_of_range_are_told_all_at_once(mistake, tmp_path):
     flags = "--agent.outer.lr -1 --agent.gamma 1.5 --num-tasks 0 --agent.inner-lr nan"
-    told = mistake(*NAVIGATION, *flags.split())
+    message = mistake(*NAVIGATION, *flags.split())
     for expected in (
         "--agent.outer.lr: got -1, expected greater than 0",
         "--agent.gamma: got 1.5, expected less than or equal to 1",
         "--num-tasks: got 0, expected greater than or equal to 1",
         "--agent.inner-lr: got 'nan', expected a finite number",
     ):
-        assert expected in told
+        assert expected in message
     assert listing(tmp_path) == {}
 
 
@@ -139,8 +139,8 @@ def test_case_04_the_range_is_named(refused, config, setting, value, expected):
     text = f"{last}: {value}"
     for section in reversed(sections):
         text = f"{section}: {{{text}}}"
-    told = refused("train", config(text), expected=[expected])
-    assert setting in told or "mine.yaml:1:" in told or last in told
+    message = refused("train", config(text), expected=[expected])
+    assert setting in message or "mine.yaml:1:" in message or last in message
 
 
 # 5: values of another type, files that are no settings
@@ -279,7 +279,7 @@ def test_case_05_what_one_may_not_read():
             (["plot", folder / "closed" / "run"], "closed"),
         ):
             done = run_cli(*arguments, cwd=folder, command=as_nobody)
-            assert_told_in_one_line(done, "cannot ", place, "Permission denied")
+            assert_one_line_error(done, "cannot ", place, "Permission denied")
         assert list((folder / "open").iterdir()) == []
 
 
@@ -333,5 +333,5 @@ def test_case_06_a_config_in_a_run_directory_is_read_in_the_same_way(refused, co
 def test_case_06_resuming_reads_it_in_the_same_way_too(command, copied, tmp_path):
     (copied / "config.yaml").write_text(f"seed: !!python/object/apply:os.mkdir ['{tmp_path / 'executed'}']")
     done = command(*NAVIGATION, "--run-dir", copied, "--resume")
-    assert_told_in_one_line(done, "config.yaml:1:7: not valid YAML")
+    assert_one_line_error(done, "config.yaml:1:7: not valid YAML")
     assert not (tmp_path / "executed").exists()

@@ -19,8 +19,8 @@ from tests.faults.small_runs import listing
 @pytest.mark.slow
 def test_case_10_a_run_is_not_written_over(mistake, cli, copied):
     before = listing(copied)
-    told = mistake(*NAVIGATION, "--run-dir", copied)
-    assert "already holds a run" in told and "--resume" in told and "--overwrite" in told
+    message = mistake(*NAVIGATION, "--run-dir", copied)
+    assert "already holds a run" in message and "--resume" in message and "--overwrite" in message
     assert listing(copied) == before
     done = cli(*NAVIGATION, "--overwrite", "--run-dir", copied)
     assert done.status == 0 and "finished" in done.out
@@ -63,15 +63,15 @@ def test_case_11_a_place_that_cannot_be_written_is_told_before_torch_is_imported
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to("/proc/nowhere/at/all")
     before = listing(tmp_path)
-    told = mistake(*NAVIGATION, "--run-dir", place, command=[COMMAND[0], "-c", BEFORE_TORCH])
-    assert place[:40] in told and ("cannot" in told or "too long" in told)
+    message = mistake(*NAVIGATION, "--run-dir", place, command=[COMMAND[0], "-c", BEFORE_TORCH])
+    assert place[:40] in message and ("cannot" in message or "too long" in message)
     assert listing(tmp_path) == before
 
 
 def test_case_11_a_disk_that_is_read_only(mistake, tmp_path):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "ro", "tmpfs") as disk:
-        told = mistake(*NAVIGATION, "--run-dir", disk / "run", command=[COMMAND[0], "-c", BEFORE_TORCH])
-        assert f"cannot write to {disk / 'run'}: Read-only file system; choose another with --run-dir" in told
+        message = mistake(*NAVIGATION, "--run-dir", disk / "run", command=[COMMAND[0], "-c", BEFORE_TORCH])
+        assert f"cannot write to {disk / 'run'}: Read-only file system; choose another with --run-dir" in message
 
 
 def test_case_11_no_name_of_a_directory(refused):
@@ -95,8 +95,8 @@ READING = {
 def test_what_holds_no_run_is_refused(refused, tmp_path, verb, place):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("text")
-    told = refused(verb, place, *READING[verb])
-    assert told == f"metarl: {place} holds no run: there is no config.yaml; train one with `metarl train CONFIG`\n"
+    message = refused(verb, place, *READING[verb])
+    assert message == f"metarl: {place} holds no run: there is no config.yaml; train one with `metarl train CONFIG`\n"
 
 
 @pytest.mark.parametrize("verb", READING)

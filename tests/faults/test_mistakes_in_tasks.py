@@ -14,9 +14,9 @@ from tests.faults.processes import NAVIGATION
 
 
 def test_case_07_an_unknown_task_is_answered_with_the_nearest(mistake):
-    told = mistake("train", "quickstart", "--stages.0.tasks.name", "reach-v9")
-    assert "--stages.0.tasks.name: unknown Meta-World task 'reach-v9': did you mean 'reach-v3'?" in told
-    assert "`metarl list envs` shows all" in told
+    message = mistake("train", "quickstart", "--stages.0.tasks.name", "reach-v9")
+    assert "--stages.0.tasks.name: unknown Meta-World task 'reach-v9': did you mean 'reach-v3'?" in message
+    assert "`metarl list envs` shows all" in message
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_case_07_of_a_trained_agent(refused, run_dir, name, expected):
 
 @pytest.mark.parametrize("index", ["x", "-1", "1.5", "²", "٣", "99999", "9" * 5000, "1:2", " 1"])
 def test_case_07_an_index_that_is_none(refused, run_dir, index):
-    told = refused("play", run_dir, "--task", f"goals:{index}")
-    assert "expected a number" in told or "counted from 0" in told
+    message = refused("play", run_dir, "--task", f"goals:{index}")
+    assert "expected a number" in message or "counted from 0" in message
 
 
 # 8: a meta-batch that the classes do not divide
@@ -87,16 +87,16 @@ def test_case_18_a_checkpoint_of_other_sizes_than_the_config_says(command, copie
     assert "\n  - 8\n" in text
     (copied / "config.yaml").write_text(text.replace("\n  - 8\n", "\n  - 9\n"))
     status, _, err = command("evaluate", copied, "--num-tasks", "1", "--num-workers", "0")
-    told = err.splitlines()[-1]
+    message = err.splitlines()[-1]
     assert status == 2 and "Traceback" not in err
-    assert "does not fit the run's config" in told and "(9, 2)" in told and "(8, 2)" in told
+    assert "does not fit the run's config" in message and "(9, 2)" in message and "(8, 2)" in message
 
 
 @pytest.mark.slow
 def test_case_18_a_run_on_tasks_of_other_sizes_is_not_resumed(mistake, copied):
     flags = ["--stages.0.tasks", "{family: mujoco, name: HalfCheetahVel, horizon: 5}", "--allow-config-change"]
-    told = mistake(*NAVIGATION, *flags, "--run-dir", copied, "--resume")
-    assert "observation" in told and "17" in told and "2" in told
+    message = mistake(*NAVIGATION, *flags, "--run-dir", copied, "--resume")
+    assert "observation" in message and "17" in message and "2" in message
 
 
 @pytest.mark.parametrize(

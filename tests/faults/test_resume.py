@@ -325,10 +325,10 @@ def test_a_signal_saves_and_the_trajectory_goes_on_identically(tmp_path, navigat
     process, run_dir = navigating(*LONG)
     wait_for(lambda: (run_dir / "metrics.jsonl").exists() and len(lines_of(run_dir)) > 3, process)
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == status
     name = signal.Signals(number).name
-    assert told == f"metarl: {name}: saving after this iteration; a second signal stops at once\n"
+    assert err == f"metarl: {name}: saving after this iteration; a second signal stops at once\n"
     done = len(lines(run_dir))
     assert 3 < done < 400 and load_latest(run_dir / "checkpoints").position.iteration == done
     assert not (run_dir / ".lock").exists()

@@ -46,8 +46,8 @@ def test_case_24_numbers_that_run_away_end_a_run_which_then_goes_on(cli, tmp_pat
     for part in ("iteration 3", "3 times in a row", "diverged.json", "--resume --allow-config-change"):
         assert part in line
     assert [line["train/skipped_updates"] for line in read_metrics(tmp_path / "run")] == [1, 1, 1]
-    told = json.loads((tmp_path / "run" / "diverged.json").read_text())
-    assert told["position"]["iteration"] == 3 and told["rollouts"] and told["parameters"]
+    statistics = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    assert statistics["position"]["iteration"] == 3 and statistics["rollouts"] and statistics["parameters"]
     checkpoint = load_latest(tmp_path / "run" / "checkpoints")
     assert checkpoint.position.iteration == 0
     assert all(bool(value.isfinite().all()) for value in checkpoint.state.values())

@@ -128,10 +128,10 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_takes_its_place(tmp_path):
     """So that it is whole after a power cut: its files, then the manifest that vouches for them, then their names."""
     folder = tmp_path / "checkpoints"
     two_checkpoints(folder)
-    with recorded() as told:
+    with recorded() as operations:
         save_states(folder, 2, seed=3)
     temporary = f".000002.{os.getpid()}.tmp"
-    assert told == [
+    assert operations == [
         "sync agent.safetensors",
         "sync stability.safetensors",
         "sync manifest.json",
@@ -144,20 +144,20 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_takes_its_place(tmp_path):
 
 @linux
 def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path):
-    with recorded() as told:
+    with recorded() as operations:
         replace_file(tmp_path / "file", b"new")
-    assert told == ["sync .file.tmp", ".file.tmp becomes file", f"sync {tmp_path.name}"]
+    assert operations == ["sync .file.tmp", ".file.tmp becomes file", f"sync {tmp_path.name}"]
 
 
 @linux
 def test_logs_are_on_the_disk_before_the_checkpoint_that_counts_on_them(tmp_path):
-    with recorded() as told:
+    with recorded() as operations:
         train(load_config("navigation_maml_ppo", processes.SMALL.split()), run_dir=tmp_path / "run")
     (events,) = (path.name for path in (tmp_path / "run" / "tensorboard").iterdir())
-    places = [place for place, each in enumerate(told) if each == "sync manifest.json"]
+    places = [place for place, each in enumerate(operations) if each == "sync manifest.json"]
     assert len(places) == 3  # at the start, at the end of the stage and after its evaluation
     for place in places:
-        assert told[place - 4 : place - 2] == ["sync metrics.jsonl", f"sync {events}"]
+        assert operations[place - 4 : place - 2] == ["sync metrics.jsonl", f"sync {events}"]
 
 
 @each_save
@@ -189,9 +189,9 @@ def test_a_save_killed_while_it_mends_what_another_kill_has_left_loses_nothing(c
 
 
 @each_save
-@pytest.mark.parametrize("kill", [True, False], ids=["killed", "told"])
+@pytest.mark.parametrize("kill", [True, False], ids=["killed", "error"])
 def test_a_save_that_ends_within_a_file_loses_nothing(case, kill):
-    """At every few bytes, also of the writer that is no Python; killed there, or told that there is no room."""
+    """At every few bytes, also of the writer that is no Python; killed there, or without room."""
 
     def refused():
         with pytest.raises((OSError, SafetensorError)):
@@ -377,9 +377,9 @@ def test_a_log_for_which_there_is_no_room_ends_a_run_in_one_line(tmp_path, monke
 def test_the_command_on_a_disk_that_fills_up(tmp_path, undisturbed, cli):
     with small_disk(tmp_path / "disk", 200) as disk:
         command = [*processes.NAVIGATION, *LONG, "--run-dir", disk / "run"]
-        status, _, told, _ = cli(*command)
-        assert status == 1 and len(told.splitlines()) == 1
-        assert told.startswith(f"metarl: cannot write to {disk / 'run'}: ") and told.endswith("with --resume\n")
+        status, _, err, _ = cli(*command)
+        assert status == 1 and len(err.splitlines()) == 1
+        assert err.startswith(f"metarl: cannot write to {disk / 'run'}: ") and err.endswith("with --resume\n")
         make_room(disk)
         assert cli(*command, "--resume").status == 0
         assert different(disk / "run", undisturbed) == []

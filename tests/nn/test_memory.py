@@ -182,7 +182,7 @@ def test_reading_leaves_every_earlier_state_as_it_was(name):
 @every_cell
 @pytest.mark.parametrize("written", [float("nan"), 9.0])
 def test_rows_that_are_not_active_remember_as_they_did(name, written):
-    """Rows stop and go on at random; what they are told meanwhile is garbage. Each is as its own active steps alone."""
+    """Rows stop and go on at random; their inputs meanwhile are garbage. Each is as its own active steps alone."""
     cell, steps = make_cell(name), 40
     active = torch.rand(BATCH, steps, generator=draws(2)) < torch.tensor([1.0, 0.7, 0.4, 0.0])[:, None]
     inputs = make_inputs(steps=steps).masked_fill(~active[..., None], written)

@@ -84,7 +84,7 @@ def test_one_evaluation_has_a_bar_and_no_band():
 def test_training_tasks_are_told_apart_from_held_out_ones():
     figure = drawn({"x": [Panel("return", [curve("a"), curve("b", held_out=False)])]})
     assert legend_of(figure) == ["a, n = 1", "b, n = 1 (training tasks)"]
-    assert "held-out tasks where nothing else is said" in figure.legends[0].get_title().get_text()
+    assert "held-out tasks unless stated otherwise" in figure.legends[0].get_title().get_text()
     a, b = figure.axes[0].lines
     assert (a.get_markerfacecolor(), b.get_markerfacecolor()) == (a.get_color(), "white")
 

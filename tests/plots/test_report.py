@@ -178,7 +178,7 @@ def test_a_class_without_success_says_so():
 
 def test_one_task_a_class_has_no_interval():
     report = changed(tasks=[task("a", [0.0, 0.5]), task("b", [0.5, 1.0])])
-    assert "one task a class has no interval" in drawn(report).legends[0].get_title().get_text()
+    assert "one task per class has no interval" in drawn(report).legends[0].get_title().get_text()
     assert "faint dots: tasks" in drawn(REPORT).legends[0].get_title().get_text()
 
 
@@ -268,7 +268,7 @@ def without(key):
         ("", "Invalid JSON: EOF"),
         ('{"protocol": "metarl", "spl', "Invalid JSON: EOF"),
         ("[1, 2]", "expected an object"),
-        ('{"stages": []}', "it names no protocol"),
+        ('{"stages": []}', "the field protocol is missing"),
         ('{"protocol": "other"}', "'other'"),
         (without("phases"), "phases: Field required"),
         (json.dumps(changed(phases=[])), "phases: Tuple should have at least 1 item"),

@@ -229,11 +229,11 @@ def test_names_are_shown_as_they_are():
 
 
 def test_names_of_short_stages_are_moved_apart():
-    places = plotting._apart(np.array([0.0, 50.0, 51.0, 52.0, 99.0, 100.0]), 0.0, 100.0, 5.0)
+    places = plotting._spread(np.array([0.0, 50.0, 51.0, 52.0, 99.0, 100.0]), 0.0, 100.0, 5.0)
     # From the left each at least 5 further, 50 55 60; at the end pushed back from 104 to 100 and from 99 to 95.
     np.testing.assert_array_equal(places, [0, 50, 55, 60, 95, 100])
     # 6 names need 50, but there are only 10: evenly spread.
-    np.testing.assert_allclose(plotting._apart(np.arange(6.0), 0.0, 10.0, 10.0), [0, 2, 4, 6, 8, 10])
+    np.testing.assert_allclose(plotting._spread(np.arange(6.0), 0.0, 10.0, 10.0), [0, 2, 4, 6, 8, 10])
 
 
 def test_stability_plasticity_by_hand():
@@ -357,9 +357,9 @@ def test_mistakes_are_told_in_one_line(command, tmp_path, four_runs):
     blocked = tmp_path / "file"
     blocked.write_text("")
     for arguments, message in (
-        ((saved,), "saved is a saved policy, which holds no training to draw; name the run"),
+        ((saved,), "saved is a saved policy, which has no metrics; plot the run"),
         ((tmp_path / "nowhere",), "nowhere holds no run: there is no config.yaml"),
-        ((empty,), "empty has tracked nothing yet"),
+        ((empty,), "empty has no metrics yet"),
         ((four_runs[0], "--out", blocked), "cannot write "),
         ((four_runs[0], "--out", blocked / "below"), "choose another folder with --out"),
         ((), "metarl plot --help"),
@@ -410,7 +410,7 @@ def test_damaged_reports_are_named_and_the_rest_is_drawn(command, tmp_path):
     lines = err.splitlines()
     assert len(lines) == 5
     for line, name in zip(lines, "abcde", strict=True):
-        assert line.startswith(f"metarl: {folder / name}.json is left out")
+        assert line.startswith(f"metarl: skipped {folder / name}.json: ")
 
 
 def single(path, tasks, agent="maml_ppo", seed=0, iterations=4, evaluate_until=4, success=True):
@@ -454,7 +454,7 @@ def test_runs_on_the_same_tasks_are_compared(command, tmp_path, compared):
     ]
     status, out, err = command("plot", *runs, "--out", tmp_path / "figures")
     assert (status, err) == (0, "")
-    assert f"not in comparison.png, as no other run has their tasks: {tmp_path / 'alone'}\n" in out
+    assert f"not in comparison.png, since no other run has their tasks: {tmp_path / 'alone'}\n" in out
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["comparison.png"]
     assert list(compared) == ["navigation goals", "metaworld ML1 reach-v3, horizon 100"]
     returns, success = compared["navigation goals"]

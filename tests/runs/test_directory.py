@@ -45,9 +45,13 @@ def test_other_settings_are_listed_with_both_values_and_need_to_be_allowed(tmp_p
     changed = config("--stages.0.iterations 4 --agent.inner-lr 0.02 --seed 5")
     with pytest.raises(UserError) as error:
         train(changed, run_dir=tmp_path, resume=True)
-    told = str(error.value)
-    assert "seed (0, now 5)" in told and "agent.inner_lr (0.1, now 0.02)" in told and "--allow-config-change" in told
-    assert told.count("now") == 2 and "\n" not in told
+    message = str(error.value)
+    assert (
+        "seed (0, now 5)" in message
+        and "agent.inner_lr (0.1, now 0.02)" in message
+        and "--allow-config-change" in message
+    )
+    assert message.count("now") == 2 and "\n" not in message
     assert (tmp_path / "config.yaml").read_bytes() == before and len(read_metrics(tmp_path)) == 2
     run = train(changed, run_dir=tmp_path, resume=True, allow_config_change=True)
     assert run.finished and [line["iteration"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 4]
@@ -124,7 +128,7 @@ def test_a_run_is_made_longer(tmp_path, stop):
     ],
 )
 def test_what_is_over_keeps_its_length(tmp_path, stop, iterations, message):
-    """Where stages end, and what is theirs in figures, is told from their lengths."""
+    """The ends of stages, and their parts of figures, follow from their lengths."""
 
     def settings(*iterations):
         stages = [{"tasks": {"family": "navigation", "horizon": 5}, "iterations": each} for each in iterations]
@@ -136,7 +140,7 @@ def test_what_is_over_keeps_its_length(tmp_path, stop, iterations, message):
 
 
 def test_stages_of_a_sequence_keep_their_names(tmp_path):
-    """The account of forgetting finds their scores by them; a single stage has none."""
+    """Their scores are keyed by name; a single stage has none."""
 
     def settings(*names):
         stages = [{"name": name, "tasks": {"family": "navigation", "horizon": 5}, "iterations": 2} for name in names]
@@ -145,8 +149,8 @@ def test_stages_of_a_sequence_keep_their_names(tmp_path):
     for names, others in ((["a", "b"], ["z", "b"]), (["a"], ["z"])):
         run_dir = tmp_path / str(len(names))
         train(settings(*names), run_dir=run_dir, max_iterations=1)
-        told = pytest.raises(UserError, match=r"stages\.0\.name: got 'z', expected 'a', the name of its scores")
-        with told if len(names) > 1 else contextlib.nullcontext():
+        error = pytest.raises(UserError, match=r"stages\.0\.name: got 'z', expected 'a', the name of its scores")
+        with error if len(names) > 1 else contextlib.nullcontext():
             assert train(settings(*others), run_dir=run_dir, resume=True, allow_config_change=True).finished
 
 
@@ -206,7 +210,7 @@ def test_the_best_evaluation_is_kept_and_loaded(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000002", "000004"]
     assert metarl.load(tmp_path, checkpoint="best").env_steps == 80
     assert metarl.load(tmp_path).env_steps == metarl.load(tmp_path, checkpoint=4).env_steps == 160
-    with pytest.raises(UserError, match="has no checkpoint of iteration 3; there are: 2, 4"):
+    with pytest.raises(UserError, match="has no checkpoint of iteration 3; available: 2, 4"):
         metarl.load(tmp_path, checkpoint=3)
     with pytest.raises(UserError, match="expected latest, best or"):
         metarl.load(tmp_path, checkpoint="newest")
@@ -239,7 +243,7 @@ def test_the_best_of_several_stages_has_the_best_mean_over_all_of_them():
 
 @pytest.mark.parametrize("at", [1, 3])
 def test_an_evaluation_that_breaks_costs_no_training(tmp_path, monkeypatch, caplog, at):
-    """In mid-run or at the end: it is told, and what would have come of it is missing."""
+    """Mid-run or at the end: there is a warning, and training continues without the evaluation."""
     evaluate, calls = metarl.training.stage_evaluation.evaluate_agent, []
 
     def broken(*args, **kwargs):

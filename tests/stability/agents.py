@@ -65,11 +65,11 @@ def trials(agent, tasks=3, rollouts=2, seed=0):
     valid = (steps < lengths[:, None]).expand(size)
     start = ((steps == 0) | (steps == 3)).expand(size) & valid
     rewards, log_probs, actions = torch.zeros(size), torch.zeros(size), torch.zeros(*size, ACTIONS)
-    told, state = torch.full(shape, torch.nan), agent.initial_state(tasks)
+    last_rewards, state = torch.full(shape, torch.nan), agent.initial_state(tasks)
     for t in range(5):
-        time_step = TimeStep(observations[:, :, t], told, start[..., t], valid[..., t])
+        time_step = TimeStep(observations[:, :, t], last_rewards, start[..., t], valid[..., t])
         actions[:, :, t], log_probs[..., t], state = agent.act(time_step, noise[:, :, t], state)
-        rewards[..., t] = told = -(actions[:, :, t] - observations[:, :, t, :ACTIONS]).square().sum(-1)
+        rewards[..., t] = last_rewards = -(actions[:, :, t] - observations[:, :, t, :ACTIONS]).square().sum(-1)
     last = valid & (steps == lengths[:, None] - 1)
     rollout = Rollout(
         observations=observations,

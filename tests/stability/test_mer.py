@@ -11,7 +11,7 @@ from tests.stability.agents import copy_of, iteration, make
 
 
 class Point:
-    """An agent with one parameter, which its update sets to whatever it is told."""
+    """An agent with one parameter, which its update sets to a given value."""
 
     def __init__(self, value):
         self.theta = torch.tensor([value], requires_grad=True)

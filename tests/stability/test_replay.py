@@ -35,22 +35,24 @@ def rng(*seed):
     return np.random.default_rng(seed)
 
 
-def marked(agent, number, tasks=3, rollouts=2, seed=0):
-    """Rollouts of an iteration whose rewards say which it is, so that stored trials can be told apart."""
+def numbered_rollouts(agent, number, tasks=3, rollouts=2, seed=0):
+    """Rollouts of an iteration whose rewards are its number, so that stored trials can be distinguished."""
     return [
         replace(each, rewards=(number + 0.0 * each.rewards) * each.valid)
         for each in iteration(agent, tasks, rollouts, seed)
     ]
 
 
-def lived_through(agent, stages=2, current=0, iterations=2, **settings):
-    """A method that has seen some stages; their trials are marked 0, 1, …"""
+def after_stages(agent, stages=2, current=0, iterations=2, **settings):
+    """A method after some stages; the rewards of their trials are 0, 1, …"""
     method = Replay(ReplayConfig(**{"capacity": 12, **settings}))
     for stage in range(stages + (current > 0)):
         for number in range(current if stage == stages else iterations):
-            method.observe(agent, marked(agent, stage, seed=10 * stage + number), NOTHING, rng(stage, number))
+            method.observe(
+                agent, numbered_rollouts(agent, stage, seed=10 * stage + number), NOTHING, rng(stage, number)
+            )
         if stage < stages:
-            method.end_stage(agent, marked(agent, stage), rng(stage))
+            method.end_stage(agent, numbered_rollouts(agent, stage), rng(stage))
     return method
 
 
@@ -69,10 +71,10 @@ def test_stages_have_equal_shares_of_the_capacity(kind):
     method = Replay(ReplayConfig(capacity=12))
     for stage in range(3):
         for number in range(4):
-            method.observe(agent, marked(agent, stage, seed=number), NOTHING, rng(stage, number))
+            method.observe(agent, numbered_rollouts(agent, stage, seed=number), NOTHING, rng(stage, number))
             assert method.new_trials == (3 if kind == "maml" else 6)
         sizes.append([len(part) for part in (*method.ended, method.current)])
-        method.end_stage(agent, marked(agent, stage), rng(stage))
+        method.end_stage(agent, numbered_rollouts(agent, stage), rng(stage))
         assert method.current is None and len(method.ended) == stage + 1
     assert sizes == [[12], [6, 6], [4, 4, 4]]
     for stage, reservoir in enumerate(method.ended):
@@ -80,7 +82,7 @@ def test_stages_have_equal_shares_of_the_capacity(kind):
 
 
 def test_a_capacity_below_the_number_of_stages_keeps_one_of_each():
-    method = lived_through(make("gru"), stages=3, capacity=2)
+    method = after_stages(make("gru"), stages=3, capacity=2)
     assert [len(reservoir) for reservoir in method.ended] == [1, 1, 1]
 
 
@@ -88,7 +90,7 @@ def test_a_capacity_below_the_number_of_stages_keeps_one_of_each():
 def test_dropped_trials_are_never_stored(kind):
     """Of task 1 (for MAML in one of its phases), or of one rollout, all steps are invalid."""
     agent, method = make(kind), Replay(ReplayConfig(capacity=100))
-    rollouts = marked(agent, 1)
+    rollouts = numbered_rollouts(agent, 1)
 
     def drop(value):
         value = value.clone()
@@ -119,7 +121,7 @@ def test_a_stage_of_which_nothing_was_kept_is_left_out():
 
 def test_as_many_are_drawn_of_each_stage_that_has_ended_and_none_of_the_current_one():
     """10 of 3 stages: 4, 3 and 3, the one with 4 being drawn; the stage in training is not among them."""
-    method = lived_through(make("gru"), stages=3, current=2)
+    method = after_stages(make("gru"), stages=3, current=2)
     assert method.current is not None and set(stages_of(method.current.take(np.arange(3)))) == {3}
     generator, more = rng(0), set()
     for _ in range(40):
@@ -140,7 +142,7 @@ def test_as_many_are_drawn_of_each_stage_that_has_ended_and_none_of_the_current_
 )
 def test_the_share_of_replayed_trials(monkeypatch, share, fraction, expected):
     agent = make("gru")
-    method, counts = lived_through(agent, share=share), []
+    method, counts = after_stages(agent, share=share), []
     draw = method.draw
     monkeypatch.setattr(method, "draw", lambda count, generator: counts.append(count) or draw(count, generator))
     assert method.new_trials == 6
@@ -172,7 +174,7 @@ def test_the_labels_are_what_the_agent_does_at_the_end_of_the_stage(kind):
 def test_labels_that_are_not_finite_leave_the_stage_as_it_was_until_it_is_asked_again(monkeypatch, broken):
     """The second of two batches of labels breaks: not even the first is kept."""
     agent = learned("maml")
-    method = lived_through(agent, stages=1, current=2, capacity=8)  # 4 trials
+    method = after_stages(agent, stages=1, current=2, capacity=8)  # 4 trials
     monkeypatch.setattr("metarl.stability.replay._LABEL_BATCH", 2)
     replay_policy, log_prob, calls = agent.replay_policy, agent.log_prob, []
 
@@ -215,7 +217,7 @@ def test_labels_that_are_not_finite_leave_the_stage_as_it_was_until_it_is_asked_
 
 def test_steps_that_no_trial_has_need_no_finite_labels(monkeypatch):
     agent = learned("maml")
-    method, log_prob = lived_through(agent, stages=0, current=1), agent.log_prob
+    method, log_prob = after_stages(agent, stages=0, current=1), agent.log_prob
     filled = lambda value, valid: torch.where(valid, value, torch.nan)  # noqa: E731
     monkeypatch.setattr(agent, "log_prob", lambda state, each: filled(log_prob(state, each), each.valid))
     method.end_stage(agent, iteration(agent), rng(2))
@@ -225,12 +227,12 @@ def test_steps_that_no_trial_has_need_no_finite_labels(monkeypatch):
 @every_kind
 def test_the_loss_written_out(kind):
     agent = learned(kind)
-    method = lived_through(agent, cloning_coef=0.7, value_coef=0.3)
+    method = after_stages(agent, cloning_coef=0.7, value_coef=0.3)
     then = learned(kind)
     disturb(agent)
     items = method.draw(max(1, round(0.33 / 0.67 * method.new_trials)), rng(5))
     rollouts = [
-        Rollout(**{name: items[f"{k}.{name}"] for name in vars(marked(agent, 0)[0])})
+        Rollout(**{name: items[f"{k}.{name}"] for name in vars(numbered_rollouts(agent, 0)[0])})
         for k in range(agent.training_adaptation_steps + 1)
     ]
     now, labels, valid = agent.replay_policy(rollouts), then.replay_policy(rollouts), rollouts[-1].valid
@@ -366,11 +368,11 @@ def test_the_gate_closes_where_few_samples_count(min_sample_size, slope):
 @every_kind
 def test_the_policy_gradient_of_an_agent_is_vtrace_s(kind):
     agent = learned(kind)
-    method = lived_through(agent, cloning_coef=0.0, value_coef=0.0, policy_coef=1.0, min_sample_size=0.0)
+    method = after_stages(agent, cloning_coef=0.0, value_coef=0.0, policy_coef=1.0, min_sample_size=0.0)
     disturb(agent, 0.02)
     items = method.draw(max(1, round(0.33 / 0.67 * method.new_trials)), rng(5))
     rollouts = [
-        Rollout(**{name: items[f"{k}.{name}"] for name in vars(marked(agent, 0)[0])})
+        Rollout(**{name: items[f"{k}.{name}"] for name in vars(numbered_rollouts(agent, 0)[0])})
         for k in range(agent.training_adaptation_steps + 1)
     ]
     now, last = agent.replay_policy(rollouts, advantages=True), rollouts[-1]
@@ -385,7 +387,7 @@ def test_the_policy_gradient_of_an_agent_is_vtrace_s(kind):
 def test_a_line_search_compares_losses_on_the_same_trials():
     """TRPO takes a step if its loss is lower after it than before: at the same θ both are equal."""
     agent = make("maml", name="maml_trpo")
-    method = lived_through(agent)
+    method = after_stages(agent)
     disturb(agent, 0.3)
     rollouts = iteration(agent)
     auxiliary_loss = StabilityLoss([method], agent, rng(0))
@@ -402,16 +404,16 @@ def test_a_line_search_compares_losses_on_the_same_trials():
 def test_a_loaded_method_goes_on_exactly(kind, current):
     """Also in the middle of a stage, whose trials are not labelled yet."""
     agent = learned(kind)
-    ours, theirs = lived_through(agent, current=current), Replay(ReplayConfig(capacity=12))
+    ours, theirs = after_stages(agent, current=current), Replay(ReplayConfig(capacity=12))
     theirs.load_state_dict(copy_of(ours.state_dict()))
     disturb(agent)
     for number in range(2):
         for method in (ours, theirs):
-            method.observe(agent, marked(agent, 2, seed=20 + number), NOTHING, rng(7, number))
+            method.observe(agent, numbered_rollouts(agent, 2, seed=20 + number), NOTHING, rng(7, number))
         left, right = (method.loss(agent, rng(8), 0.5) for method in (ours, theirs))
         assert left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
     for method in (ours, theirs):
-        method.end_stage(agent, marked(agent, 2), rng(9))
+        method.end_stage(agent, numbered_rollouts(agent, 2), rng(9))
     left, right = ours.state_dict(), theirs.state_dict()
     assert left.keys() == right.keys() and len(ours.ended) == 3
     for name, value in left.items():
@@ -419,7 +421,7 @@ def test_a_loaded_method_goes_on_exactly(kind, current):
 
 
 def test_nothing_remembered_comes_back_as_nothing():
-    ours, theirs = Replay(ReplayConfig()), lived_through(make("gru"))
+    ours, theirs = Replay(ReplayConfig()), after_stages(make("gru"))
     theirs.load_state_dict(ours.state_dict())
     assert theirs.ended == [] and theirs.current is None and theirs.new_trials == 0
 
@@ -427,7 +429,7 @@ def test_nothing_remembered_comes_back_as_nothing():
 @pytest.mark.parametrize("entry", ["ended", "new_trials", "0/seen", "1/0.rewards", "0/mean", "2/1.valid", "1/values"])
 def test_an_entry_that_is_missing_is_named(entry):
     """Two stages have ended, and one has begun."""
-    method = lived_through(make("maml"), current=1)
+    method = after_stages(make("maml"), current=1)
     state = copy_of(method.state_dict())
     del state[entry]
     with pytest.raises(ValueError, match=entry.partition("/")[2] or entry):
@@ -435,7 +437,7 @@ def test_an_entry_that_is_missing_is_named(entry):
 
 
 def test_a_stage_that_is_missing_is_noticed():
-    state = copy_of(lived_through(make("maml")).state_dict())
+    state = copy_of(after_stages(make("maml")).state_dict())
     with pytest.raises(ValueError, match="1"):
         Replay(ReplayConfig(capacity=12)).load_state_dict(
             {name: value for name, value in state.items() if not name.startswith("1/")}

@@ -153,7 +153,7 @@ def test_tensorboard_shows_the_matrix_of_scores(tracked):
     assert {"continual/forgetting", "stability/ewc/loss"} <= set(events.Tags()["scalars"])
 
 
-def test_a_run_of_one_stage_keeps_no_account(tmp_path):
+def test_a_run_of_one_stage_has_no_continual_metrics(tmp_path):
     run = train(config("maml", (0,), [EWC]), run_dir=tmp_path)
     assert not any(name.startswith(("continual/", "plasticity/")) for line in metrics(tmp_path) for name in line)
     assert metrics(tmp_path)[0]["iteration"] == 1 and "continual" not in run.report
@@ -446,7 +446,7 @@ def test_tasks_that_come_again_with_another_stage_id_are_others(tmp_path, monkey
     assert last["continual/score/wedge 0"] != last["continual/score/wedge 0 (2)"]
 
 
-# Methods and tasks of one's own
+# Custom methods and tasks
 
 
 class Pull:

@@ -335,7 +335,7 @@ def test_each_stage_counts_from_its_own_beginning(tmp_path, drawn):
     train(config(stage(3), stage(2, curriculum=CURRICULUM), num_tasks=4), run_dir=tmp_path)
     fractions = [line.get("train/task_fraction") for line in metrics(tmp_path) if "meta_train/return_pre" in line]
     assert fractions == [None, None, None, 0.2, 0.4]
-    # at the end of each stage, after the third and the fifth iteration, tasks are drawn for the account, too
+    # tasks are also drawn at the end of each stage, after the third and the fifth iteration
     assert [len(set(tasks)) for tasks in drawn] == [4, 4, 4, 4, 2, 4, 4]
 
 

@@ -142,14 +142,14 @@ def test_three_in_a_row_stop_the_run_at_its_last_checkpoint_with_the_statistics(
     checkpoint = load_latest(tmp_path / "checkpoints")
     assert checkpoint.position.iteration == 2 and checkpoint.position.skipped == 0
     assert tracked(tmp_path, "train/skipped_updates") == [0, 0, 1, 1, 1]
-    told = json.loads((tmp_path / "diverged.json").read_text())
-    assert told["position"]["iteration"] == 5 and "not finite" in told["error"]
-    rollout = told["rollouts"][0]
+    statistics = json.loads((tmp_path / "diverged.json").read_text())
+    assert statistics["position"]["iteration"] == 5 and "not finite" in statistics["error"]
+    rollout = statistics["rollouts"][0]
     assert rollout["observations"]["count"] == 2 * rollout["env_steps"] > 0
     assert {"min", "max", "mean", "std", "count", "not_finite"} == rollout["rewards"].keys()
     assert len(rollout["tasks"]) == 2 and all(task["dropped_rollouts"] == 0 for task in rollout["tasks"])
-    assert all(each["not_finite"] == 0 for each in told["parameters"].values())
-    assert any(each["not_finite"] for each in told["gradients"].values())
+    assert all(each["not_finite"] == 0 for each in statistics["parameters"].values())
+    assert any(each["not_finite"] for each in statistics["gradients"].values())
     healed = train(config(agent, iterations=9), methods=[Poison()], run_dir=tmp_path, resume=True)
     assert healed.finished
     assert [line["iteration"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 9]

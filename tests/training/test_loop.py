@@ -277,14 +277,14 @@ def test_the_config_of_a_run_is_kept_whole(tmp_path):
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("tracked")
-    told = []
+    reported = []
     config = navigation("--agent.adaptation-steps 2")
-    run = train(config, run_dir=run_dir, progress=lambda position, scalars: told.append((position, dict(scalars))))
-    return run_dir, run, told
+    run = train(config, run_dir=run_dir, progress=lambda position, scalars: reported.append((position, dict(scalars))))
+    return run_dir, run, reported
 
 
 def test_metrics_have_the_names_of_the_design(tracked):
-    run_dir, run, told = tracked
+    run_dir, run, reported = tracked
     first, second, evaluation = read_metrics(run_dir)
     in_training = {
         *(f"meta_train/{measure}_{phase}" for measure in ("return", "success") for phase in ("pre", "post")),
@@ -304,8 +304,8 @@ def test_metrics_have_the_names_of_the_design(tracked):
     assert -10 < first["meta_train/return_pre"] < 0  # 5 rewards of minus a distance below √2
     aggregate = run.report["aggregate"]
     assert evaluation["meta_test/return_post"] == aggregate["return_post"]["mean"]
-    assert [position.env_steps for position, _ in told] == [120, 240, 240]
-    assert told[0][1]["train/loss"] == first["train/loss"]
+    assert [position.env_steps for position, _ in reported] == [120, 240, 240]
+    assert reported[0][1]["train/loss"] == first["train/loss"]
     assert run.policy.env_steps == 240 and run.finished
 
 
@@ -346,7 +346,7 @@ def test_resuming_leaves_no_scalar_twice_in_tensorboard(tmp_path):
     assert [event.step for event in events.Scalars("train/loss")] == [80, 160, 240, 320, 400]
 
 
-# Stages and tasks of one's own
+# Custom stages and tasks
 
 
 def test_stages_are_trained_one_after_another(tmp_path):

@@ -262,7 +262,7 @@ def test_two_inner_steps_are_differentiated_through_both():
     rollouts = iteration(agent)
     assert len(rollouts) == 3
     assert agent.update((), rollouts)["train/kl"] == pytest.approx(0, abs=1e-6)  # both steps are redone as they were
-    other = replace(rollouts[0], rewards=-rollouts[0].rewards)  # the first support rollout alone is told otherwise
+    other = replace(rollouts[0], rewards=-rollouts[0].rewards)  # only the first support rollout differs
     found, expected = (gradient([first, *rollouts[1:]], adaptation_steps=2) for first in (other, rollouts[0]))
     assert not torch.allclose(found["bias_2"], expected["bias_2"], atol=1e-4)
 

@@ -108,7 +108,7 @@ def known(state):
 
 
 class Altered:
-    """An agent that acts without noise, and may be told nothing of earlier episodes; keeps its last state."""
+    """An agent that acts without noise, optionally without memory of earlier episodes; keeps its last state."""
 
     device = CPU
     trial_episodes = 2
@@ -140,19 +140,19 @@ class Cues:
     observation_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float64)
     action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
 
-    def __init__(self, told=True, horizon=6):
-        self.told, self.horizon, self.episode = told, horizon, 1
+    def __init__(self, show_cue=True, horizon=6):
+        self.show_cue, self.horizon, self.episode = show_cue, horizon, 1
 
     def reset(self, tasks, seeds):
         self.episode, self.elapsed = 1 - self.episode, 0
         self.cues = np.array([CUE if task.index % 2 else -CUE for task in tasks])
-        return (self.cues * (self.told and self.episode == 0))[:, None]
+        return (self.cues * (self.show_cue and self.episode == 0))[:, None]
 
     def step_async(self, rows, actions, active):
         self.actions, self.elapsed = actions[:, 0], self.elapsed + 1
 
     def step_wait(self, rows):
-        pays = (self.episode == 1 and self.elapsed == 1) or not self.told
+        pays = (self.episode == 1 and self.elapsed == 1) or not self.show_cue
         rewards = np.where(pays, 1.0 - np.abs(self.actions - self.cues), 0.0)
         never = np.zeros(len(rewards), np.bool_)
         return Step(
@@ -164,16 +164,16 @@ def cue_tasks(horizon=6):
     return custom("cues", None, num_train=8, num_test=1, horizon=horizon).train_tasks
 
 
-def score(agent, tasks, forget=False, told=True):
+def score(agent, tasks, forget=False, show_cue=True):
     """What the second episode pays to an agent that acts without noise."""
-    envs = Cues(told, tasks[0].option("horizon"))
+    envs = Cues(show_cue, tasks[0].option("horizon"))
     rollout = rollout_of(Altered(agent, forget), 0, 1, tasks, envs, agent.initial_state(len(tasks)))
     return float(rollout.episode_returns()[..., 1].mean())
 
 
-def train(memory, iterations, told=True, horizon=6, seed=0, **changes):
+def train(memory, iterations, show_cue=True, horizon=6, seed=0, **changes):
     settings = {"init_std": 0.5, "lr": 5e-3, "epochs": 4, "max_kl": 0.1} | changes
-    agent, tasks, envs = make_agent(memory, 1, 1, seed, **settings), cue_tasks(horizon), Cues(told, horizon)
+    agent, tasks, envs = make_agent(memory, 1, 1, seed, **settings), cue_tasks(horizon), Cues(show_cue, horizon)
     for iteration in range(iterations):
         agent.update((), [rollout_of(agent, [seed, iteration], 8, tasks, envs)])
     return agent, tasks
@@ -187,13 +187,13 @@ def test_each_memory_recalls_in_the_second_episode_what_the_first_has_shown(memo
 
 
 def test_what_the_first_episode_has_paid_decides_the_second():
-    """Episodes of one step, in which nothing is seen: the first reward is told when the second episode begins.
+    """Episodes of one step, in which nothing is seen: the agent reads the first reward when the second episode begins.
 
-    Whoever is not told gets 0.2 on average, as above.
+    An agent that does not know it gets 0.2 on average, as above.
     """
-    agent, tasks = train("gru", 30, told=False, horizon=1)
-    assert score(agent, tasks, told=False) > 0.6
-    assert score(agent, tasks, forget=True, told=False) <= 0.2 + 1e-6
+    agent, tasks = train("gru", 30, show_cue=False, horizon=1)
+    assert score(agent, tasks, show_cue=False) > 0.6
+    assert score(agent, tasks, forget=True, show_cue=False) <= 0.2 + 1e-6
 
 
 # The memory of a trial
@@ -550,12 +550,12 @@ def test_the_ratio_is_1_before_the_first_step_of_every_iteration():
         assert metrics["train/clip_fraction"] == 0 and metrics["train/kl"] < 1e-7
         counts.append(counts[-1] + rollout.env_steps)
         assert float(agent.normalizer.count) == counts[-1]
-        told = read_trials(agent.inputs, rollout, 0.0, 0)
+        trials = read_trials(agent.inputs, rollout, 0.0, 0)
         if seed == 0:
-            inputs = told.inputs[:, :-1][told.valid].double()
+            inputs = trials.inputs[:, :-1][trials.valid].double()
             torch.testing.assert_close(agent.normalizer.mean, inputs.mean(0))
             torch.testing.assert_close(agent.normalizer.variance, inputs.var(0, correction=0))
-    assert not torch.allclose(agent.normalize(told.inputs), told.inputs, atol=0.1)
+    assert not torch.allclose(agent.normalize(trials.inputs), trials.inputs, atol=0.1)
 
 
 def test_inputs_are_cut_at_ten_deviations_and_the_unknown_is_their_mean():

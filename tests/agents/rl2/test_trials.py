@@ -1,4 +1,4 @@
-"""How trials are told to a memory, cut into chunks and valued; and that learning reads them as acting did."""
+"""Trials as inputs of a memory, their chunks and values; learning reads the same inputs as acting."""
 
 import itertools
 from typing import NamedTuple
@@ -84,7 +84,7 @@ LONG_INPUTS = [
     # observation, last action within ±1, last reward, start, change of observation, of reward, time / 100
     [1, 10, 0, 0, 1, 0, 0, 0, 0],
     [2, 25, 0.5, 1, 0, 1, 15, 0, 0.01],
-    [4, 40, 1, 2, 1, 0, 0, 0, 0],  # the second episode is told the last action and reward of the first
+    [4, 40, 1, 2, 1, 0, 0, 0, 0],  # the second episode reads the last action and reward of the first
     [5, 47, -1, 4, 0, 1, 7, 0, 0.01],  # but the reward's change not before its third step: 9 − 4
     [8, 46, 0.25, 9, 0, 3, -1, 5, 0.02],
     [7, 70, -0.5, 16, 0, -1, 24, 7, 0.03],  # behind the last step, where the trial was cut off
@@ -365,7 +365,7 @@ def walk(agent, rollouts, seed):
 
 
 def walker(memory, **changes):
-    """An agent that has learned once, so that inputs are normalised, and whose actions depend on what it is told."""
+    """An agent that has learned once, so that inputs are normalised, and whose actions depend on its inputs."""
     agent = make_agent(3, 2, memory=memory, trial_episodes=3, state_dependent_std=True, input_time=True, **changes)
     with torch.no_grad():
         agent.policy.head.mean[0].weight.mul_(50.0)
@@ -402,10 +402,10 @@ def test_the_policy_that_learns_is_the_one_that_acted(monkeypatch, memory, bptt_
 @pytest.mark.parametrize("changes", [{}, {"observation_entries": (2, 0)}, {"input_differences": False}])
 def test_learning_is_told_what_acting_was_told(monkeypatch, changes):
     agent = walker("gru", **changes)
-    told, step = [], agent.policy.trunk.step
+    inputs_of_steps, step = [], agent.policy.trunk.step
 
     def spy(inputs, state, active=None):
-        told.append((inputs, torch.ones(6, dtype=torch.bool) if active is None else active))
+        inputs_of_steps.append((inputs, torch.ones(6, dtype=torch.bool) if active is None else active))
         return step(inputs, state, active)
 
     monkeypatch.setattr(agent.policy.trunk, "step", spy)
@@ -413,6 +413,6 @@ def test_learning_is_told_what_acting_was_told(monkeypatch, changes):
     trials = read_trials(agent.inputs, rollout, agent.config.success_bonus, 0)
     inputs = agent.normalize(trials.inputs)
     for row in range(6):
-        as_acted = torch.stack([inputs[row] for inputs, active in told if active[row]])
+        as_acted = torch.stack([inputs[row] for inputs, active in inputs_of_steps if active[row]])
         torch.testing.assert_close(inputs[row, :-1][trials.valid[row]], as_acted, rtol=0, atol=1e-5)
     assert inputs[:, :-1][trials.valid].std(0).min() > 0.1

@@ -278,8 +278,8 @@ class TestEnv:
         observation, _ = env.reset()
         successes = []
         for step in range(150):
-            told = np.concatenate([observation[:-3], env._official._target_pos])
-            observation, _, terminated, truncated, info = env.step(np.clip(policy.get_action(told), -1.0, 1.0))
+            with_goal = np.concatenate([observation[:-3], env._official._target_pos])
+            observation, _, terminated, truncated, info = env.step(np.clip(policy.get_action(with_goal), -1.0, 1.0))
             successes.append(info["success"])
             assert type(info["success"]) is float
             assert (terminated, truncated) == (False, step == 149)

@@ -12,7 +12,7 @@ from metarl.envs.mujoco.env import difficulty, parameters
 from metarl.envs.mujoco.tasks import NAMES, SCALED_PARAMETERS, MujocoConfig, MujocoTasks, make
 from metarl.types import Task
 
-# Benchmark, gymnasium's environment, and what it needs to be told to have the same observation and costs.
+# Benchmark, gymnasium's environment, and its arguments for the same observation and costs.
 REFERENCES = {
     "HalfCheetahDir": ("HalfCheetah-v5", {"ctrl_cost_weight": 0.05}),
     "HalfCheetahVel": ("HalfCheetah-v5", {"ctrl_cost_weight": 0.05}),

@@ -1,4 +1,4 @@
-"""Worker processes: the same arrays as in one process, and failures that are told."""
+"""Worker processes: the same arrays as in one process, and failures that are reported."""
 
 import multiprocessing
 import os
