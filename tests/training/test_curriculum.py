@@ -293,7 +293,7 @@ def test_a_run_cannot_start_from_itself(tmp_path):
     train(config(stage()), run_dir=tmp_path / "run")
     before = files(tmp_path)
     settings = config(stage(init_from=str(tmp_path / "other" / ".." / "run")))
-    assert "is where this run goes" in refused(settings, run_dir=tmp_path / "run", overwrite=True)
+    assert "is the directory of this run" in refused(settings, run_dir=tmp_path / "run", overwrite=True)
     assert files(tmp_path) == before
 
 
