@@ -379,7 +379,7 @@ def test_the_command_on_a_disk_that_fills_up(tmp_path, undisturbed, cli):
         command = [*processes.NAVIGATION, *LONG, "--run-dir", disk / "run"]
         status, _, err, _ = cli(*command)
         assert status == 1 and len(err.splitlines()) == 1
-        assert err.startswith(f"metarl: cannot write to {disk / 'run'}: ") and err.endswith("with --resume\n")
+        assert err.startswith(f"metarl: cannot write to {disk / 'run'}: ") and err.endswith("use --resume\n")
         make_room(disk)
         assert cli(*command, "--resume").status == 0
         assert different(disk / "run", undisturbed) == []
