@@ -18,6 +18,7 @@ from metarl.envs.drawing.rendering import check_render_mode, render_metadata
 from metarl.envs.registration import versioned_id
 from metarl.errors import unknown_name
 from metarl.settings import Settings, as_tuple
+from metarl.spaces import Spaces
 from metarl.types import BoolArray, FloatArray, Step, Task
 
 Name = Literal["goals", "semicircle", "cued_wedges", "rotated_wedges", "rotated_cued_wedges"]
@@ -135,6 +136,11 @@ class NavigationTasks:
         """Build the environment of `task`."""
         return NavigationEnv(task)
 
+    @staticmethod
+    def retarget(env: gymnasium.Env[Any, Any], task: Task) -> None:
+        """Give an environment that `make` built another task of its class; takes effect at the next reset."""
+        env.unwrapped.set_task(task)  # type: ignore[attr-defined]
+
     def make_batch(self, max_envs: int) -> NavigationBatch:
         """Build `max_envs` environments that step as one numpy computation."""
         return NavigationBatch(self.config.name, max_envs)
@@ -183,9 +189,7 @@ class NavigationBatch:
         self.max_envs = max_envs
         self._variant = variant = _VARIANTS[name]
         size = 2 + NUM_WEDGES * variant.cued
-        high = np.concatenate([np.full(2, variant.bound), np.ones(size - 2)])
-        self.observation_space = gymnasium.spaces.Box(-high, high, dtype=np.float64)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, shape=(2,), dtype=np.float32)
+        self.spaces = Spaces.within_one(size, 2)
 
     def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
         """Move every point to the origin; the seeds have no effect, since nothing is random."""
@@ -203,10 +207,10 @@ class NavigationBatch:
     def _observations(self) -> FloatArray:
         return np.concatenate([self.positions, self._cues], axis=-1)
 
-    def step_async(self, rows: slice, actions: FloatArray, active: BoolArray) -> None:
+    def step_async(self, rows: slice, actions: NDArray[Any], active: BoolArray) -> None:
         """Move the active points of `rows`; see `BatchEnv.step_async`."""
         variant = self._variant
-        moves = ACTION_SCALE * np.clip(actions, -1.0, 1.0)
+        moves = ACTION_SCALE * np.clip(actions.astype(np.float64), -1.0, 1.0)
         if variant.rotated:
             moves = np.einsum("eij,ej->ei", self._rotations[rows], moves)
         moved = np.clip(self.positions[rows] + moves, -variant.bound, variant.bound)
@@ -243,8 +247,11 @@ class NavigationEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         check_render_mode(render_mode)
         self.render_mode = render_mode
         self._batch = NavigationBatch(task.benchmark, max_envs=1)
-        self.observation_space, self.action_space = self._batch.observation_space, self._batch.action_space
-        cues = NUM_WEDGES if _VARIANTS[task.benchmark].cued else 0
+        variant = _VARIANTS[task.benchmark]
+        cues = NUM_WEDGES if variant.cued else 0
+        high = np.array([variant.bound] * 2 + [1.0] * cues)
+        self.observation_space = gymnasium.spaces.Box(-high, high, dtype=np.float64)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, shape=(2,), dtype=np.float32)
         self.observation_names = ("position_x", "position_y", *(f"cue_{k}" for k in range(cues)))
         self._trail: list[FloatArray] = []
         self.set_task(task)

@@ -69,6 +69,19 @@ class StageIdTasks:
         return None if make_batch is None else lambda max_envs: StageIdBatch(make_batch(max_envs), self._num_stages)
 
     @property
+    def retarget(self) -> Callable[[Any, Task], None] | None:
+        """Function that gives an environment another task; None if the tasks have none."""
+        retarget = getattr(self._distribution, "retarget", None)
+        if retarget is None:
+            return None
+
+        def with_stage_id(env: StageIdEnv, task: Task) -> None:
+            retarget(env.env, without_stage_id(task))
+            env.retarget(task)
+
+        return with_stage_id
+
+    @property
     def difficulty(self) -> Callable[[Task], float] | None:
         """Function that returns the difficulty of a task; None if the tasks have none."""
         difficulty = getattr(self._distribution, "difficulty", None)
@@ -98,8 +111,7 @@ def one_hot(task: Task) -> FloatArray:
 class StageIdEnv(gymnasium.Env[NDArray[Any], NDArray[Any]]):
     """Environment that appends the one-hot stage id of its task to observations.
 
-    It is not a `gymnasium.Wrapper`: tasks are switched through `env.unwrapped.set_task`, which would bypass a wrapper
-    and give the inner environment a task that it does not know. It has `set_task` if the inner environment has it.
+    It is not a `gymnasium.Wrapper`: the task of what `unwrapped` returns must be the one that the wrapper has.
 
     Args:
         env: the environment of the task without its stage id.
@@ -117,23 +129,23 @@ class StageIdEnv(gymnasium.Env[NDArray[Any], NDArray[Any]]):
         self.action_space = env.action_space
         self.metadata, self.render_mode = env.metadata, env.render_mode
         inner: Any = env.unwrapped
-        if hasattr(inner, "set_task"):
-            self.set_task = self._set_task
         if hasattr(inner, "observation_names"):
             self.observation_names = (*inner.observation_names, *(f"stage_{k}" for k in range(len(self._stage_id))))
         for name in ("action_names", "dt"):
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
 
-    def _set_task(self, task: Task) -> None:
-        """Switch to another task of the same class and number of stages; call `reset` next."""
+    def retarget(self, task: Task) -> None:
+        """Show the stage id of another task, which the inner environment has been given without it.
+
+        Raises:
+            ValueError: the task has another number of stages.
+        """
         stage_id = one_hot(task)
         if len(stage_id) != len(self._stage_id):
             raise ValueError(
-                f"set_task got a task with {len(stage_id)} stages; this environment has {len(self._stage_id)}: "
-                "call make(task)"
+                f"got a task with {len(stage_id)} stages; this environment has {len(self._stage_id)}: call make(task)"
             )
-        self.env.unwrapped.set_task(without_stage_id(task))  # type: ignore[attr-defined]
         self.task, self._stage_id = task, stage_id
 
     def _observe(self, observation: NDArray[Any]) -> NDArray[Any]:
@@ -172,11 +184,12 @@ class StageIdBatch:
     def __init__(self, batch: BatchEnv, num_stages: int) -> None:
         self._batch, self._num_stages = batch, num_stages
         self.max_envs, self.lanes = batch.max_envs, batch.lanes
-        self.observation_space = _extend(batch.observation_space, num_stages)
-        self.action_space = batch.action_space
+        self.spaces = dataclasses.replace(
+            batch.spaces, observation_size=batch.spaces.observation_size + num_stages, observation_parts=()
+        )
         self._stage_ids = np.zeros((0, num_stages))
 
-    def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
+    def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> NDArray[Any]:
         """See `BatchEnv.reset`."""
         stage_ids = [one_hot(task) for task in tasks]
         sizes = {len(stage_id) for stage_id in stage_ids}
@@ -186,7 +199,7 @@ class StageIdBatch:
         observations = self._batch.reset([without_stage_id(task) for task in tasks], seeds)
         return np.concatenate([observations, self._stage_ids], axis=-1)
 
-    def step_async(self, rows: slice, actions: FloatArray, active: BoolArray) -> None:
+    def step_async(self, rows: slice, actions: NDArray[np.float32], active: BoolArray) -> None:
         """See `BatchEnv.step_async`."""
         self._batch.step_async(rows, actions, active)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import gymnasium
 import torch
 
 from metarl import agents
@@ -19,7 +18,8 @@ from metarl.envs.vector.union import check_distinct_tasks, make_stage_envs
 from metarl.errors import UserError, unknown_name
 from metarl.protocols import Agent, AgentBuilder, Collector, TaskDistribution
 from metarl.seeding import Purpose, integer_seed
-from metarl.types import AgentSpec, Spaces, Task
+from metarl.spaces import Spaces
+from metarl.types import AgentSpec, Task
 
 
 def resolve_device(device: str) -> torch.device:
@@ -68,13 +68,18 @@ def with_custom_agent(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"agent": agents.CustomAgentConfig()})
 
 
-def check_env(spaces: Spaces, observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any]) -> None:
-    """Check that an environment fits an agent: the one place that decides it.
+def check_spaces(spaces: Spaces, found: Spaces, bounds: bool = True) -> None:
+    """Check that an environment with the spaces `found` fits an agent: the one place that decides it.
+
+    Args:
+        spaces: that the agent was trained for.
+        found: of the environment.
+        bounds: whether the bounds of its actions must be equal, too.
 
     Raises:
-        UserError: observations or actions have another shape, or actions other bounds.
+        UserError: observations or actions are others.
     """
-    misfit = spaces.misfit(observation_space, action_space)
+    misfit = spaces.misfit(found, bounds)
     if misfit:
         raise UserError(misfit)
 
@@ -121,18 +126,12 @@ def task_distribution(stage: StageConfig) -> TaskDistribution:
 
 def common_spaces(distributions: Sequence[TaskDistribution]) -> Spaces:
     """Return the observation and action space that all stages have; raises UserError if they differ."""
-    spaces = [_spaces(distribution) for distribution in distributions]
+    spaces = [env_spaces(distribution) for distribution in distributions]
     if len(set(spaces)) > 1:
         raise UserError(
             f"all stages need the same observation and action space; they have {', '.join(map(str, spaces))}"
         )
     return spaces[0]
-
-
-def _spaces(distribution: TaskDistribution) -> Spaces:
-    observation_space, action_space = env_spaces(distribution)
-    low, high = (tuple(float(bound) for bound in bounds) for bounds in (action_space.low, action_space.high))
-    return Spaces(observation_space.shape[0], low, high)
 
 
 def stage_managers(config: RunConfig, distributions: Sequence[TaskDistribution]) -> list[Manager]:

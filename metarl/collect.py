@@ -7,20 +7,20 @@ playing. Both ask the agent through `act`. No other module of metarl steps an en
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from metarl.protocols import Actor, AdaptiveActor, BatchEnv, Collector, EpisodesLostError
 from metarl.seeding import children
-from metarl.types import BoolArray, FloatArray, Rollout, Step, Task, TimeStep
+from metarl.spaces import CheckedEnv, Spaces
+from metarl.types import BoolArray, Rollout, Step, Task, TimeStep
 
 MAX_RESTARTS = 3
 """How often in a row the same episodes may lose the processes that step them."""
@@ -36,11 +36,6 @@ class BrokenRolloutsError(FloatingPointError):
     def __init__(self, message: str, rollout: Rollout) -> None:
         super().__init__(message)
         self.rollout = rollout
-
-
-def scale_actions(actions: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
-    """Map policy actions `[..., A]`, in which ±1 are the bounds, to the action space with bounds `[A]`."""
-    return (high + low) / 2 + (high - low) / 2 * actions
 
 
 def act(
@@ -64,7 +59,7 @@ def act(
         state: what the last call returned.
 
     Returns:
-        Actions `[M, P, A]` as drawn, in which ±1 are the bounds; log-probabilities `[M, P]`; the next state.
+        Actions `[M, P, A]` as drawn, in policy units; log-probabilities `[M, P]`; the next state.
     """
     time_step = TimeStep(*map(torch.from_numpy, (observations, rewards, episode_start, active)))
     return actor.act(time_step, noise, state)
@@ -73,10 +68,10 @@ def act(
 class EnvStep(NamedTuple):
     """One step of a single environment."""
 
-    observation: Any
-    """Before the action; a copy."""
+    observation: NDArray[Any]
+    """Before the action, `[O]`; a copy."""
     action: Any
-    """What the environment received."""
+    """What the environment received; a copy."""
     reward: float
     terminated: bool
     truncated: bool
@@ -84,8 +79,8 @@ class EnvStep(NamedTuple):
 
 
 def run_episode(
-    env: gymnasium.Env[Any, Any],
-    choose: Callable[[Any, float, bool], Any],
+    env: CheckedEnv,
+    choose: Callable[[NDArray[Any], float, bool], Any],
     *,
     seed: int | None = None,
     reward: float = math.nan,
@@ -94,24 +89,25 @@ def run_episode(
 
     Args:
         env: its episodes must end (see `gymnasium.wrappers.TimeLimit`).
-        choose: returns the action, in the units of the environment, for (observation, last reward, whether the episode
-            begins).
+        choose: returns the action, as the environment expects it (see `CheckedEnv.env_action`), for (observation `[O]`,
+            last reward, whether the episode begins).
         seed: of the reset.
         reward: of the last step before the episode, as an agent with a memory reads it; NaN: there was none.
 
     Yields:
         The steps, the last one terminated or truncated.
+
+    Raises:
+        UserError: the environment returned something else than its spaces say.
     """
-    observation, _ = env.reset(seed=seed)
-    start = True
+    observation, start = env.reset(seed), True
     while True:
-        before = np.array(observation)  # the environment may change its own array in place
-        action = choose(observation, reward, start)
-        observation, gained, terminated, truncated, info = env.step(action)
-        reward, start = float(gained), False
-        yield EnvStep(before, action, reward, bool(terminated), bool(truncated), info)
-        if terminated or truncated:
+        action = copy.copy(choose(observation, reward, start))
+        result = env.step_raw(action)
+        yield EnvStep(observation, action, result.reward, result.terminated, result.truncated, result.info)
+        if result.terminated or result.truncated:
             return
+        observation, reward, start = result.observation, result.reward, False
 
 
 def collect(
@@ -148,29 +144,19 @@ def collect(
     """
     if len(tasks) > envs.max_envs:
         raise ValueError(f"{len(tasks)} tasks do not fit into {envs.max_envs} environments; collect them in parts")
-    episodes = actor.trial_episodes
-    horizons = [int(task.option("horizon")) for task in tasks]
-    shape = (len(tasks), rollouts_per_task, episodes * max(horizons))
-    drawn = [_noise(*own, rollouts_per_task, episodes, actor.noise_size) for own in zip(seeds, horizons, strict=True)]
-    noise = torch.stack([F.pad(own, (0, 0, 0, max(horizons) - own.shape[2])).flatten(1, 2) for own in drawn])
-    # The first two words of each task's are the seed of its noise.
-    words = [task_seeds.generate_state(rollouts_per_task * episodes + 2, np.uint32)[2:] for task_seeds in seeds]
-    env_seeds = np.stack(words).reshape(*shape[:2], episodes)
-    arrays = rollout_arrays(shape, envs.observation_space.shape[0], envs.action_space.shape[0])
+    shape = len(tasks), rollouts_per_task, actor.trial_episodes
+    # Of each episode the seed of its noise and that of its environment, which no other episode changes.
+    words = [own.generate_state(2 * math.prod(shape[1:]), np.uint64) for own in seeds]
+    of_episodes = np.reshape(words, (*shape, 2))
     in_flight = min(rollouts_per_task, envs.max_envs // len(tasks))
+    parts: list[_Part] = []
     with _one_thread():
         for start in range(0, rollouts_per_task, in_flight):
-            wave = slice(start, min(start + in_flight, rollouts_per_task))
-            with_part = (noise[:, wave], env_seeds[:, wave], _part(arrays, wave))
-            _despite_losses(functools.partial(_run_wave, envs, actor, state, tasks, *with_part))
-    dropped = ~arrays["valid"].reshape(*shape[:2], episodes, -1).any(-1).all(-1)
-    for array in arrays.values():
-        array[dropped] = 0
-    if episodes > 1:
-        _close_gaps(arrays)
-    length = int(arrays["valid"].any((0, 1)).sum())  # padding comes last
-    whole = {name: torch.from_numpy(array[:, :, : max(1, length)]) for name, array in arrays.items()}
-    rollout = Rollout(**whole)
+            wave = of_episodes[:, start : start + in_flight]
+            parts += _despite_losses(functools.partial(_run_wave, envs, actor, state, tasks, wave, start))
+    arrays, dropped = _assemble(parts, shape, envs.spaces)
+    _settle_success(arrays["success"], arrays["valid"], tasks)
+    rollout = Rollout(**{name: torch.from_numpy(array) for name, array in arrays.items()})
     if dropped.mean() > 0.5:
         raise BrokenRolloutsError(
             f"{int(dropped.sum())} of {dropped.size} rollouts had a NaN or infinite observation, reward or action and "
@@ -180,7 +166,7 @@ def collect(
     return rollout
 
 
-def _despite_losses(run: Callable[[], None]) -> None:
+def _despite_losses(run: Callable[[], list[_Part]]) -> list[_Part]:
     """Run again what loses the processes that step its environments; raises RuntimeError after `MAX_RESTARTS`."""
     for _ in range(MAX_RESTARTS + 1):
         try:
@@ -193,14 +179,63 @@ def _despite_losses(run: Callable[[], None]) -> None:
     ) from lost
 
 
-def _close_gaps(arrays: dict[str, NDArray[Any]]) -> None:
-    """Lay the episodes of each rollout end to end, where some were shorter than the horizon; padding comes last."""
-    valid = arrays["valid"]
-    if (valid[..., :-1] >= valid[..., 1:]).all():
+class _Part(NamedTuple):
+    """One episode of some rollouts of each task."""
+
+    rollouts: slice
+    episode: int
+    arrays: dict[str, NDArray[Any]]  # of a `Rollout`, [M, p, T', ...], T' the steps of the longest episode
+
+
+def _assemble(
+    parts: list[_Part], shape: tuple[int, int, int], spaces: Spaces
+) -> tuple[dict[str, NDArray[Any]], BoolArray]:
+    """Lay the episodes of each rollout end to end; returns the arrays of a `Rollout`, and which `[M, N]` are dropped.
+
+    Args:
+        parts: all episodes; freed one by one.
+        shape: (M, N, L).
+        spaces: of the environments.
+    """
+    lengths = np.zeros(shape, np.int64)
+    for part in parts:
+        lengths[:, part.rollouts, part.episode] = part.arrays["valid"].sum(-1)
+    dropped = ~lengths.all(-1)
+    lengths[dropped] = 0
+    begins = lengths.cumsum(-1) - lengths
+    steps = max(1, int(lengths.sum(-1).max()))
+    arrays = rollout_arrays((*shape[:2], steps), shape[2], spaces)
+    while parts:
+        rollouts, episode, own = parts.pop()
+        finals = own.pop("final_observations")
+        finals[dropped[:, rollouts]] = 0
+        arrays["final_observations"][:, rollouts, episode] = finals
+        begin = begins[:, rollouts, episode]
+        task, rollout, step = (own["valid"] & ~dropped[:, rollouts, None]).nonzero()
+        to = task, rollout + rollouts.start, begin[task, rollout] + step
+        if len(task) == own["valid"].size and (begin == begin[0, 0]).all():  # all have the same place: copy at once
+            first = int(begin[0, 0])
+            for name, array in own.items():
+                arrays[name][:, rollouts, first : first + array.shape[2]] = array
+        else:
+            for name, array in own.items():
+                arrays[name][to] = array[task, rollout, step]
+    return arrays, dropped
+
+
+def _settle_success(success: NDArray[np.float32], valid: BoolArray, tasks: Sequence[Task]) -> None:
+    """Set success to 0, in place, where an environment leaves it out though others of its class say it.
+
+    Many environments report success only in the step that reaches it.
+    """
+    classes = [(task.family, task.benchmark, task.name) for task in tasks]
+    left_out = valid & np.isnan(success)
+    if not left_out.any():
         return
-    order = np.argsort(~valid, axis=-1, kind="stable")
-    for name, array in arrays.items():
-        arrays[name] = np.take_along_axis(array, order.reshape(*order.shape, *[1] * (array.ndim - 3)), axis=2)
+    for name in set(classes):
+        own = np.array([other == name for other in classes])
+        if (valid[own] & ~left_out[own]).any():
+            success[own] = np.where(left_out[own], np.float32(0), success[own])
 
 
 @contextlib.contextmanager
@@ -214,102 +249,125 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _noise(seeds: np.random.SeedSequence, horizon: int, rollouts: int, episodes: int, size: int) -> torch.Tensor:
-    """Draw the noise of one task's actions `[N, L, horizon, A]`; other tasks have no effect."""
-    generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-    return torch.randn(rollouts, episodes, horizon, size, generator=generator)
+class _Noise:
+    """The noise of the actions of one episode in each of M · P environments, drawn as steps need it.
 
+    Args:
+        seeds: `[M, P]`, of the episodes.
+        size: numbers that an action takes.
+    """
 
-def _part(arrays: dict[str, NDArray[Any]], rollouts: slice) -> dict[str, NDArray[Any]]:
-    return {name: array[:, rollouts] for name, array in arrays.items()}
+    BLOCK = 64
+    """Steps drawn at once; always all of them, since how many are drawn together changes the numbers."""
+
+    def __init__(self, seeds: NDArray[np.uint64], size: int) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds.reshape(-1).tolist()]
+        self._block = torch.zeros(len(self._generators), self.BLOCK, size)
+        self._shape = seeds.shape
+
+    def __call__(self, t: int, active: BoolArray) -> torch.Tensor:
+        """Return the noise of step t, `[M, P, size]`; t counts up from 0. Where not `active` `[M · P]` it is stale."""
+        place = t % self.BLOCK
+        if place == 0:
+            for row in active.nonzero()[0].tolist():
+                self._block[row].normal_(generator=self._generators[row])
+        return self._block[:, place].view(*self._shape, -1)
 
 
 def _run_wave(
-    envs: BatchEnv,
-    actor: Actor,
-    state: Any,
-    tasks: Sequence[Task],
-    noise: torch.Tensor,
-    seeds: NDArray[Any],
-    arrays: dict[str, NDArray[Any]],
-) -> None:
-    """Run P rollouts of each task side by side: noise `[M, P, T, A]`, seeds `[M, P, L]`; writes `[M, P, T, ...]`.
+    envs: BatchEnv, actor: Actor, state: Any, tasks: Sequence[Task], seeds: NDArray[np.uint64], first: int
+) -> list[_Part]:
+    """Run P rollouts of each task side by side, with seeds `[M, P, L, 2]` of noise and environment.
 
     The rollouts of each task are split into lanes. While the environments of one lane are stepped, the agent acts in
     the next; a single rollout is a single lane. (To split the tasks as well has been measured: for two cores and ten
     environments it is slower.) All begin an episode together, with the state and the last reward that the episode
-    before has left to them.
+    before has left to them. `first` is the number of the first rollout among all of them.
     """
-    num_tasks, parallel = noise.shape[:2]
-    horizon = noise.shape[2] // seeds.shape[2]
+    num_tasks, parallel, episodes = seeds.shape[:3]
+    horizons = np.array([task.option("horizon") for task in tasks])
     count = min(parallel, envs.lanes)
     lanes = [slice(parallel * i // count, parallel * (i + 1) // count) for i in range(count)]
     rows = [slice(num_tasks * lane.start, num_tasks * lane.stop) for lane in lanes]
     in_order = [task for lane in lanes for task in tasks for _ in range(lane.start, lane.stop)]
-    low, high = envs.action_space.low.astype(np.float64), envs.action_space.high.astype(np.float64)
+    env_seeds = (seeds[..., 1] >> 33).astype(np.uint32)  # simulators keep seeds in signed 32-bit integers
     states, rewards = [state] * count, [np.full(lane.stop - lane.start, np.nan, np.float32) for lane in rows]
-    for episode in range(seeds.shape[2]):
-        observations = envs.reset(in_order, np.concatenate([seeds[:, lane, episode].reshape(-1) for lane in lanes]))
+    parts: list[_Part] = []
+    for episode in range(episodes):
+        observations = envs.reset(in_order, np.concatenate([env_seeds[:, lane, episode].reshape(-1) for lane in lanes]))
         records = [
-            _Episodes(horizon, observations[lane], len(low), last) for lane, last in zip(rows, rewards, strict=True)
+            _Episodes(np.repeat(horizons, lane.stop - lane.start), observations[row], envs.spaces, last)
+            for lane, row, last in zip(lanes, rows, rewards, strict=True)
         ]
-        begin = episode * horizon
-        for t in range(horizon + 1):
+        noise = [_Noise(seeds[:, lane, episode, 0], actor.noise_size) for lane in lanes]
+        t = 0
+        while any(record.active.any() for record in records):
             for i, record in enumerate(records):
                 if t > 0 and record.active.any():
                     record.write(t - 1, envs.step_wait(rows[i]))
-                if t < horizon and record.active.any():
-                    drawn = noise[:, lanes[i], begin + t]
-                    actions, log_probs, states[i] = act(actor, *record.now(t, num_tasks), drawn, states[i])
+                if record.active.any():
+                    now = record.now(t, num_tasks)
+                    actions, log_probs, states[i] = act(actor, *now, noise[i](t, record.active), states[i])
                     record.write_actions(t, actions, log_probs)
                     if record.active.any():
-                        scaled = scale_actions(np.clip(record.actions[t].astype(np.float64), -1.0, 1.0), low, high)
-                        envs.step_async(rows[i], scaled, record.active)
+                        envs.step_async(rows[i], record.actions[t], record.active)
+            t += 1
         rewards = [record.last_rewards for record in records]
         for lane, record in zip(lanes, records, strict=True):
-            for name, array in record.arrays().items():
-                time_last = array.swapaxes(0, 1).reshape(num_tasks, -1, horizon, *array.shape[2:])
-                arrays[name][:, lane, begin : begin + horizon] = time_last
+            own = {
+                name: array.swapaxes(0, 1).reshape(num_tasks, lane.stop - lane.start, len(array), *array.shape[2:])
+                for name, array in record.arrays().items()
+            }
+            own["final_observations"] = record.final_observations().reshape(num_tasks, lane.stop - lane.start, -1)
+            parts.append(_Part(slice(first + lane.start, first + lane.stop), episode, own))
+    return parts
 
 
-def rollout_arrays(shape: tuple[int, int, int], observation_size: int, action_size: int) -> dict[str, NDArray[Any]]:
+def rollout_arrays(shape: tuple[int, int, int], episodes: int, spaces: Spaces) -> dict[str, NDArray[Any]]:
     """Return the arrays of a `Rollout` by name, all zero: nothing is valid yet.
 
     Args:
         shape: (M, N, T).
-        observation_size: O.
-        action_size: A.
+        episodes: L.
+        spaces: of the environments.
     """
-    last = {"observations": (observation_size,), "next_observations": (observation_size,), "actions": (action_size,)}
-    floats = {name: np.zeros((*shape, *size), np.float32) for name, size in last.items()}
+    size, dtype = spaces.observation_size, spaces.observation_dtype
+    floats: dict[str, NDArray[Any]] = {"observations": np.zeros((*shape, size), dtype)}
+    floats["final_observations"] = np.zeros((*shape[:2], episodes, size), dtype)
+    floats["actions"] = np.zeros((*shape, spaces.action_size), np.float32)
     floats |= {name: np.zeros(shape, np.float32) for name in ("rewards", "log_probs", "success")}
     flags = {name: np.zeros(shape, np.bool_) for name in ("terminated", "truncated", "episode_start", "valid")}
     return {**floats, **flags}
 
 
 class _Episodes:
-    """An episode of the E environments of a lane, `[T, E, ...]`: each step writes a row, in float32, as agents read it.
+    """An episode of the E environments of a lane, `[T, E, ...]`, as agents read it: each step writes a row.
+
+    The arrays grow with the steps, not with the horizon.
 
     Args:
-        horizon: T.
+        horizons: `[E]`.
         observations: `[E, O]`, of the reset.
-        action_size: A.
+        spaces: of the environments.
         rewards: `[E]`, of the last step of the episode before; NaN if there was none.
     """
 
-    def __init__(self, horizon: int, observations: FloatArray, action_size: int, rewards: NDArray[np.float32]) -> None:
-        envs, observation_size = observations.shape
-        self.observations = np.zeros((horizon + 1, envs, observation_size), np.float32)
-        self.actions = np.zeros((horizon, envs, action_size), np.float32)
-        self.rewards, self.log_probs, self.success = (np.zeros((horizon, envs), np.float32) for _ in range(3))
-        self.terminated, self.truncated, self.valid = (np.zeros((horizon, envs), np.bool_) for _ in range(3))
+    def __init__(
+        self, horizons: NDArray[np.int64], observations: NDArray[Any], spaces: Spaces, rewards: NDArray[np.float32]
+    ) -> None:
+        envs, self._horizons = len(observations), horizons
+        steps = min(int(horizons.max()), 128)
+        self.observations = np.zeros((steps + 1, envs, spaces.observation_size), spaces.observation_dtype)
+        self.actions = np.zeros((steps, envs, spaces.action_size), np.float32)
+        self.rewards, self.log_probs, self.success = (np.zeros((steps, envs), np.float32) for _ in range(3))
+        self.terminated, self.truncated, self.valid = (np.zeros((steps, envs), np.bool_) for _ in range(3))
         with np.errstate(over="ignore"):
             self.observations[0] = observations
         self.active: BoolArray = np.isfinite(self.observations[0]).all(-1)
         self.dropped = ~self.active
         self.last_rewards = rewards
 
-    def now(self, t: int, num_tasks: int) -> tuple[NDArray[np.float32], NDArray[np.float32], BoolArray, BoolArray]:
+    def now(self, t: int, num_tasks: int) -> tuple[NDArray[Any], NDArray[np.float32], BoolArray, BoolArray]:
         """Return what the agent reads before step t, `[M, P, …]`: observations, last rewards, starts, active."""
         observations = self.observations[t].reshape(num_tasks, -1, self.observations.shape[-1])
         shape = observations.shape[:2]
@@ -317,6 +375,8 @@ class _Episodes:
 
     def write_actions(self, t: int, actions: torch.Tensor, log_probs: torch.Tensor) -> None:
         """Write the actions of step t, and deactivate the environments whose action is not finite."""
+        if t == len(self.valid):
+            self._grow()
         self.actions[t] = actions.reshape(self.actions.shape[1:])
         self.log_probs[t] = log_probs.reshape(-1)
         sane = np.isfinite(self.actions[t]).all(-1)
@@ -325,33 +385,43 @@ class _Episodes:
             self.dropped |= self.active & ~sane
             self.active = self.active & sane
 
+    def _grow(self) -> None:
+        """Make room for twice as many steps."""
+        for name, array in vars(self).items():
+            if name in ("observations", *self._RECORDED, "valid"):
+                more = np.zeros((len(self.valid), *array.shape[1:]), array.dtype)
+                setattr(self, name, np.concatenate([array, more]))
+
     def write(self, t: int, step: Step) -> None:
         """Write step t of the active environments, and deactivate those whose episode has ended or is broken."""
         with np.errstate(over="ignore"):
             self.observations[t + 1] = step.observations
             self.rewards[t] = step.rewards
         self.success[t], self.valid[t], self.terminated[t] = step.success, self.active, step.terminated
-        self.truncated[t] = step.truncated | ~step.terminated if t + 1 == len(self.valid) else step.truncated
+        self.truncated[t] = step.truncated | ((t + 1 >= self._horizons) & ~step.terminated)
         self.last_rewards = np.where(self.active, self.rewards[t], self.last_rewards)
         sane = np.isfinite(self.observations[t + 1]).all(-1) & np.isfinite(self.rewards[t])
         self.dropped |= self.active & ~sane
         self.active = self.active & sane & ~step.terminated & ~self.truncated[t]
 
+    _RECORDED = ("actions", "rewards", "log_probs", "success", "terminated", "truncated")
+
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the arrays of a `Rollout` by name, `[T, E, ...]`, with zeros where no step is valid."""
-        valid = self.valid & ~self.dropped
-        recorded = ("actions", "rewards", "log_probs", "success", "terminated", "truncated")
+        """Return arrays of a `Rollout` by name, `[T, E, ...]`, with zeros where no step is valid."""
+        steps = int(self.valid.any(-1).sum())
+        valid = self.valid[:steps] & ~self.dropped
+        recorded = [(name, getattr(self, name)[:steps]) for name in ("observations", *self._RECORDED)]
         arrays = {
             name: np.where(valid.reshape(*valid.shape, *[1] * (array.ndim - 2)), array, array.dtype.type(0))
-            for name, array in (
-                ("observations", self.observations[:-1]),
-                ("next_observations", self.observations[1:]),
-                *((name, getattr(self, name)) for name in recorded),
-            )
+            for name, array in recorded
         }
         episode_start = valid.copy()
         episode_start[1:] = False
         return {**arrays, "episode_start": episode_start, "valid": valid}
+
+    def final_observations(self) -> NDArray[Any]:
+        """Return the observation after the last step of each environment, `[E, O]`."""
+        return self.observations[self.valid.sum(0), np.arange(self.valid.shape[1])]
 
 
 class LocalCollector:

@@ -14,6 +14,10 @@ class RunError(Exception):
     """A run that cannot continue; the command line prints its message and exits with status 1."""
 
 
+class PhysicsDivergedError(FloatingPointError):
+    """A simulation that left the finite numbers; its episode is dropped."""
+
+
 def unknown_name(what: str, name: str, choices: Iterable[str], where_to_look: str) -> ValueError:
     """Return the error for an unknown name; it suggests the closest known one.
 

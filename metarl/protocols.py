@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import gymnasium
     import torch
 
+    from metarl.spaces import Spaces
+
 
 class EpisodesLostError(RuntimeError):
     """The episodes under way are lost, because a process that stepped them has died; they can be begun again."""
@@ -43,20 +45,20 @@ class BatchEnv(Protocol):
         max_envs: how many at most.
         lanes: in how many parts a caller should step them, if it can, so that some are stepped while it computes the
             actions of others; does not depend on the number of processes.
+        spaces: of all environments; bounds of actions may differ by task, and are those of the first one here.
     """
 
     max_envs: int
     lanes: int
-    observation_space: gymnasium.spaces.Box
-    action_space: gymnasium.spaces.Box
+    spaces: Spaces
 
-    def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
-        """Begin an episode of each of E ≤ max_envs tasks, seeded by `seeds` `[E]`; returns observations `[E, O]`."""
+    def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> NDArray[Any]:
+        """Begin an episode of each of E ≤ max_envs tasks, seeded by `seeds` `[E]`, below 2³¹; returns `[E, O]`."""
 
-    def step_async(self, rows: slice, actions: FloatArray, active: BoolArray) -> None:
+    def step_async(self, rows: slice, actions: NDArray[np.float32], active: BoolArray) -> None:
         """Begin a step of the environments `rows`, e of those that were reset, where `active` `[e]`.
 
-        `actions` `[e, A]` are in the units of the action space.
+        `actions` `[e, A]` are in policy units (see `Spaces`), as the policy drew them.
         """
 
     def step_wait(self, rows: slice) -> Step:
@@ -69,8 +71,10 @@ class BatchEnv(Protocol):
 class TaskDistribution(Protocol):
     """Tasks to train on, tasks held out, and how to build the environment of one.
 
-    Two methods are optional: `make_batch(max_envs)` steps all environments as one computation, and `difficulty(task)`
-    says how hard a task is, harder is larger, which a curriculum needs; it raises ValueError where there is no order.
+    Three methods are optional: `make_batch(max_envs)` steps all environments as one computation; `retarget(env, task)`
+    gives an environment that `make` built another task of the same family, benchmark, class and options, which is
+    faster than to build one; `difficulty(task)` says how hard a task is, harder is larger, which a curriculum needs,
+    and raises ValueError where there is no order.
     """
 
     @property
@@ -82,7 +86,7 @@ class TaskDistribution(Protocol):
         """Held-out tasks: disjoint from `train_tasks`, but for families that have only a few tasks in all."""
 
     def make(self, task: Task) -> gymnasium.Env[Any, Any]:
-        """Build the environment of `task`. One with a method `set_task(task)` is reused for tasks of the same class."""
+        """Build the environment of `task`."""
 
 
 class Actor(Protocol):
@@ -105,7 +109,7 @@ class Actor(Protocol):
             state: from `initial_state`, `adapt` or the last `act`; it stays as it is.
 
         Returns:
-            actions `[M, P, A]` in which ±1 are the bounds of the action space, log_probs `[M, P]`, and the next state.
+            actions `[M, P, A]` in policy units (see `Spaces`), log_probs `[M, P]`, and the next state.
         """
 
 
@@ -214,8 +218,8 @@ class Agent(AdaptiveActor, Protocol):
     def adapt(self, state: Any, rollout: Rollout, inner_lr: float | None = None) -> Any:
         """See `AdaptiveActor.adapt`; `inner_lr` replaces the step size of training, ValueError where there is none."""
 
-    def controller(self, state: Any, low: FloatArray, high: FloatArray) -> Controller:
-        """What the agent does in `state`, of one task, step by step, for actions with bounds `[A]`."""
+    def controller(self, state: Any, spaces: Spaces) -> Controller:
+        """What the agent does in `state`, of one task, step by step, for actions with the bounds of `spaces`."""
 
     def pack(self, state: Any) -> dict[str, torch.Tensor]:
         """Return an adaptation state as tensors, to be saved."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -43,17 +43,50 @@ def _check_seal(data: bytes, name: str) -> None:
         raise ValueError(f"{name} refers to other files, unlike any file of `metarl export`; export it again")
 
 
-def checked_observations(observation: ArrayLike, size: int) -> NDArray[np.float32]:
-    """Return observations `[O]` or `[B, O]` as float32; raises ValueError for a wrong shape or dtype, NaN, infinity."""
-    array = np.asarray(observation)
+def checked_observations(
+    observation: Any, size: int, parts: Sequence[Sequence[Any]] = (), image: Sequence[int] | None = None
+) -> NDArray[Any]:
+    """Return observations `[O]` or `[B, O]`, as float32 or, of images, as bytes.
+
+    Args:
+        observation: an array, or for observations of several parts a mapping from their names to arrays.
+        size: O.
+        parts: names and sizes of the parts, in order.
+        image: (H, W, C) where observations are images, which may come in that shape.
+
+    Raises:
+        ValueError: wrong shape, dtype or parts, NaN or infinity.
+    """
+    array = np.asarray(_joined(observation, parts) if isinstance(observation, Mapping) else observation)
     if array.dtype.kind not in "fiub":
         raise ValueError(f"observation has dtype {array.dtype}; expected numbers")
+    if image is not None:
+        if array.dtype != np.uint8:
+            raise ValueError(f"observation has dtype {array.dtype}; expected an image of uint8")
+        if array.shape[-3:] == tuple(image):
+            array = array.reshape(*array.shape[:-3], size)
     if array.ndim not in (1, 2) or array.shape[-1] != size:
         raise ValueError(f"observation has shape {array.shape}; expected ({size},) or (batch, {size})")
+    if image is not None:
+        return array
     observations = array.astype(np.float32)
     if not np.isfinite(observations).all():
         raise ValueError("observation contains NaN or infinity; check the sensors before calling predict")
     return observations
+
+
+def _joined(observation: Mapping[str, Any], parts: Sequence[Sequence[Any]]) -> NDArray[Any]:
+    """Return the parts of observations in a row, `[O]` or `[B, O]`."""
+    names = [name for name, _ in parts]
+    if set(observation) != set(names):
+        raise ValueError(f"observation has the parts {sorted(observation)}; expected {names or 'an array'}")
+    arrays = [np.asarray(observation[name]) for name in names]
+    single = all(array.size == size for array, (_, size) in zip(arrays, parts, strict=True))
+    rows = [array.reshape(-1) if single else array.reshape(len(array), -1) for array in arrays]
+    for row, (name, size) in zip(rows, parts, strict=True):
+        if row.shape[-1] != size:
+            raise ValueError(f"part {name} of the observation has {row.shape[-1]} numbers; expected {size}")
+    return np.concatenate(rows, -1)
 
 
 def checked_memory(
@@ -86,10 +119,18 @@ def _batched(name: str, value: NDArray[Any], batch: int) -> NDArray[Any]:
     return value if value.shape == (batch,) else np.full(batch, value)
 
 
-def check_actions(actions: NDArray[np.float32]) -> None:
-    """Raise ValueError for actions that are not finite."""
+def as_env_actions(actions: NDArray[Any], kind: str, single: bool) -> NDArray[Any]:
+    """Return actions `[B, A]` as environments expect them, `[A]` of a single row; without the A of a single choice.
+
+    Raises:
+        ValueError: they are not finite.
+    """
     if not np.isfinite(actions).all():
         raise ValueError("the action is not finite: observation or state are far from the training distribution")
+    if kind == "discrete":
+        actions = actions[:, 0]
+    chosen: NDArray[Any] = actions[0] if single else actions
+    return np.asarray(chosen)
 
 
 class OnnxPolicy:
@@ -106,8 +147,10 @@ class OnnxPolicy:
         observation_size: O.
         action_size: A.
         state_size: S, the size of the memory; 0 without a memory.
-        action_low: `[A]`.
+        action_kind: `box`, `discrete` or `multi_discrete`.
+        action_low: `[A]`; of choices the numbers of the first ones.
         action_high: `[A]`.
+        noise_size: numbers of noise that an action takes.
 
     Raises:
         ValueError: the file is damaged, not from `metarl export`, or has a newer format.
@@ -134,6 +177,8 @@ class OnnxPolicy:
             if file_format == FORMAT:  # other formats may have other keys
                 sizes = (int(self.metadata[f"{kind}_size"]) for kind in ("observation", "action", "state"))
                 self.observation_size, self.action_size, self.state_size = sizes
+                self.noise_size = int(self.metadata.get("noise_size", self.action_size))
+                self.action_kind = self.metadata.get("action_kind", "box")
                 self.action_low, self.action_high = (
                     np.array(self.metadata[f"action_{end}"], np.float64) for end in ("low", "high")
                 )
@@ -144,7 +189,7 @@ class OnnxPolicy:
             raise ValueError(
                 f"{name} has format {file_format}; this metarl.runtime reads format {FORMAT}: use a newer one"
             )
-        expected: dict[str, int | None] = {"observations": self.observation_size, "noise": self.action_size}
+        expected: dict[str, int | None] = {"observations": self.observation_size, "noise": self.noise_size}
         if self.state_size:
             expected |= {"rewards": None, "episode_start": None, "state": self.state_size}
         inputs = {item.name: item.shape[1] if len(item.shape) > 1 else None for item in self._inputs()}
@@ -152,7 +197,8 @@ class OnnxPolicy:
             raise ValueError(f"{name} has inputs {inputs}; expected {expected} according to its metadata")
         self._outputs = ["actions", "next_state"] if self.state_size else ["actions"]
         self._rng = np.random.default_rng(seed)
-        self.run(np.zeros((1, self.observation_size), np.float32))  # the first run is the slowest: not during a tick
+        kind = np.float32 if self.metadata.get("image") is None else np.uint8
+        self.run(np.zeros((1, self.observation_size), kind))  # the first run is the slowest: not during a tick
 
     def _inputs(self) -> list[Any]:
         return [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
@@ -185,19 +231,20 @@ class OnnxPolicy:
                 trial.
 
         Returns:
-            actions `[A]` or `[B, A]` within their bounds, and the next state.
+            actions `[A]` or `[B, A]` within their bounds, and the next state. Choices are int64; those of a `Discrete`
+            space `[]` or `[B]`.
 
         Raises:
             ValueError: wrong shape, NaN or infinity.
         """
-        observations = checked_observations(observation, self.observation_size)
+        form = self.metadata.get("observation_parts", ()), self.metadata.get("image")
+        observations = checked_observations(observation, self.observation_size, *form)
         single = observations.ndim == 1
         if single:
             observations = observations[None]
-        noise = None if deterministic else self._rng.standard_normal((len(observations), self.action_size), np.float32)
+        noise = None if deterministic else self._rng.standard_normal((len(observations), self.noise_size), np.float32)
         actions, state = self.run(observations, state, episode_start, noise, reward)
-        check_actions(actions)
-        return actions[0] if single else actions, state
+        return as_env_actions(actions, self.action_kind, single), state
 
     def run(
         self,
@@ -207,7 +254,10 @@ class OnnxPolicy:
         noise: NDArray[np.float32] | None = None,
         rewards: ArrayLike | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Run the model on a batch `[B, O]` with noise `[B, A]`, or without for the mean; otherwise as `predict`."""
+        """Run the model on a batch `[B, O]` with noise `[B, noise_size]`, or without for the mode; else as `predict`.
+
+        Actions are `[B, A]`.
+        """
         feed: dict[str, Any] = {"observations": observations}
         if noise is not None:
             feed["noise"] = noise
@@ -336,6 +386,8 @@ class ControlLoop:
         low, high = (np.asarray(bound, np.float32) for bound in (policy.action_low, policy.action_high))
         if not ((low <= self._safe) & (self._safe <= high)).all():
             raise ValueError(f"safe_action is {safe_action!r}; expected within {low} and {high}")
+        if max_change is not None and getattr(policy, "action_kind", "box") != "box":
+            raise ValueError(f"max_change is {max_change!r}; the policy's actions are choices, which it cannot limit")
         self._max_change = None if max_change is None else _sized("max_change", max_change, policy.action_size)
         if self._max_change is not None and not (self._max_change > 0).all():
             raise ValueError(f"max_change is {max_change!r}; expected more than 0")

@@ -1,4 +1,4 @@
-"""The data that all parts of metarl share: Task, Trajectory, Rollout, Spaces, Position.
+"""The data that all parts of metarl share: Task, Trajectory, Rollout, Position, AgentSpec.
 
 Owns validation and JSON, no other behaviour. Must not import torch, environments or agents at run time.
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from metarl.nn.distributions import Distribution
+    from metarl.spaces import Spaces
 
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
@@ -181,10 +182,9 @@ class Rollout:
     never merged: a value function bootstraps after truncation and not after termination.
 
     Attributes:
-        observations: `[M, N, T, O]`, before the action.
-        next_observations: `[M, N, T, O]`, after it; the true last observation at an episode's end, though the next
-            step of a trial begins from another one.
-        actions: `[M, N, T, A]`, as the policy drew them: before clipping and scaling to the action space.
+        observations: `[M, N, T, O]`, before the action; float32 or, of images, uint8.
+        final_observations: `[M, N, L, O]`, after the last action of each episode.
+        actions: `[M, N, T, A]`, as the policy drew them, in policy units (see `metarl.spaces.Spaces`).
         rewards: `[M, N, T]`.
         log_probs: `[M, N, T]`, of the policy that acted.
         terminated: `[M, N, T]`, bool.
@@ -195,7 +195,7 @@ class Rollout:
     """
 
     observations: torch.Tensor
-    next_observations: torch.Tensor
+    final_observations: torch.Tensor
     actions: torch.Tensor
     rewards: torch.Tensor
     log_probs: torch.Tensor
@@ -223,6 +223,23 @@ class Rollout:
         """The episode that each step belongs to, counted from 0 in every rollout, `[M, N, T]`."""
         return (self.episode_start.cumsum(-1) - 1).clamp_min(0)
 
+    @property
+    def next_observations(self) -> torch.Tensor:
+        """The observations after each action, `[M, N, T, O]`, computed: at an episode's end the true last one.
+
+        The next step of a trial begins from another one.
+        """
+        import torch
+
+        following = torch.zeros_like(self.observations)
+        following[:, :, :-1] = self.observations[:, :, 1:]
+        following[~self.valid] = 0
+        ends = self.valid.clone()
+        ends[:, :, :-1] &= ~self.valid[:, :, 1:] | self.episode_start[:, :, 1:]
+        task, rollout, step = ends.nonzero(as_tuple=True)
+        following[task, rollout, step] = self.final_observations[task, rollout, self.episode[task, rollout, step]]
+        return following
+
     def episode_returns(self) -> torch.Tensor:
         """Undiscounted return of each episode, `[M, N, L]`; NaN for the episodes of a dropped rollout."""
         returns = self._by_episode(self.rewards * self.valid, "sum")
@@ -244,7 +261,7 @@ class Rollout:
 class Step(NamedTuple):
     """What one step of E environments returns. Arrays are views that their next step overwrites: copy what you keep."""
 
-    observations: FloatArray  # [E, O]
+    observations: NDArray[Any]  # [E, O], floats or, of images, bytes
     rewards: FloatArray  # [E]
     terminated: BoolArray  # [E]
     truncated: BoolArray  # [E]
@@ -272,51 +289,6 @@ class Position:
     iteration: Count = 0
     env_steps: Count = 0
     skipped: Count = 0
-
-
-@dataclass(frozen=True)
-class Spaces:
-    """Sizes and bounds that an agent was built for.
-
-    Attributes:
-        observation_size: O.
-        action_low: `[A]`.
-        action_high: `[A]`.
-    """
-
-    observation_size: int
-    action_low: tuple[float, ...]
-    action_high: tuple[float, ...]
-
-    @classmethod
-    def within_one(cls, observation_size: int, action_size: int) -> Spaces:
-        """Return spaces whose actions lie within ±1."""
-        return cls(observation_size, (-1.0,) * action_size, (1.0,) * action_size)
-
-    @property
-    def action_size(self) -> int:
-        """A."""
-        return len(self.action_low)
-
-    @property
-    def action_bounds(self) -> tuple[FloatArray, FloatArray]:
-        """Low and high, both `[A]`."""
-        return np.array(self.action_low), np.array(self.action_high)
-
-    def misfit(self, observation_space: Any, action_space: Any) -> str | None:
-        """Return in a line why an environment with these spaces does not fit; None if it does."""
-        low, high = self.action_bounds
-        for kind, space, expected in (
-            ("observations", observation_space, (self.observation_size,)),
-            ("actions", action_space, low.shape),
-        ):
-            if space.shape != expected:
-                return f"the environment's {kind} have shape {space.shape}; the agent was trained for {expected}"
-        for bound, ours in (("low", low), ("high", high)):
-            found = np.asarray(getattr(action_space, bound, []))
-            if found.tolist() != ours.tolist():
-                return f"the environment's actions have {bound} {found}; the agent was trained for {ours}"
-        return None
 
 
 class TimeStep(NamedTuple):

@@ -20,21 +20,22 @@ from metarl.agents.maml.controller import MlpController
 from metarl.agents.maml.inner import Batch, InnerMethod, MetaParams, PolicyLoss, inner_loop
 from metarl.agents.maml.meta_objective import MetaObjective
 from metarl.agents.maml.outer import OuterConfig, PpoConfig, build_outer
-from metarl.nn.distributions import GaussianHead
+from metarl.errors import UserError
+from metarl.nn.distributions import ActionHead, GaussianHead, action_head
 from metarl.nn.jacobians import choose_steps, mlp_jacobian
-from metarl.nn.mlp import ACTIVATIONS, MlpPolicy, Params
+from metarl.nn.mlp import ACTIVATIONS, MlpPolicy, Params, mlp_modules
 from metarl.nn.normalizer import Normalizer
 from metarl.nn.optimizer_state import check_entries
 from metarl.protocols import AuxiliaryLoss
 from metarl.rl.returns import gae, normalize_advantages, return_scale, vtrace
-from metarl.rl.surrogates import ESTIMATORS, saturation
+from metarl.rl.surrogates import ESTIMATORS, weighted_mean
 from metarl.rl.value import LearnedValue, linear_values
 from metarl.seeding import Purpose, integer_seed
 from metarl.settings import Settings, as_tuple
+from metarl.spaces import Spaces
 from metarl.types import (
     AdaptsBy,
     AgentSpec,
-    FloatArray,
     PolicyJacobian,
     Prediction,
     Rollout,
@@ -86,23 +87,27 @@ class GradientAgentConfig(Settings):
     normalizer_floor: float = Field(0.01, gt=0, description="smallest scale of the normaliser, in observation units")
     outer: OuterConfig = Field(default_factory=PpoConfig)
 
-    def head(self, action_size: int) -> GaussianHead:
+    def head(self, spaces: Spaces) -> ActionHead:
         """Return what makes a distribution of the policy's outputs."""
-        return GaussianHead(action_size, self.init_std, self.min_std, self.max_std)
+        return action_head(spaces, self.init_std, self.min_std, self.max_std)
 
     @model_validator(mode="after")
     def _bounds(self) -> GradientAgentConfig:
-        self.head(1)
-        modules = MlpPolicy.modules(len(self.hidden_sizes))
+        GaussianHead(1, self.init_std, self.min_std, self.max_std)
+        modules = mlp_modules(len(self.hidden_sizes), GaussianHead.free_parameters)
         for name in self.adapted_modules:
             if name != "all" and name not in modules:
                 raise ValueError(f"adapted_modules: got {name!r}, expected all or any of {', '.join(modules)}")
         return self
 
-    @property
-    def adapted(self) -> tuple[str, ...]:
-        """Names of the parameters that adapt."""
-        modules = MlpPolicy.modules(len(self.hidden_sizes))
+    def adapted(self, head: ActionHead) -> tuple[str, ...]:
+        """Return the names of the parameters that adapt; raises UserError if there are none."""
+        modules = mlp_modules(len(self.hidden_sizes), head.free_parameters)
+        if not {"all", *modules} & set(self.adapted_modules):
+            raise UserError(
+                f"agent.adapted_modules names {', '.join(self.adapted_modules)}; for these actions there are "
+                f"{', '.join(modules)}"
+            )
         chosen = [names for module, names in modules.items() if {"all", module} & set(self.adapted_modules)]
         return tuple(name for names in chosen for name in names)
 
@@ -146,7 +151,7 @@ class GradientAgent:
         self.method, self.config, self.device = method, config, spec.device
         self.adaptation_steps = config.adaptation_steps
         self.training_adaptation_steps = 0 if method.outer_phases == "first" else config.adaptation_steps
-        size, head = spec.spaces.observation_size, config.head(spec.spaces.action_size)
+        size, head = spec.spaces.observation_size, config.head(spec.spaces)
         heads = spec.num_stage_ids if spec.stage_heads else 1
         self.noise_size = head.noise_size
         self.policy = MlpPolicy(size, head, config.hidden_sizes, config.activation, heads)
@@ -228,10 +233,10 @@ class GradientAgent:
 
     # --- on a robot ----------------------------------------------------------------------------------------------
 
-    def controller(self, state: Params, low: FloatArray, high: FloatArray) -> MlpController:
+    def controller(self, state: Params, spaces: Spaces) -> MlpController:
         """One control step at the parameters of one task; see `Agent.controller`."""
         params = {name: value[0] for name, value in state.items()}
-        return MlpController(self.policy, params, self.normalizer, low, high)
+        return MlpController(self.policy, params, self.normalizer, spaces)
 
     def pack(self, state: Params) -> dict[str, Tensor]:
         """The parameters as they are; see `Agent.pack`."""
@@ -271,8 +276,8 @@ class GradientAgent:
         )
 
     def _saturation(self, params: Params, batch: Batch) -> Tensor:
-        mode = self.policy.distribution(params, batch.observations).mode
-        return self.config.saturation_coef * saturation(mode, batch.weights)
+        distribution = self.policy.distribution(params, batch.observations)
+        return self.config.saturation_coef * weighted_mean(distribution.saturation(), batch.weights)
 
     def _fit_value(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         if self.value is None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from metarl.nn.action_bounds import ActionBounds
+from metarl.nn.action_units import ActionUnits
 from metarl.nn.mlp import MlpPolicy, Params
 from metarl.nn.normalizer import Normalizer
-from metarl.types import FloatArray
+from metarl.spaces import Spaces
 
 
 class MlpController(nn.Module):
@@ -17,8 +17,7 @@ class MlpController(nn.Module):
         policy: what the parameters mean.
         params: of one task, plain.
         normalizer: of observations.
-        low: `[A]`, of the action space.
-        high: `[A]`.
+        spaces: of the environment.
 
     Attributes:
         state_size: S, of what is remembered: 0.
@@ -29,13 +28,11 @@ class MlpController(nn.Module):
     state_size = 0
     reward_scale: dict[str, float] | None = None
 
-    def __init__(
-        self, policy: MlpPolicy, params: Params, normalizer: Normalizer, low: FloatArray, high: FloatArray
-    ) -> None:
+    def __init__(self, policy: MlpPolicy, params: Params, normalizer: Normalizer, spaces: Spaces) -> None:
         super().__init__()
         self._policy, self._normalizer = policy, normalizer.to("cpu")
         self._params = {name: value.detach().cpu().clone() for name, value in params.items()}
-        self._bounds = ActionBounds(low, high)
+        self._units = ActionUnits(spaces)
         deviation = self._normalizer.variance.sqrt().clamp_min(self._normalizer.floor)
         self.observation_scale = self._normalizer.mean.numpy(), deviation.numpy()
 
@@ -44,8 +41,8 @@ class MlpController(nn.Module):
 
         Args:
             observations: `[B, O]`, raw.
-            noise: `[B, A]` or `[1, A]`, standard normal; None or zeros: the mean.
+            noise: `[B, noise_size]` or `[1, noise_size]`, standard normal; None or zeros: the mode.
         """
         distribution = self._policy.distribution(self._params, self._normalizer(observations))
-        actions: Tensor = self._bounds(distribution.mode if noise is None else distribution.sample(noise))
+        actions: Tensor = self._units(distribution.mode if noise is None else distribution.sample(noise))
         return actions

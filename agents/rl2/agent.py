@@ -50,10 +50,11 @@ from metarl.nn.normalizer import Normalizer
 from metarl.nn.optimizer_state import check_entries, clip_gradients, load_optimizer_state, optimizer_state
 from metarl.protocols import AuxiliaryLoss
 from metarl.rl.returns import gae, normalize_advantages, return_scale, vtrace
-from metarl.rl.surrogates import approximate_kl, ppo_clip_loss, saturation, weighted_mean
+from metarl.rl.surrogates import approximate_kl, ppo_clip_loss, weighted_mean
 from metarl.rl.value import linear_values
 from metarl.seeding import Purpose, integer_seed
-from metarl.types import AdaptsBy, AgentSpec, FloatArray, PolicyJacobian, Prediction, Rollout, Task, TimeStep
+from metarl.spaces import Spaces
+from metarl.types import AdaptsBy, AgentSpec, PolicyJacobian, Prediction, Rollout, Task, TimeStep
 
 LAST_LR = 0.1
 """Final learning rate, as a fraction of the initial one."""
@@ -74,7 +75,7 @@ class Rl2:
     adaptation_steps = training_adaptation_steps = 0
 
     def __init__(self, config: Rl2Config, spec: AgentSpec) -> None:
-        size, action_size, generator = spec.spaces.observation_size, spec.spaces.action_size, _generator(spec.seed)
+        size, generator = spec.spaces.observation_size, _generator(spec.seed)
         stage_id = range(size - spec.num_stage_ids, size)
         entries = tuple(range(size)) if config.observation_entries is None else config.observation_entries
         entries = (*(entry for entry in entries if entry not in stage_id), *stage_id)
@@ -85,15 +86,14 @@ class Rl2:
         if spec.stage_heads and not config.skip_inputs:
             raise UserError("stage_id head: the head is chosen by the inputs; agent.skip_inputs must be true")
         self.config, self.device, self.seed, self.iteration = config, spec.device, spec.seed, 0
-        self.trial_episodes, self.observation_size, self.action_size = config.trial_episodes, size, action_size
-        self.inputs = Inputs(entries, action_size, config.input_differences, config.input_time)
+        self.trial_episodes, head = config.trial_episodes, config.head(spec.spaces)
+        self.inputs = Inputs(entries, head, config.input_differences, config.input_time)
         self._entries = torch.tensor(entries, device=self.device)
         trunk_settings = self.inputs.size, config.encoder_sizes, config.memory, config.skip_inputs, generator
         trunk = Trunk(*trunk_settings)
         raw_inputs = len(entries) - spec.num_stage_ids, len(entries)  # the stage id among the inputs
         begin = trunk.output_size - self.inputs.size  # of the inputs among the features
         chosen_by = slice(*(begin + place for place in raw_inputs)) if spec.stage_heads else None
-        head = config.head(action_size)
         self.noise_size = head.noise_size
         policy_head = PolicyHead(trunk.output_size, head, config.state_dependent_std, generator, chosen_by)
         self.policy = Policy(trunk, policy_head).to(self.device)
@@ -130,7 +130,8 @@ class Rl2:
     def initial_state(self, num_tasks: int) -> Rl2State:
         """Return an empty memory for `num_tasks` trials."""
         nothing = torch.zeros(num_tasks, device=self.device)
-        observations, actions = (nothing[:, None].expand(-1, size) for size in (len(self._entries), self.action_size))
+        sizes = len(self._entries), self.inputs.head.feedback_size
+        observations, actions = (nothing[:, None].expand(-1, size) for size in sizes)
         time = torch.full((num_tasks,), -1, device=self.device)
         return Rl2State(
             self.policy.trunk.initial(num_tasks), PreviousStep(observations, actions, nothing), time, nothing
@@ -175,9 +176,9 @@ class Rl2:
 
     # --- on a robot ----------------------------------------------------------------------------------------------
 
-    def controller(self, state: Rl2State, low: FloatArray, high: FloatArray) -> MemoryController:
+    def controller(self, state: Rl2State, spaces: Spaces) -> MemoryController:
         """One control step of a trial that begins with what `state` remembers; see `Agent.controller`."""
-        return MemoryController(self._step.to_cpu(), self.pack(state)["recall"], self.observation_size, low, high)
+        return MemoryController(self._step.to_cpu(), self.pack(state)["recall"], spaces)
 
     def pack(self, state: Rl2State) -> dict[str, Tensor]:
         """The whole state as one tensor; see `Agent.pack`."""
@@ -307,7 +308,7 @@ class Rl2:
         }
         loss = loss - config.entropy_coef * entropy
         if config.saturation_coef:
-            loss = loss + config.saturation_coef * saturation(distribution.mode.flatten(0, 1), weights)
+            loss = loss + config.saturation_coef * weighted_mean(distribution.saturation().flatten(), weights)
         if self.critic is not None:
             if self.critic.trunk is not None:
                 features, _ = self.critic.trunk.scan(batch.inputs, batch.states[1])

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
 
 from metarl.agents.rl2.networks import CriticConfig, GruConfig, LearnedCriticConfig, MemoryConfig, Sizes
-from metarl.nn.distributions import GaussianHead
+from metarl.nn.distributions import ActionHead, GaussianHead, action_head
 from metarl.settings import Settings, as_tuple
+from metarl.spaces import Spaces
 
 
 class Rl2Config(Settings):
@@ -62,13 +63,13 @@ class Rl2Config(Settings):
         None, ge=0, description="iterations in which the normaliser of inputs learns; none: all; 0: inputs stay raw"
     )
 
-    def head(self, action_size: int) -> GaussianHead:
+    def head(self, spaces: Spaces) -> ActionHead:
         """Return what makes a distribution of the policy's outputs."""
-        return GaussianHead(action_size, self.init_std, self.min_std, self.max_std)
+        return action_head(spaces, self.init_std, self.min_std, self.max_std)
 
     @model_validator(mode="after")
     def _bounds(self) -> Rl2Config:
-        self.head(1)
+        GaussianHead(1, self.init_std, self.min_std, self.max_std)
         if self.observation_entries and len(set(self.observation_entries)) < len(self.observation_entries):
             raise ValueError(f"observation_entries {self.observation_entries} name one twice; each counts once")
         if self.free_episodes >= self.trial_episodes:

@@ -79,13 +79,12 @@ class ControlStep(NamedTuple):
             time = torch.where(active, time, state.time)
         return self.policy.head(features), Rl2State(memory, previous, time, torch.full_like(rewards, math.nan))
 
-    @staticmethod
-    def carry_out(state: Rl2State, actions: Tensor, active: Tensor | None = None) -> Rl2State:
-        """Return the state after actions `[B, A]`, which the environment clips to ±1."""
-        actions = actions.clamp(-1.0, 1.0)
+    def carry_out(self, state: Rl2State, actions: Tensor, active: Tensor | None = None) -> Rl2State:
+        """Return the state after actions `[B, A]`, as the memory will read them."""
+        feedback = self.inputs.head.feedback(actions)
         if active is not None:
-            actions = torch.where(active[:, None], actions, state.previous.actions)
-        return state._replace(previous=state.previous._replace(actions=actions))
+            feedback = torch.where(active[:, None], feedback, state.previous.actions)
+        return state._replace(previous=state.previous._replace(actions=feedback))
 
     def to_cpu(self) -> ControlStep:
         """Return a snapshot on the CPU."""
@@ -150,7 +149,7 @@ def join_state(memory: State, previous: PreviousStep, steps: Tensor, reward: Ten
 
 def split_state(joint: Tensor, inputs: Inputs) -> tuple[Tensor, PreviousStep, Tensor, Tensor]:
     """Undo `join_state`; the memory stays packed."""
-    sizes = len(inputs.entries), inputs.action_size, 1, 1, 1
+    sizes = len(inputs.entries), inputs.head.feedback_size, 1, 1, 1
     parts = torch.split(joint, [joint.shape[1] - sum(sizes), *sizes], -1)
     packed, observations, actions, rewards, steps, reward = parts
     return packed, PreviousStep(observations, actions, rewards[:, 0]), steps[:, 0].long(), reward[:, 0]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from metarl.agents.rl2.control_step import ControlStep, Rl2State, join_state, split_state
-from metarl.nn.action_bounds import ActionBounds
+from metarl.nn.action_units import ActionUnits
 from metarl.nn.memory import unpack
-from metarl.types import FloatArray
+from metarl.spaces import Spaces
 
 
 class MemoryController(nn.Module):
@@ -23,16 +23,14 @@ class MemoryController(nn.Module):
 
     Its state is one vector `[S]` for each trial, and zeros begin a trial:
 
-        memory | last observation O' | last action A | last reward | steps of the episode | reward not yet read | begun
+        memory | last observation O' | last action A' | last reward | steps of the episode | reward not yet read | begun
 
     Unknown rewards are NaN, in the state as in the inputs.
 
     Args:
         step: one control step, on the CPU.
         initial: the state `[1, S − 1]` where a trial begins, which is not empty where episodes have been read.
-        observation_size: O.
-        low: `[A]`, of the action space.
-        high: `[A]`.
+        spaces: of the environment.
 
     Attributes:
         state_size: S.
@@ -40,13 +38,11 @@ class MemoryController(nn.Module):
         observation_scale: the same for observations, `[O]`; 0 and 1 for entries that it does not see.
     """
 
-    def __init__(
-        self, step: ControlStep, initial: Tensor, observation_size: int, low: FloatArray, high: FloatArray
-    ) -> None:
+    def __init__(self, step: ControlStep, initial: Tensor, spaces: Spaces) -> None:
         super().__init__()
         self._policy, self._inputs = step.policy, step.inputs
         self._like = self._policy.trunk.initial(1)
-        self._bounds = ActionBounds(low, high)
+        self._units = ActionUnits(spaces)
         self._entries: Tensor
         self._shift: Tensor
         self._scale: Tensor
@@ -55,11 +51,11 @@ class MemoryController(nn.Module):
         for name, value in buffers.items():
             self.register_buffer(f"_{name}", value.detach().cpu().clone())
         self.state_size = initial.shape[1] + 1
-        mean, deviation = np.zeros(observation_size), np.ones(observation_size)
+        mean, deviation = np.zeros(spaces.observation_size), np.ones(spaces.observation_size)
         seen, count = self._entries.numpy(), len(step.inputs.entries)
         mean[seen], deviation[seen] = self._shift[:count].numpy(), 1.0 / self._scale[:count].numpy()
         self.observation_scale = mean, deviation
-        reward = count + step.inputs.action_size  # its place among the inputs
+        reward = count + step.inputs.head.feedback_size  # its place among the inputs
         self.reward_scale: dict[str, float] | None = {
             "mean": float(step.shift[reward]),
             "std": float(1.0 / step.scale[reward]),
@@ -80,7 +76,7 @@ class MemoryController(nn.Module):
             rewards: `[B]`, of the last step; NaN: not known. Not read where a trial begins: it would be of another one.
             episode_start: `[B]`, bool; where a trial begins an episode does.
             state: `[B, S]`, what the last step returned; zeros where a trial begins.
-            noise: `[B, A]` or `[1, A]`, standard normal; None or zeros: the mode.
+            noise: `[B, noise_size]` or `[1, noise_size]`, standard normal; None or zeros: the mode.
         """
         begun = state[:, -1:] > 0
         packed, previous, steps, reward = split_state(torch.where(begun, state[:, :-1], self._initial), self._inputs)
@@ -92,4 +88,4 @@ class MemoryController(nn.Module):
         drawn = distribution.mode if noise is None else distribution.sample(noise)
         memory, previous, time, reward = step.carry_out(after, drawn)
         joint = join_state(memory, previous, time + 1, reward)
-        return self._bounds(drawn), torch.cat([joint, torch.ones_like(joint[:, :1])], -1)
+        return self._units(drawn), torch.cat([joint, torch.ones_like(joint[:, :1])], -1)

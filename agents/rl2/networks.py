@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from metarl.nn.attention import Episodic, Transformer
-from metarl.nn.distributions import Distribution, GaussianHead
+from metarl.nn.distributions import ActionHead, Distribution
 from metarl.nn.memory import Memory, State
 from metarl.nn.mlp import choose_head, tanh_layers
 from metarl.nn.recurrent import Gru, Lstm
@@ -175,7 +175,7 @@ class PolicyHead(nn.Module):
     def __init__(
         self,
         feature_size: int,
-        head: GaussianHead,
+        head: ActionHead,
         state_dependent: bool,
         generator: torch.Generator,
         stage_id: slice | None = None,
@@ -186,7 +186,8 @@ class PolicyHead(nn.Module):
         self.mean = tanh_layers((feature_size, head.output_size * heads), 0.01, generator)
         for name, value in head.init().items():
             self.register_parameter(name, nn.Parameter(value))
-        self.deviation = tanh_layers((feature_size, head.action_size), 0.01, generator) if state_dependent else None
+        size = head.deviation_size if state_dependent else 0
+        self.deviation = tanh_layers((feature_size, size), 0.01, generator) if size else None
 
     def forward(self, features: Tensor) -> Distribution:
         """Return the distribution of actions, `[...]`, at features `[..., F]`."""

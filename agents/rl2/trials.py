@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metarl.nn.distributions import ActionHead
 from metarl.nn.memory import Memory, State, join, rows
 from metarl.rl.returns import time_in_episode
 from metarl.types import Rollout
@@ -21,21 +22,21 @@ class Inputs(NamedTuple):
 
     Attributes:
         entries: of the observation, O' of them.
-        action_size: A.
+        head: what makes actions, and of them what the memory reads.
         differences: whether the changes of observation and reward since the last step are inputs, too; a step changes
             little, so that they hardly show in the values themselves.
         time: whether the step of the episode is an input.
     """
 
     entries: tuple[int, ...]
-    action_size: int
+    head: ActionHead
     differences: bool
     time: bool
 
     @property
     def size(self) -> int:
         """I, of which the first O' are the observation."""
-        return len(self.entries) * (1 + self.differences) + self.action_size + 2 + self.differences + self.time
+        return len(self.entries) * (1 + self.differences) + self.head.feedback_size + 2 + self.differences + self.time
 
     def __call__(self, now: Tensor, previous: PreviousStep, rewards: Tensor, start: Tensor, time: Tensor) -> Tensor:
         """Put the inputs `[..., I]` together.
@@ -60,7 +61,7 @@ class PreviousStep(NamedTuple):
     """What an agent knew one step ago; zeros where a trial begins."""
 
     observations: Tensor  # [..., O']
-    actions: Tensor  # [..., A], as they were carried out, within ±1
+    actions: Tensor  # [..., A'], what the memory reads of them: within ±1, or choices one-hot
     rewards: Tensor  # [...], the last reward then
 
 
@@ -103,9 +104,10 @@ def read_trials(inputs: Inputs, rollout: Rollout, success_bonus: float, free_epi
     entries = list(inputs.entries)
     now = _one_longer(rollout.observations[..., entries])
     ends = F.pad(last, (1, 0))  # one step behind the last
-    now[ends] = rollout.next_observations[..., entries][last]
+    final_episode = rollout.episode[last]
+    now[ends] = rollout.final_observations[..., entries][last.nonzero(as_tuple=True)[0], final_episode]
     rewards, start = F.pad(rollout.rewards, (1, 0)), F.pad(rollout.episode_start, (0, 1))
-    actions = _one_longer(rollout.actions.clamp(-1.0, 1.0)).roll(1, 1)
+    actions = _one_longer(inputs.head.feedback(rollout.actions)).roll(1, 1)
     previous = PreviousStep(_one_longer(now[:, :-1]).roll(1, 1), actions, F.pad(rewards[:, :-1], (1, 0)))
     return Trials(
         inputs(now, previous, rewards, start, time_in_episode(start)),

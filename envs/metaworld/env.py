@@ -142,6 +142,11 @@ class MetaWorldTasks:
         """Build the environment of `task`."""
         return make(task)
 
+    @staticmethod
+    def retarget(env: gymnasium.Env[Any, Any], task: Task) -> None:
+        """Give an environment that `make` built another task of its class; takes effect at the next reset."""
+        env.unwrapped.set_task(task)  # type: ignore[attr-defined]
+
     def difficulty(self, task: Task) -> float:
         """Return the difficulty of a task; harder is larger.
 
@@ -294,7 +299,7 @@ class MetaWorldEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
             observation, reward, _, _, info = self._official.step(action)
         except FloatingPointError as error:
             self._steps_left = 0
-            raise FloatingPointError(f"{error} (task {self.task.to_json()})") from None
+            raise type(error)(f"{error} (task {self.task.to_json()})") from None
         self._steps_left -= 1
         info["success"] = float(info["success"])
         return observation, info["success"] if self._sparse else float(reward), False, self._steps_left == 0, info

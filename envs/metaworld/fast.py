@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from metarl.envs.metaworld.fast_functions import fast_globals, norm, rebuilt, tolerance
 from metarl.envs.metaworld.model import model_without_visuals
+from metarl.errors import PhysicsDivergedError
 
 SUBSTEPS = 5
 """Physics steps of 0.0025 s in one environment step."""
@@ -265,7 +266,7 @@ class _Fast:
         mj_forward(model, data)
         if data.time <= sim.time_s:  # MuJoCo found NaN or a huge number, and reset itself
             sim.forwarded = False
-            raise FloatingPointError(f"the physics of {type(self).__name__} diverged; drop the episode")
+            raise PhysicsDivergedError(f"the physics of {type(self).__name__} diverged; drop the episode")
         sim.forwarded, sim.time_s = True, data.time
 
     def _observe(self: Any) -> NDArray[np.float64]:

@@ -22,6 +22,7 @@ from metarl.envs.drawing.rendering import check_render_mode, render_metadata
 from metarl.envs.mujoco import naming
 from metarl.envs.mujoco.bodies import SPECS, Parameters, nominal_model
 from metarl.envs.mujoco.tasks import SCALED_PARAMETERS, SPLITS, task_config
+from metarl.errors import PhysicsDivergedError
 from metarl.types import FloatArray, Task
 
 
@@ -155,7 +156,7 @@ class MujocoTaskEnv(gymnasium.Env[FloatArray, NDArray[np.float32]]):
         mujoco.mj_step(model, data, nstep=self._frame_skip)
         # MuJoCo's reset sets time and warning counts to 0. In an episode's first step only the counts reveal it.
         if data.time <= time_s or (not time_s and not data.warning.number.all()):
-            raise FloatingPointError(f"physics of {self.task.name} diverged and was reset; drop the episode")
+            raise PhysicsDivergedError(f"physics of {self.task.name} diverged and was reset; drop the episode")
         if spec.contacts:
             mujoco.mj_rnePostConstraint(model, data)
         after = spec.position(model, data)

@@ -145,6 +145,11 @@ class MujocoTasks:
         """Build the environment of `task`."""
         return make(task)
 
+    @staticmethod
+    def retarget(env: gymnasium.Env[Any, Any], task: Task) -> None:
+        """Give an environment that `make` built another task of its class; takes effect at the next reset."""
+        env.unwrapped.set_task(task)  # type: ignore[attr-defined]
+
     def difficulty(self, task: Task) -> float:
         """Return the difficulty of a task; see `metarl.envs.mujoco.env.difficulty`."""
         from metarl.envs.mujoco.env import difficulty

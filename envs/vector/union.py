@@ -58,8 +58,14 @@ class UnionOfTasks:
     def make_batch(self) -> Callable[[int], BatchEnv] | None:
         """`make_batch` of the distributions, if one computation can step the tasks of all; else None."""
         kinds = {(task.family, task.benchmark) for task in self._owner}
-        make_batch: Callable[[int], BatchEnv] | None = getattr(self._distributions[0], "make_batch", None)
-        return make_batch if len(kinds) == 1 else None
+        own = [getattr(distribution, "make_batch", None) for distribution in self._distributions]
+        return own[0] if len(kinds) == 1 and None not in own else None
+
+    @property
+    def retarget(self) -> Callable[[Any, Task], None] | None:
+        """Function that gives an environment another task of its owner; None unless all distributions have one."""
+        own = [getattr(distribution, "retarget", None) for distribution in self._distributions]
+        return None if None in own else lambda env, task: own[self._owner[task]](env, task)  # type: ignore[misc]
 
     def make(self, task: Task) -> gymnasium.Env[Any, Any]:
         """Build the environment of `task` with the first distribution that contains it."""

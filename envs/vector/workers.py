@@ -29,8 +29,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from metarl.envs.vector.pool import LANES, POOL, Buffers, EnvPool, env_spaces
+from metarl.errors import UserError
 from metarl.protocols import EpisodesLostError, TaskDistribution
-from metarl.types import BoolArray, FloatArray, Step, Task
+from metarl.spaces import Spaces
+from metarl.types import BoolArray, Step, Task
 
 WORKER_TIMEOUT = 60.0
 """Default number of seconds without progress after which a worker counts as hung."""
@@ -42,7 +44,10 @@ _ROWS = struct.Struct("<qq")
 """Request to step the environments from `start` to `stop`; a request of another size is a pickled reset."""
 
 _OK = b"ok"
-"""Answer to a request that succeeded; any other answer is a traceback."""
+"""Answer to a request that succeeded; any other answer is a traceback, or a mistake of the user."""
+
+_MISTAKE = b"mistake: "
+"""What the message of a `UserError` follows."""
 
 
 @dataclass
@@ -107,6 +112,7 @@ class WorkerEnvs:
         EpisodesLostError: (from `reset` and `step_wait`) a worker died, or hung and was killed.
         RuntimeError: (from `reset` and `step_wait`) an environment raised an exception (the message has its traceback),
             a worker could not start, or the environments are closed, as they are after an interrupted wait.
+        UserError: (from `reset` and `step_wait`) an environment has or returned something else than it should.
     """
 
     lanes = LANES
@@ -119,10 +125,9 @@ class WorkerEnvs:
         worker_timeout_s: float = WORKER_TIMEOUT,
     ) -> None:
         self.max_envs = max_envs
-        self.observation_space, self.action_space = env_spaces(distribution)
+        self.spaces = env_spaces(distribution)
         self.restarts = 0
-        sizes = (self.observation_space.shape[0], self.action_space.shape[0])
-        self._shapes = Buffers.shapes(max_envs, *sizes, num_workers)
+        self._shapes = Buffers.shapes(max_envs, self.spaces, num_workers)
         self._context = multiprocessing.get_context("spawn")
         self._memory = {
             name: self._context.RawArray("b", max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize))
@@ -140,14 +145,14 @@ class WorkerEnvs:
         self._buffers.progress[number] = 0
         ours, theirs = self._context.Pipe()
         pool = (self._pool_size, number, stride)
-        arguments = (os.getpid(), theirs, self._distribution, *pool, self._memory, self._shapes)
+        arguments = (os.getpid(), theirs, self._distribution, self.spaces, *pool, self._memory, self._shapes)
         process = self._context.Process(target=_work, args=arguments, daemon=True)
         with _worker_environment(), _blocked_signals():
             process.start()
         theirs.close()
         return _Worker(number, ours, _fast_poll(ours), process)
 
-    def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> FloatArray:
+    def reset(self, tasks: Sequence[Task], seeds: NDArray[np.uint32]) -> NDArray[Any]:
         """See `BatchEnv.reset`."""
         self._check_open()
         while self._requests:  # of an abandoned episode
@@ -159,7 +164,7 @@ class WorkerEnvs:
         self._wait()
         return self._buffers.observations[: len(tasks)]
 
-    def step_async(self, rows: slice, actions: FloatArray, active: BoolArray) -> None:
+    def step_async(self, rows: slice, actions: NDArray[np.float32], active: BoolArray) -> None:
         """See `BatchEnv.step_async`."""
         self._buffers.actions[rows], self._buffers.active[rows] = actions, active
         self._ask([_ROWS.pack(rows.start, rows.stop)] * len(self._workers))
@@ -193,7 +198,7 @@ class WorkerEnvs:
         self._check_open()
         if not self._requests:
             raise RuntimeError("step_wait without step_async; call step_async first")
-        failures, losses = [], []
+        failures, losses, mistakes = [], [], []
         with self._close_if_interrupted():
             self._requests -= 1
             self._watch.begin()
@@ -206,10 +211,14 @@ class WorkerEnvs:
                             "it could not start: see its traceback above, and check that the script has `if "
                             '__name__ == "__main__":`'
                         )
+                elif answer.startswith(_MISTAKE):
+                    mistakes.append(answer.removeprefix(_MISTAKE).decode())
                 elif answer != _OK:
                     failures.append(f"an environment failed in worker {worker.number}:\n{answer.decode()}")
         if failures:
             raise RuntimeError("\n".join(losses + failures))
+        if mistakes:
+            raise UserError(mistakes[0])
         if losses:
             raise EpisodesLostError("; ".join(losses))
 
@@ -337,6 +346,7 @@ def _work(
     parent: int,
     connection: Connection,
     distribution: TaskDistribution,
+    spaces: Spaces,
     pool_size: int,
     number: int,
     stride: int,
@@ -347,7 +357,8 @@ def _work(
     for signal_number in _MAIN_PROCESS_DECIDES:
         signal.signal(signal_number, signal.SIG_IGN)
     _die_with(parent)
-    pool = EnvPool(distribution, Buffers.view(memory, shapes), pool_size, number, stride)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have children
+    pool = EnvPool(distribution, spaces, Buffers.view(memory, shapes), pool_size, number, stride)
     while True:
         try:
             request = connection.recv_bytes()
@@ -361,6 +372,8 @@ def _work(
                 tasks, seeds = pickle.loads(request)
                 pool.assign(tasks)
                 pool.reset(seeds)
+        except UserError as error:
+            answer = _MISTAKE + str(error).encode()
         except Exception:
             answer = traceback.format_exc().encode()
         try:

@@ -117,9 +117,10 @@ def _rendering() -> Finding:
 def _steps_per_second(family: str, options: Mapping[str, str]) -> float:
     from metarl.collect import run_episode
     from metarl.envs import distribution, make
+    from metarl.spaces import CheckedEnv
 
-    env = make(distribution(family, **options).train_tasks[0])
-    action = np.zeros(env.action_space.shape or (), dtype=np.float32)
+    env = CheckedEnv(make(distribution(family, **options).train_tasks[0]))
+    action = env.env_action(np.zeros(env.spaces.action_size))
     steps, began = 0, time.perf_counter()
     while time.perf_counter() - began < 0.5:
         steps += sum(1 for _ in run_episode(env, lambda *_: action, seed=0))

@@ -26,7 +26,8 @@ from metarl.errors import UserError
 from metarl.protocols import Controller
 from metarl.runs.atomic_files import replace_file
 from metarl.runtime import FORMAT, METADATA_KEY, OnnxPolicy, seal
-from metarl.types import Spaces, Task
+from metarl.spaces import CheckedEnv, Spaces
+from metarl.types import Task
 
 if TYPE_CHECKING:
     import gymnasium
@@ -47,6 +48,7 @@ def describe(
     trial_episodes: int | None,
     adapted: bool,
     env_steps: int,
+    noise_size: int,
     env: gymnasium.Env[Any, Any] | None,
     task: Task | None,
     control_period_s: float | None,
@@ -60,20 +62,21 @@ def describe(
         trial_episodes: L of an agent with a memory; None without.
         adapted: whether the policy was adapted.
         env_steps: of its training.
+        noise_size: numbers of noise that an action takes.
         env: names entries of observations and actions, and the control period; None: unknown.
         task: that the policy was adapted to.
         control_period_s: time between two actions; that of `env` if None.
 
     Returns:
         `{"format", "agent", "adapted", "task", "observation_size", "action_size", "state_size", "observation_names",
-        "action_names", "action_low", "action_high", "control_period_s", "reward": {"mean", "std"}, "trial":
+        "observation_parts", "image", "action_names", "action_kind", "action_low", "action_high", "noise_size", "control_period_s", "reward": {"mean", "std"}, "trial":
         {"episodes", "horizon"}, "env_steps", "config_sha256", "versions"}`, null where unknown. `task` is what it was
         adapted to, `reward` the scale on which the graph reads rewards, which come in the environment's own
         units, `trial` the trials that a memory was trained on: episodes, and steps of an episode, those of `task` or
         else of the run's last stage (null for custom tasks).
     """
     bare = None if env is None else env.unwrapped
-    if env is not None and (misfit := spaces.misfit(env.observation_space, env.action_space)):
+    if env is not None and (misfit := spaces.misfit(CheckedEnv(env).spaces)):
         raise ValueError(misfit)
     sizes = {"observation": spaces.observation_size, "action": spaces.action_size}
     names = {f"{kind}_names": getattr(bare, f"{kind}_names", None) for kind in sizes}
@@ -93,6 +96,10 @@ def describe(
         "task": None if task is None else json.loads(task.to_json()),
         **{f"{kind}_size": size for kind, size in sizes.items()},
         **{field: None if listed is None else list(listed) for field, listed in names.items()},
+        "observation_parts": [list(part) for part in spaces.observation_parts],
+        "image": None if spaces.image is None else list(spaces.image),
+        "action_kind": spaces.action_kind,
+        "noise_size": noise_size,
         "action_low": list(spaces.action_low),
         "action_high": list(spaces.action_high),
         "control_period_s": None if period is None else float(period),
@@ -130,8 +137,9 @@ def _serialized(controller: Any, metadata: dict[str, Any]) -> bytes:
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
         raise UserError(f'exporting needs {error.name}: pip install "metarl[onnx]"') from error
-    observations = torch.zeros(_BATCH, metadata["observation_size"])
-    noise = torch.zeros(_BATCH, metadata["action_size"])
+    kind = torch.float32 if metadata["image"] is None else torch.uint8
+    observations = torch.zeros(_BATCH, metadata["observation_size"], dtype=kind)
+    noise = torch.zeros(_BATCH, metadata["noise_size"])
     inputs, outputs = {"observations": observations}, ["actions"]
     if metadata["state_size"]:
         inputs |= {"rewards": torch.zeros(_BATCH), "episode_start": torch.zeros(_BATCH, dtype=torch.bool)}
@@ -194,13 +202,17 @@ def _difference(controller: Any, exported: OnnxPolicy, metadata: dict[str, Any],
     half_range = (np.array(metadata["action_high"]) - np.array(metadata["action_low"])) / 2
     mean, deviation = controller.observation_scale  # what a policy meets lies there
     scale = controller.reward_scale or {"mean": 0.0, "std": 1.0}
-    sizes = metadata["observation_size"], metadata["action_size"]
+    sizes = metadata["observation_size"], metadata["noise_size"]
+    if metadata["action_kind"] != "box":
+        half_range = np.ones_like(half_range)
     state = torch.zeros(rows, metadata["state_size"])
     theirs: NDArray[np.float32] | None = None
     differences = []
     for step in range(_STEPS):
         normal, noise = (rng.standard_normal((rows, size), np.float32) for size in sizes)
         observations = (mean + deviation * normal).astype(np.float32)
+        if metadata["image"] is not None:
+            observations = rng.integers(0, 256, observations.shape, np.uint8)
         rewards = (scale["mean"] + scale["std"] * rng.standard_normal(rows)).astype(np.float32)
         rewards[rng.uniform(size=rows) < 0.2] = np.nan
         start = rng.uniform(size=rows) < (1.0 if step == 0 else 0.2)

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from metarl.build import check_env
+from metarl.build import check_spaces
 from metarl.collect import run_episode
 from metarl.deploy.policy import Policy
 from metarl.envs.drawing.rendering import Frame
 from metarl.errors import UserError
+from metarl.spaces import CheckedEnv
 
 # Okabe and Ito's colour-blind-safe palette: vermilion, blue, bluish green.
 _BEFORE, _AFTER, _SOLVED = "#D55E00", "#0072B2", "#00805C"
@@ -200,7 +201,7 @@ def _check(policy: Policy, env: gymnasium.Env[Any, Any]) -> None:
         raise UserError("the policy is already adapted; pass the policy before adaptation")
     if env.render_mode != "rgb_array":
         raise ValueError(f'env.render_mode is {env.render_mode!r}; build the environment with render_mode="rgb_array"')
-    check_env(policy.spaces, env.observation_space, env.action_space)
+    check_spaces(policy.spaces, CheckedEnv(env).spaces, bounds=False)
     if policy.agent.adapts_by == "nothing":
         raise UserError("the agent does not adapt, so there is no episode after adaptation to show")
     if policy.has_memory and policy.agent.trial_episodes == 1:
@@ -229,6 +230,7 @@ def _run(
 ) -> tuple[Episode, _Memory]:
     """Run an episode and render its start, every `every`-th step and its end; no frame at all if `every` is None."""
     state, reward = memory
+    checked = CheckedEnv(env)
     episode = Episode([], [], [], [])
     total, steps = 0.0, 0
     success: float | None = None
@@ -245,9 +247,9 @@ def _run(
             add_frame()
         starts = np.array([start])
         action, state = policy.predict(observation, state, starts, deterministic=deterministic, reward=reward)
-        return action
+        return checked.env_action(policy.spaces.to_policy(action).reshape(-1))
 
-    for step in run_episode(env, choose, seed=seed, reward=math.nan if reward is None else reward):
+    for step in run_episode(checked, choose, seed=seed, reward=math.nan if reward is None else reward):
         reward, total, steps = step.reward, total + step.reward, steps + 1
         if not math.isnan(solved := float(step.info.get("success", math.nan))):  # NaN: not defined
             success = max(success or 0.0, solved)

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 
-from metarl.build import build_agent, env_of, resolve_device
-from metarl.collect import act, rollout_arrays, run_episode, scale_actions
+from metarl.build import build_agent, check_spaces, env_of, resolve_device
+from metarl.collect import act, rollout_arrays, run_episode
 from metarl.config.schema import RunConfig, dump_config, hash_of, load_config
 from metarl.deploy.onnx_export import describe, write_onnx
 from metarl.errors import UserError
@@ -29,8 +29,9 @@ from metarl.protocols import Agent, AgentBuilder, Controller, ProtectedAgent
 from metarl.runs.atomic_files import replace_file
 from metarl.runs.checkpoint import Checkpoint, CorruptCheckpointError, load_best, load_iteration, load_latest
 from metarl.runs.checkpoint import save as save_checkpoint
-from metarl.runtime import check_actions, checked_memory, checked_observations
-from metarl.types import FloatArray, Position, Rollout, Spaces, Task, Trajectory
+from metarl.runtime import as_env_actions, checked_memory, checked_observations
+from metarl.spaces import CheckedEnv, Spaces
+from metarl.types import FloatArray, Position, Rollout, Task, Trajectory
 
 _LOG = logging.getLogger(__name__)
 _ADAPTED = "adapted"  # the part of a checkpoint that holds an adaptation state
@@ -74,6 +75,11 @@ class Policy:
         return self.spaces.action_size
 
     @property
+    def action_kind(self) -> str:
+        """`box`, `discrete` or `multi_discrete`."""
+        return self.spaces.action_kind
+
+    @property
     def action_low(self) -> FloatArray:
         """`[A]`."""
         return self.spaces.action_bounds[0]
@@ -85,16 +91,16 @@ class Policy:
 
     def predict(
         self,
-        observation: ArrayLike,
+        observation: Any,
         state: NDArray[np.float32] | None = None,
         episode_start: ArrayLike | None = None,
         deterministic: bool = False,
         reward: ArrayLike | None = None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    ) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         """Choose actions; the signature of stable-baselines3, and the last reward for agents that read it.
 
         Args:
-            observation: `[O]` or `[B, O]`, as the environment gives it.
+            observation: `[O]` or `[B, O]`, as the environment gives it; of a dictionary space a mapping, too.
             state: `[B, S]`, what the last call returned; None, or rows of zeros, where a trial begins. An agent
                 without a memory returns it as is.
             episode_start: `[B]`, bool, where an episode begins; the memory of a trial lives on. Where a trial begins
@@ -104,12 +110,14 @@ class Policy:
                 It is not read where a trial begins; there the agent knows the last one of recorded episodes.
 
         Returns:
-            Actions `[A]` or `[B, A]`, float32, within the bounds of the action space, and the next state.
+            Actions `[A]` or `[B, A]` within the action space, float32, and the next state. Choices are int64; those of a
+            `Discrete` space `[]` or `[B]`.
 
         Raises:
             ValueError: wrong shape, NaN or infinity.
         """
-        observations = checked_observations(observation, self.observation_size)
+        form = self.spaces.observation_parts, self.spaces.image
+        observations = checked_observations(observation, self.observation_size, *form)
         batch = torch.from_numpy(observations if observations.ndim == 2 else observations[None])
         noise = None if deterministic else torch.randn(len(batch), self.agent.noise_size)
         with torch.inference_mode():
@@ -119,9 +127,7 @@ class Policy:
                 state = after.numpy()
             else:
                 actions = self.controller(batch, noise)
-        chosen: NDArray[np.float32] = (actions if observations.ndim == 2 else actions[0]).numpy()
-        check_actions(chosen)
-        return chosen, state
+        return as_env_actions(actions.numpy(), self.action_kind, observations.ndim == 1), state
 
     def reset(self, batch: int = 1) -> NDArray[np.float32]:
         """Return the state with which `batch` trials begin: zeros `[B, S]`, where S is 0 without a memory.
@@ -138,7 +144,7 @@ class Policy:
     @functools.cached_property
     def controller(self) -> Controller:
         """One control step as a function of tensors, on the CPU: what `predict` runs and `export` writes."""
-        return self.agent.controller(self.state, *self.spaces.action_bounds)
+        return self.agent.controller(self.state, self.spaces)
 
     def record(self, env: gymnasium.Env[Any, Any], episodes: int) -> list[Trajectory]:
         """Run exploring episodes, to adapt on: the procedure of training. With a memory they are a trial.
@@ -149,30 +155,35 @@ class Policy:
 
         Returns:
             Trajectories whose actions are the policy's draws before clipping, with their log-probabilities.
+
+        Raises:
+            UserError: the environment has other spaces, or returned something else than they say.
         """
+        checked = CheckedEnv(env)
+        check_spaces(self.spaces, checked.spaces, bounds=False)
         state, reward, trajectories = self.state, math.nan, []
         for _ in range(episodes):
-            trajectory, state = self._record_episode(env, state, reward)
+            trajectory, state = self._record_episode(checked, state, reward)
             trajectories.append(trajectory)
             reward = float(trajectory.rewards[-1])
         return trajectories
 
-    def _record_episode(self, env: gymnasium.Env[Any, Any], state: Any, reward: float) -> tuple[Trajectory, Any]:
+    def _record_episode(self, env: CheckedEnv, state: Any, reward: float) -> tuple[Trajectory, Any]:
         """Run an episode with the agent itself, which gives log-probabilities; returns it and the state after it."""
-        bounds, active = self.spaces.action_bounds, np.ones((1, 1), np.bool_)
+        active = np.ones((1, 1), np.bool_)
         drawn: list[FloatArray] = []
         log_probs: list[float] = []
 
-        def choose(observation: Any, reward: float, start: bool) -> NDArray[Any]:
+        def choose(observation: NDArray[Any], reward: float, start: bool) -> Any:
             nonlocal state
-            sensed = checked_observations(observation, self.observation_size).reshape(1, 1, -1)
+            sensed = checked_observations(observation, self.observation_size, image=self.spaces.image)[None, None]
             last_reward, begins = np.full((1, 1), reward, np.float32), np.full((1, 1), start)
             noise = torch.randn(1, 1, self.agent.noise_size)
             actions, log_prob, state = act(self.agent, sensed, last_reward, begins, active, noise, state)
-            draws = actions[0, 0].double().numpy()
-            drawn.append(scale_actions(draws, *bounds))
+            draws = actions[0, 0].numpy()
+            drawn.append(self.spaces.to_env(draws, clip=False))
             log_probs.append(float(log_prob))
-            return scale_actions(np.clip(draws, -1.0, 1.0), *bounds).astype(env.action_space.dtype)
+            return env.env_action(draws)
 
         steps = list(run_episode(env, choose, reward=reward))
         ends = [[getattr(step, name) for step in steps] for name in ("reward", "terminated", "truncated")]
@@ -220,9 +231,8 @@ class Policy:
         if not trajectories:
             raise ValueError("no trajectories; adapting needs at least one episode")
         sizes = (self.spaces.observation_size, self.spaces.action_size)
-        low, high = self.spaces.action_bounds
         shape = (1, len(trajectories), max(len(t.rewards) for t in trajectories))
-        arrays = rollout_arrays(shape, *sizes)
+        arrays = rollout_arrays(shape, 1, self.spaces)
         for n, trajectory in enumerate(trajectories):
             found = (trajectory.observations.shape[1], trajectory.actions.shape[1])
             if found != sizes:
@@ -232,9 +242,8 @@ class Policy:
             length = len(trajectory.rewards)
             where = (0, n, slice(length))
             arrays["observations"][where] = trajectory.observations
-            following = np.concatenate([trajectory.observations[1:], trajectory.observations[-1:]])
-            arrays["next_observations"][where] = following
-            arrays["actions"][where] = (trajectory.actions - (high + low) / 2) / ((high - low) / 2)
+            arrays["final_observations"][0, n, 0] = trajectory.observations[-1]
+            arrays["actions"][where] = self.spaces.to_policy(trajectory.actions)
             arrays["rewards"][where] = trajectory.rewards
             arrays["success"][where] = np.nan
             arrays["terminated"][where], arrays["truncated"][where] = trajectory.terminated, trajectory.truncated
@@ -327,6 +336,7 @@ class Policy:
             trial_episodes=self.agent.trial_episodes if self.has_memory else None,
             adapted=self.adapted,
             env_steps=self.env_steps,
+            noise_size=self.agent.noise_size,
             env=env,
             task=task,
             control_period_s=control_period_s,

@@ -21,12 +21,13 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor, nn
 
-from metarl.build import check_env, env_of
+from metarl.build import check_spaces, env_of
 from metarl.deploy.policy import Policy
 from metarl.errors import UserError
 from metarl.nn.mlp import MlpPolicy, Params
 from metarl.nn.normalizer import Normalizer
 from metarl.runtime import OnnxPolicy
+from metarl.spaces import Spaces
 from metarl.types import FloatArray
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -91,7 +92,7 @@ def _first_held_out(policy: Policy) -> gymnasium.Env[Any, Any]:
 
 
 def _check_fit(policy: Policy, env: gymnasium.Env[Any, Any] | VecEnv) -> None:
-    check_env(policy.spaces, env.observation_space, env.action_space)
+    check_spaces(policy.spaces, Spaces.of(env.observation_space, env.action_space))
     normalized = unwrap_vec_normalize(env) if isinstance(env, VecEnv) else None
     if normalized is not None and normalized.norm_obs:
         raise UserError("the policy normalises observations itself; use VecNormalize(..., norm_obs=False)")

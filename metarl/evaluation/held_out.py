@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from metarl import statistics
-from metarl.build import build_agent, check_env
+from metarl.build import build_agent, check_spaces
 from metarl.collect import LocalCollector, adapt_and_collect, per_phase
 from metarl.deploy.policy import Policy
 from metarl.envs import FAMILIES
@@ -105,7 +105,7 @@ def evaluate(
     most = min(len(tasks) * rollouts, MAX_ENVS)
     envs = make_envs(_Tasks(tasks, make), most, num_workers, config.worker_timeout_s)
     try:
-        check_env(policy.spaces, envs.observation_space, envs.action_space)
+        check_spaces(policy.spaces, envs.spaces)
         report = evaluate_agent(
             policy.agent,
             LocalCollector(envs),
@@ -293,7 +293,7 @@ def adapt_to(
     envs = make_envs(_Tasks([task], make), min(count, MAX_ENVS), num_workers=0)
     state, collector = policy.state, LocalCollector(envs)
     try:
-        check_env(policy.spaces, envs.observation_space, envs.action_space)
+        check_spaces(policy.spaces, envs.spaces)
         for phase in children(root, max(1, agent.adaptation_steps)):
             rollout = collector.collect(agent, state, [task], count, [phase])
             if agent.trial_episodes > 1:

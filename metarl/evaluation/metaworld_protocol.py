@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metarl.build import check_env
-from metarl.collect import act, rollout_arrays, scale_actions
+from metarl.build import check_spaces
+from metarl.collect import act, rollout_arrays
 from metarl.deploy.policy import Policy
 from metarl.errors import UserError
 from metarl.seeding import Purpose, integer_seed
+from metarl.spaces import Spaces
 from metarl.types import BoolArray, FloatArray, Rollout
 
 GOALS_PER_CLASS = {"train": 50, "test": 40}
@@ -143,7 +144,7 @@ class MetaWorldAgent:
         return torch.cat(draws)[:, 0].numpy(), torch.cat(log_probs)[:, 0].numpy()
 
     def _to_envs(self, draws: NDArray[Any]) -> FloatArray:
-        return scale_actions(np.clip(draws.astype(np.float64), -1.0, 1.0), *self._spaces.action_bounds)
+        return self._spaces.to_env(draws)
 
     def _rollout(self) -> Rollout:
         """Return the complete episodes as a rollout `[E, N, T, ...]`, padded at the end; drops unfinished episodes."""
@@ -152,13 +153,13 @@ class MetaWorldAgent:
         episodes = [np.split(np.arange(of_env[-1]), of_env[:-1]) for of_env in ends]
         longest = max(len(when) for parts in episodes for when in parts)
         shape = (self._num_envs, max(len(parts) for parts in episodes), longest)
-        arrays = rollout_arrays(shape, self._spaces.observation_size, self._spaces.action_size)
+        arrays = rollout_arrays(shape, 1, self._spaces)
         for m, parts in enumerate(episodes):
             for n, when in enumerate(parts):
                 where = (m, n, slice(len(when)))
                 for name, values in steps.items():
                     arrays[name][where] = values[when, m]
-                arrays["next_observations"][where] = steps["observations"][[*when[1:], when[-1]], m]
+                arrays["final_observations"][m, n, 0] = steps["observations"][when[-1], m]  # the next is another's
                 arrays["success"][where] = np.nan  # not passed on by upstream
                 arrays["valid"][where] = arrays["episode_start"][m, n, 0] = True
         return Rollout(**{name: torch.from_numpy(array) for name, array in arrays.items()})
@@ -351,7 +352,7 @@ def official_report(
         action_size = envs.single_action_space.shape[0]
         appended = (action_size + 2) * remembers  # upstream's inputs for a memory
         own = gymnasium.spaces.Box(-np.inf, np.inf, (envs.single_observation_space.shape[0] - appended,))
-        check_env(policy.spaces, own, envs.single_action_space)
+        check_spaces(policy.spaces, Spaces.of(own, envs.single_action_space))
         agent = MetaWorldAgent(policy, seed=seed, deterministic=deterministic)
         results = evaluate_both_ways(envs, agent, **rounds)
     finally:

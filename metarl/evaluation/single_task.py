@@ -34,6 +34,7 @@ from metarl.envs import make as make_env
 from metarl.errors import UserError, unknown_name
 from metarl.seeding import Purpose, seeds
 from metarl.settings import Settings
+from metarl.spaces import CheckedEnv
 from metarl.types import Task
 
 Make = Callable[[Task], gymnasium.Env[Any, Any]]
@@ -179,11 +180,11 @@ def _train(task: Task, settings: Mapping[str, Any], make: Make) -> _Curve:
 
 def _evaluate(agent: BaseAlgorithm, env: gymnasium.Env[Any, Any], seeds: Sequence[int]) -> tuple[float, float | None]:
     """Return mean return and success rate over episodes; the first seed is for the actions."""
-    outcomes = []
+    outcomes, checked = [], CheckedEnv(env)
     with _seeded(seeds[0]):
         for seed in seeds[1:]:
             total, solved = 0.0, 0.0
-            for step in run_episode(env, lambda observation, *_: agent.predict(observation)[0], seed=seed):
+            for step in run_episode(checked, lambda observation, *_: agent.predict(observation)[0], seed=seed):
                 total += step.reward
                 solved = float(np.maximum(solved, step.info.get("success", np.nan)))  # NaN stays NaN
             if not step.info.get("diverged"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from metarl.nn.distributions import Distribution, GaussianHead
+from metarl.nn.distributions import ActionHead, Distribution
 
 Params = dict[str, Tensor]
 """Parameters by name. Stacked over tasks, every tensor has a leading `[M]`."""
@@ -44,10 +44,11 @@ def init_mlp(sizes: tuple[int, ...], output_gain: float, generator: torch.Genera
     return params
 
 
-def mlp_modules(hidden_layers: int) -> dict[str, tuple[str, ...]]:
-    """Return the parameters of each module of an MLP by name: `layer_0`, …, and `head`, the output layer."""
+def mlp_modules(hidden_layers: int, free: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
+    """Return the parameters of each module of an MLP by name: `layer_0`, …, `head`, the output layer, and `free` ones."""
     names = [f"layer_{layer}" for layer in range(hidden_layers)] + ["head"]
-    return {name: (f"weight_{layer}", f"bias_{layer}") for layer, name in enumerate(names)}
+    layers = {name: (f"weight_{layer}", f"bias_{layer}") for layer, name in enumerate(names)}
+    return {**layers, **{name: (name,) for name in free}}
 
 
 def apply_mlp(params: Params, inputs: Tensor, activation: str, perturb: Perturb | None = None) -> Tensor:
@@ -104,7 +105,7 @@ class MlpPolicy:
     """
 
     observation_size: int
-    head: GaussianHead
+    head: ActionHead
     hidden_sizes: tuple[int, ...] = (64, 64)
     activation: str = "tanh"
     heads: int = 1
@@ -113,11 +114,6 @@ class MlpPolicy:
         """Draw parameters; the outputs start near 0."""
         sizes = (self.observation_size, *self.hidden_sizes, self.head.output_size * self.heads)
         return {**init_mlp(sizes, 0.01, generator), **self.head.init()}
-
-    @staticmethod
-    def modules(hidden_layers: int) -> dict[str, tuple[str, ...]]:
-        """Return the parameters of each module by name: `layer_0`, …, `head`, and the distribution's free ones."""
-        return {**mlp_modules(hidden_layers), **{name: (name,) for name in GaussianHead.free_parameters}}
 
     def distribution(self, params: Params, observations: Tensor, perturb: Perturb | None = None) -> Distribution:
         """Return the distribution of actions, `[..., S]`, for observations `[..., S, O]`."""

@@ -128,18 +128,6 @@ def ppo_clip_loss(
     return -weighted_mean(surrogate, weights), weighted_mean(beyond, weights)
 
 
-def saturation(mean: Tensor, weights: Tensor) -> Tensor:
-    """Return how far means of actions lie beyond the bounds ±1, Σ max(0, |mean| − 1)²: `[..., S, A]` → `[...]`.
-
-    Actions are clipped there, so that nothing else keeps a mean from drifting to where it can hardly be unlearned.
-
-    Args:
-        mean: `[..., S, A]`.
-        weights: `[..., S]`.
-    """
-    return weighted_mean((mean.abs() - 1.0).relu().square().sum(-1), weights)
-
-
 def approximate_kl(log_probs: Tensor, old_log_probs: Tensor, weights: Tensor) -> Tensor:
     """Estimate KL(π_old‖π) from samples, never negative: E_old[r − 1 − log r] (Schulman 2020, "Approximating KL").
 

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from metarl.runs.atomic_files import open_plain, sync, write_file
 from metarl.settings import Settings
-from metarl.types import Count, Position, Spaces
+from metarl.spaces import Spaces
+from metarl.types import Count, Position
 
 FORMAT = 2
 _LOG = logging.getLogger(__name__)

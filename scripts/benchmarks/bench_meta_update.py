@@ -27,7 +27,8 @@ from metarl.agents.maml import meta_objective
 from metarl.agents.maml.inner import Batch
 from metarl.agents.maml.maml import MamlPpoConfig
 from metarl.rl.surrogates import likelihood_ratio_loss, ppo_clip_loss
-from metarl.types import AgentSpec, Spaces
+from metarl.spaces import Spaces
+from metarl.types import AgentSpec
 
 SIZES = (  # tasks, samples a task, observation size, action size, hidden sizes
     (20, 500, 39, 4, (64, 64)),

@@ -23,7 +23,7 @@ from metarl.build import build_agent
 from metarl.config.schema import RunConfig
 from metarl.deploy.policy import Policy
 from metarl.runtime import OnnxPolicy
-from metarl.types import Spaces
+from metarl.spaces import Spaces
 
 OBSERVATIONS, ACTIONS = 39, 4  # those of Meta-World
 

@@ -30,7 +30,8 @@ from metarl.envs.vector.pool import POOL
 from metarl.envs.vector.workers import WorkerEnvs
 from metarl.protocols import Agent
 from metarl.seeding import children
-from metarl.types import AgentSpec, Spaces, Task
+from metarl.spaces import Spaces
+from metarl.types import AgentSpec, Task
 
 HORIZON = 100
 ROLLOUTS = 10

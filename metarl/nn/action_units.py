@@ -6,23 +6,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metarl.types import FloatArray
+from metarl.spaces import Spaces
 
 
-class ActionBounds(nn.Module):
-    """From ±1 to the bounds of the action space.
+class ActionUnits(nn.Module):
+    """From policy units to those of an action space: to the bounds of a box, to the numbers of choices.
 
     Args:
-        low: `[A]`.
-        high: `[A]`.
+        spaces: of the environment.
     """
 
-    def __init__(self, low: FloatArray, high: FloatArray) -> None:
+    def __init__(self, spaces: Spaces) -> None:
         super().__init__()
         self.low: Tensor
         self.high: Tensor
         self.centre: Tensor
         self.half_range: Tensor
+        self._is_box = spaces.action_kind == "box"
+        low, high = spaces.action_bounds
         # Rounded inwards: an action at a bound of float64 must not lie beyond it.
         least, most = low.astype(np.float32), high.astype(np.float32)
         least = np.where(least < low, np.nextafter(least, np.float32(np.inf)), least)
@@ -32,5 +33,7 @@ class ActionBounds(nn.Module):
             self.register_buffer(name, torch.from_numpy(value).float())
 
     def forward(self, actions: Tensor) -> Tensor:
-        """Scale and clip `[B, A]`; rounding does not lead out of the bounds."""
-        return torch.clamp(self.centre + self.half_range * actions, self.low, self.high)
+        """Return actions `[B, A]` of a box scaled and clipped, rounding included; of choices their numbers, int64."""
+        if self._is_box:
+            return torch.clamp(self.centre + self.half_range * actions, self.low, self.high)
+        return (actions + self.low).long()
