@@ -186,7 +186,9 @@ def _actions(space: Any) -> tuple[tuple[float, ...], tuple[float, ...], ActionKi
         raise UserError(f"action space is {space}; expected finite bounds, since actions are scaled to them")
     if not (low < high).all():
         entry = int(np.argmin(high - low))
-        raise UserError(f"action space has low {low[entry]:g} and high {high[entry]:g} in entry {entry}; expected a width")
+        raise UserError(
+            f"action space has low {low[entry]:g} and high {high[entry]:g} in entry {entry}; expected a width"
+        )
     return tuple(low.tolist()), tuple(high.tolist()), "box"
 
 
@@ -394,4 +396,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return f"a dict with {sorted(map(str, value))}"
     return repr(value)[:80] if isinstance(value, str | int | float | bool | None) else type(value).__name__
-

@@ -412,9 +412,7 @@ class CategoricalHead:
         """Return no free parameters."""
         return {}
 
-    def __call__(
-        self, outputs: Tensor, params: Mapping[str, Tensor], deviations: Tensor | None = None
-    ) -> Categorical:
+    def __call__(self, outputs: Tensor, params: Mapping[str, Tensor], deviations: Tensor | None = None) -> Categorical:
         """Return the distribution; see `ActionHead`."""
         return Categorical(outputs, self.choices)
 

@@ -21,8 +21,8 @@ from metarl.runs.checkpoint import Checkpoint, CorruptCheckpointError, Entry
 from metarl.runs.data_store import DATA, DataStore
 from metarl.runs.directory import clear_run_dir, differences, load_to_resume
 from metarl.runs.random_state import check_random_state
-from metarl.training.warm_start import stage_starts, start_from
 from metarl.spaces import Spaces
+from metarl.training.warm_start import stage_starts, start_from
 from metarl.types import Position
 
 
