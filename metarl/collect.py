@@ -147,7 +147,7 @@ def collect(
     shape = len(tasks), rollouts_per_task, actor.trial_episodes
     # Of each episode the seed of its noise and that of its environment, which no other episode changes.
     words = [own.generate_state(2 * math.prod(shape[1:]), np.uint64) for own in seeds]
-    of_episodes = np.reshape(words, (*shape, 2))
+    of_episodes: NDArray[np.uint64] = np.array(words, np.uint64).reshape(*shape, 2)
     in_flight = min(rollouts_per_task, envs.max_envs // len(tasks))
     parts: list[_Part] = []
     with _one_thread():
@@ -200,7 +200,7 @@ def _assemble(
     lengths = np.zeros(shape, np.int64)
     for part in parts:
         lengths[:, part.rollouts, part.episode] = part.arrays["valid"].sum(-1)
-    dropped = ~lengths.all(-1)
+    dropped: BoolArray = (lengths == 0).any(-1)
     lengths[dropped] = 0
     begins = lengths.cumsum(-1) - lengths
     steps = max(1, int(lengths.sum(-1).max()))
@@ -421,7 +421,8 @@ class _Episodes:
 
     def final_observations(self) -> NDArray[Any]:
         """Return the observation after the last step of each environment, `[E, O]`."""
-        return self.observations[self.valid.sum(0), np.arange(self.valid.shape[1])]
+        final: NDArray[Any] = self.observations[self.valid.sum(0), np.arange(self.valid.shape[1])]
+        return final
 
 
 class LocalCollector:

@@ -90,29 +90,32 @@ class Spaces:
         low, high = self.action_bounds
         actions = np.asarray(actions, np.float64)
         if self.action_kind != "box":
-            return np.clip(np.rint(actions) + low, low, high)
-        if clip:
-            actions = np.clip(actions, -1.0, 1.0)
-        return (high + low) / 2 + (high - low) / 2 * actions
+            actions = np.clip(np.rint(actions) + low, low, high)
+        else:
+            within = np.clip(actions, -1.0, 1.0) if clip else actions
+            actions = (high + low) / 2 + (high - low) / 2 * within
+        return actions
 
     def to_policy(self, actions: NDArray[Any]) -> FloatArray:
         """Return actions `[..., A]` in policy units; undoes `to_env` without clipping."""
         low, high = self.action_bounds
-        actions = np.asarray(actions, np.float64)
-        return actions - low if self.action_kind != "box" else (actions - (high + low) / 2) / ((high - low) / 2)
+        shift, scale = ((high + low) / 2, (high - low) / 2) if self.action_kind == "box" else (low, 1.0)
+        units: FloatArray = (np.asarray(actions, np.float64) - shift) / scale
+        return units
 
     def misfit(self, other: Spaces, bounds: bool = True) -> str | None:
-        """Return in a line why an environment with the spaces `other` does not fit an agent with these; None if it does.
+        """Return in a line why an environment with the spaces `other` does not fit these; None if it does.
 
         Args:
             other: of the environment.
             bounds: whether the bounds of actions in a box must be equal, too.
         """
-        if other.image != self.image or other.observation_size != self.observation_size:
-            found, ours = (s.image or (s.observation_size,) for s in (other, self))
-            return f"the environment's observations have shape {found}; the agent was trained for {ours}"
-        if self.observation_parts and other.observation_parts and other.observation_parts != self.observation_parts:
-            found, ours = (dict(s.observation_parts) for s in (other, self))
+        shapes = [s.image or (s.observation_size,) for s in (other, self)]
+        if shapes[0] != shapes[1]:
+            return f"the environment's observations have shape {shapes[0]}; the agent was trained for {shapes[1]}"
+        parts = [s.observation_parts for s in (other, self)]
+        if parts[0] != parts[1] and all(parts):
+            found, ours = map(dict, parts)
             return f"the environment's observations consist of {found}; the agent was trained for {ours}"
         if other.action_kind != self.action_kind:
             return f"the environment's actions are {other.action_kind}; the agent was trained for {self.action_kind}"
@@ -124,9 +127,9 @@ class Spaces:
         if self.choices != other.choices:
             return f"the environment's actions have {other.choices} choices; the agent was trained for {self.choices}"
         for name in ("low", "high"):
-            found, ours = (np.array(getattr(s, f"action_{name}")) for s in (other, self))
-            if found.tolist() != ours.tolist() and (bounds or self.choices):
-                return f"the environment's actions have {name} {found}; the agent was trained for {ours}"
+            ends = [np.array(getattr(s, f"action_{name}")) for s in (other, self)]
+            if ends[0].tolist() != ends[1].tolist() and (bounds or self.choices):
+                return f"the environment's actions have {name} {ends[0]}; the agent was trained for {ends[1]}"
         return None
 
 
@@ -230,10 +233,8 @@ class CheckedEnv:
         self._space = space
         plain = isinstance(space, gym_spaces.Box) and (len(space.shape) == 1 or self.spaces.image is not None)
         self._shape = space.shape if plain else None
-        self._flatten: Callable[[Any], NDArray[Any]] | None = (
-            None if plain else functools.partial(gym_spaces.flatten, space)
-        )
-        self._kinds = "biu" if self.spaces.image is not None or (plain and space.dtype.kind in "iub") else "biuf"
+        self._flatten: Callable[[Any], Any] | None = None if plain else functools.partial(gym_spaces.flatten, space)
+        self._kinds = "biuf" if space.dtype is None or space.dtype.kind == "f" else "biu"
         self._dtype = np.dtype(np.uint8) if self.spaces.image is not None else np.dtype(np.float64)
         actions = env.action_space
         self._send = self._sender(actions)
@@ -307,7 +308,8 @@ class CheckedEnv:
 
         def send(action: NDArray[Any]) -> NDArray[Any]:
             scaled = centre + half_range * np.clip(action.astype(np.float64), -1.0, 1.0)
-            return np.clip(scaled.astype(dtype), low, high)  # rounding must not lead out of the space
+            within: NDArray[Any] = np.clip(scaled.astype(dtype), low, high)  # rounding must not lead out of the space
+            return within
 
         return send
 
@@ -325,12 +327,10 @@ class CheckedEnv:
         array = observation if type(observation) is np.ndarray else _as_array(observation)
         if array is None or array.shape != self._shape:
             raise self._error(
-                f"{source} returned an observation {_shown(observation)}; expected shape {self._shape}, as its space says"
+                f"{source} returned an observation {_shown(observation)}; its space says shape {self._shape}"
             )
         if array.dtype.kind not in self._kinds:
-            raise self._error(
-                f"{source} returned an observation of {array.dtype}; expected {self._space.dtype}, as its space says"
-            )
+            raise self._error(f"{source} returned an observation of {array.dtype}; its space says {self._space.dtype}")
         return np.array(array, self._dtype).reshape(-1)
 
     def _number(self, reward: Any) -> float:

@@ -146,9 +146,9 @@ class MujocoTasks:
         return make(task)
 
     @staticmethod
-    def retarget(env: gymnasium.Env[Any, Any], task: Task) -> None:
+    def retarget(env: MujocoTaskEnv, task: Task) -> None:
         """Give an environment that `make` built another task of its class; takes effect at the next reset."""
-        env.unwrapped.set_task(task)  # type: ignore[attr-defined]
+        env.set_task(task)
 
     def difficulty(self, task: Task) -> float:
         """Return the difficulty of a task; see `metarl.envs.mujoco.env.difficulty`."""

@@ -215,4 +215,5 @@ class ActionScaling:
     def __call__(self, actions: NDArray[np.float32], rows: slice) -> NDArray[Any]:
         """Return a new array of actions `[e, A]` that lie in their spaces, of policy units `[e, A]`."""
         scaled = self.centre[rows] + self.half_range[rows] * np.clip(actions.astype(np.float64), -1.0, 1.0)
-        return np.clip(scaled.astype(self.low.dtype), self.low[rows], self.high[rows])
+        within: NDArray[Any] = np.clip(scaled.astype(self.low.dtype), self.low[rows], self.high[rows])
+        return within

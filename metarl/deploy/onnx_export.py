@@ -69,8 +69,9 @@ def describe(
 
     Returns:
         `{"format", "agent", "adapted", "task", "observation_size", "action_size", "state_size", "observation_names",
-        "observation_parts", "image", "action_names", "action_kind", "action_low", "action_high", "noise_size", "control_period_s", "reward": {"mean", "std"}, "trial":
-        {"episodes", "horizon"}, "env_steps", "config_sha256", "versions"}`, null where unknown. `task` is what it was
+        "observation_parts", "image", "action_names", "action_kind", "action_low", "action_high", "noise_size",
+        "control_period_s", "reward": {"mean", "std"}, "trial": {"episodes", "horizon"}, "env_steps", "config_sha256",
+        "versions"}`, null where unknown. `task` is what it was
         adapted to, `reward` the scale on which the graph reads rewards, which come in the environment's own
         units, `trial` the trials that a memory was trained on: episodes, and steps of an episode, those of `task` or
         else of the run's last stage (null for custom tasks).

@@ -110,8 +110,8 @@ class Policy:
                 It is not read where a trial begins; there the agent knows the last one of recorded episodes.
 
         Returns:
-            Actions `[A]` or `[B, A]` within the action space, float32, and the next state. Choices are int64; those of a
-            `Discrete` space `[]` or `[B]`.
+            Actions `[A]` or `[B, A]` within the action space, float32, and the next state. Choices are int64; those
+            of a `Discrete` space `[]` or `[B]`.
 
         Raises:
             ValueError: wrong shape, NaN or infinity.

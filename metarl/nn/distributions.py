@@ -1,8 +1,8 @@
 """Distributions of actions, and how network outputs make one. No other module knows which distribution it is.
 
-The action space chooses: a diagonal Gaussian for a box, categorical distributions for choices. Actions `[..., A]` are in
-policy units (see `metarl.spaces.Spaces`): in a box ±1 are the bounds, a choice is its number from 0, as a float. Shapes:
-`[...]` any batch, A action size, C = Σ choices.
+The action space chooses: a diagonal Gaussian for a box, categorical distributions for choices. Actions `[..., A]` are
+in policy units (see `metarl.spaces.Spaces`): in a box ±1 are the bounds, a choice is its number from 0, as a float.
+Shapes: `[...]` any batch, A action size, C = Σ choices.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ class Distribution(Protocol):
 class ActionHead(Protocol):
     """Makes distributions of network outputs, and of actions what a memory reads back."""
 
-    free_parameters: tuple[str, ...]
-    """Names of the parameters that no network puts out; they adapt and are trained as others are."""
+    @property
+    def free_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that no network puts out; they adapt and are trained as others are."""
 
     @property
     def output_size(self) -> int:
@@ -347,7 +348,7 @@ class Categorical:
     def fisher_diagonal(self, parameter: str, slopes: Tensor) -> Tensor:
         """F = Σ_s Σ_d [Σ_c p_c (∂l_c/∂θ)² − (Σ_c p_c ∂l_c/∂θ)²]: the variance of the logits' slopes."""
         total = slopes.new_zeros(slopes.shape[2:])
-        for log_probs, own in zip(self._log_probs(), slopes.split(self.choices, 1), strict=True):
+        for log_probs, own in zip(self._log_probs(), torch.split(slopes, self.choices, 1), strict=True):
             probs = log_probs.exp()
             mean = torch.einsum("sc,sc...->s...", probs, own)
             centred = own - mean.unsqueeze(1)
@@ -364,11 +365,11 @@ class Categorical:
 
     def _log_probs(self) -> list[Tensor]:
         """Return log-probabilities of each dimension's choices, each `[..., choices]`."""
-        return [part.log_softmax(-1) for part in self.logits.split(self.choices, -1)]
+        return [part.log_softmax(-1) for part in torch.split(self.logits, self.choices, -1)]
 
     def _choose(self, scores: Tensor) -> Tensor:
         """Return the best choice of each dimension, `[..., A]`, of scores `[..., C]`."""
-        best = [part.argmax(-1) for part in scores.split(self.choices, -1)]
+        best = [part.argmax(-1) for part in torch.split(scores, self.choices, -1)]
         return torch.stack(best, -1).to(scores.dtype)
 
 

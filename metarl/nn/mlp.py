@@ -45,7 +45,7 @@ def init_mlp(sizes: tuple[int, ...], output_gain: float, generator: torch.Genera
 
 
 def mlp_modules(hidden_layers: int, free: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
-    """Return the parameters of each module of an MLP by name: `layer_0`, …, `head`, the output layer, and `free` ones."""
+    """Return the parameters of each module of an MLP by name: `layer_0`, …, `head` (the last) and `free` ones."""
     names = [f"layer_{layer}" for layer in range(hidden_layers)] + ["head"]
     layers = {name: (f"weight_{layer}", f"bias_{layer}") for layer, name in enumerate(names)}
     return {**layers, **{name: (name,) for name in free}}
