@@ -76,8 +76,8 @@ class StageIdTasks:
             return None
 
         def with_stage_id(env: StageIdEnv, task: Task) -> None:
+            env.retarget(task)  # raises for a task that does not fit, before anything changes
             retarget(env.env, without_stage_id(task))
-            env.retarget(task)
 
         return with_stage_id
 

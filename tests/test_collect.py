@@ -9,7 +9,7 @@ import torch
 
 from metarl.agents import build
 from metarl.agents.maml.maml import MamlPpoConfig
-from metarl.collect import BrokenRolloutsError, LocalCollector, adapt_and_collect, collect, per_phase, scale_actions
+from metarl.collect import BrokenRolloutsError, LocalCollector, adapt_and_collect, collect, per_phase
 from metarl.envs import custom, distribution
 from metarl.envs.vector.serial import SerialEnvs, make_envs
 from metarl.seeding import children
@@ -98,13 +98,6 @@ def run(num_tasks, rollouts, *, seed=0, max_envs=None, agent=None, horizon=5, **
 def assert_same(left, right):
     for name, tensor in vars(left).items():
         torch.testing.assert_close(tensor, getattr(right, name), rtol=0, atol=0, equal_nan=True, msg=name)
-
-
-def test_actions_are_scaled_by_hand():
-    # −2..4: middle 1, half width 3. 0..1: middle 0.5, half width 0.5.
-    actions = np.array([[0.0, 0.0], [1.0, -1.0], [0.5, 0.25], [-7.0, 2.0]])
-    expected = [[1.0, 0.5], [4.0, 0.0], [2.5, 0.625], [-20.0, 1.5]]
-    np.testing.assert_allclose(scale_actions(actions, LOW, HIGH), expected, rtol=0, atol=1e-12)
 
 
 def test_the_rollout_keeps_the_action_drawn_and_the_environment_gets_it_scaled():
@@ -252,11 +245,11 @@ def test_a_number_beyond_float32_is_dropped_too():
 
 
 def test_waves_do_not_change_the_result():
-    together = run(3, 4, max_envs=12, horizon=6, random=True)
+    together = run(3, 4, seed=2, max_envs=12, horizon=6, random=True)
     lengths = together.valid.sum(-1)
     assert set(lengths.unique().tolist()) == {0, 2, 4}  # dropped, early and late: the seed decides
     for max_envs in (3, 5, 6, 9, 20):  # waves of 1, 1, 2, 3 and then 1, and 4
-        assert_same(run(3, 4, max_envs=max_envs, horizon=6, random=True), together)
+        assert_same(run(3, 4, seed=2, max_envs=max_envs, horizon=6, random=True), together)
 
 
 def test_equal_seeds_give_equal_rollouts_and_others_differ():
@@ -458,7 +451,7 @@ def test_a_trial_with_a_broken_episode_is_dropped_whole():
         assert not tensor[1].any(), name
     assert rollout.episode_returns()[1, 0].isnan().tolist() == [True] * 3
     # Of eight trials of two episodes some break in one of them only; the other one is not kept either.
-    rollout = trial(1, rollouts=8, agent=Diary(2), random=True)
+    rollout = trial(1, rollouts=8, agent=Diary(2), random=True, seed=1)
     whole = rollout.valid.any(-1)[0]
     assert 4 <= whole.sum() < 8 and (rollout.episode_start.sum(-1)[0] == 2 * whole).all()
 

@@ -348,7 +348,7 @@ class Categorical:
     def fisher_diagonal(self, parameter: str, slopes: Tensor) -> Tensor:
         """F = Σ_s Σ_d [Σ_c p_c (∂l_c/∂θ)² − (Σ_c p_c ∂l_c/∂θ)²]: the variance of the logits' slopes."""
         total = slopes.new_zeros(slopes.shape[2:])
-        for log_probs, own in zip(self._log_probs(), torch.split(slopes, self.choices, 1), strict=True):
+        for log_probs, own in zip(self._log_probs(), torch.split(slopes, list(self.choices), 1), strict=True):
             probs = log_probs.exp()
             mean = torch.einsum("sc,sc...->s...", probs, own)
             centred = own - mean.unsqueeze(1)
@@ -365,11 +365,11 @@ class Categorical:
 
     def _log_probs(self) -> list[Tensor]:
         """Return log-probabilities of each dimension's choices, each `[..., choices]`."""
-        return [part.log_softmax(-1) for part in torch.split(self.logits, self.choices, -1)]
+        return [part.log_softmax(-1) for part in torch.split(self.logits, list(self.choices), -1)]
 
     def _choose(self, scores: Tensor) -> Tensor:
         """Return the best choice of each dimension, `[..., A]`, of scores `[..., C]`."""
-        best = [part.argmax(-1) for part in torch.split(scores, self.choices, -1)]
+        best = [part.argmax(-1) for part in torch.split(scores, list(self.choices), -1)]
         return torch.stack(best, -1).to(scores.dtype)
 
 

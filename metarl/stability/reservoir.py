@@ -40,7 +40,9 @@ def rollouts_of(items: Items, device: torch.device) -> list[Rollout]:
     rollouts = []
     for k in range(count):
         length = int(items[f"{k}.valid"].flatten(0, 1).any(0).sum())
-        rollouts.append(Rollout(**{name: items[f"{k}.{name}"][:, :, :length].to(device) for name in _FIELDS}))
+        parts = {name: items[f"{k}.{name}"] for name in _FIELDS}
+        steps = {name: part[:, :, :length] for name, part in parts.items() if name != "final_observations"}
+        rollouts.append(Rollout(**{name: part.to(device) for name, part in {**parts, **steps}.items()}))
     return rollouts
 
 
@@ -134,8 +136,32 @@ class Reservoir:
         for name, value in held.items():
             if len(value) != len(self):
                 raise ValueError(f"cannot load {name!r}: expected {len(self)} trials, found {len(value)}")
+        for name in [name for name in held if name.endswith(".next_observations")]:  # metarl 0.1 stored these
+            k = name.split(".")[0]
+            following = held.pop(name)
+            held[f"{k}.final_observations"] = last_of_episodes(
+                following, held[f"{k}.valid"], held[f"{k}.episode_start"]
+            )
         if held:
             self._write(np.arange(len(self)), held)
+
+
+def last_of_episodes(values: Tensor, valid: Tensor, episode_start: Tensor) -> Tensor:
+    """Return what stands at the last step of each episode, `[B, N, L, ...]`, of values `[B, N, T, ...]`.
+
+    Args:
+        values: a number or vector for each step.
+        valid: `[B, N, T]`, bool.
+        episode_start: `[B, N, T]`, bool.
+    """
+    ends = valid.clone()
+    ends[..., :-1] &= ~valid[..., 1:] | episode_start[..., 1:]
+    trial, rollout, step = ends.nonzero(as_tuple=True)
+    episode = (episode_start.cumsum(-1) - 1).clamp_min(0)[trial, rollout, step]
+    count = int(episode.max()) + 1 if len(episode) else 1
+    last = values.new_zeros(*values.shape[:2], count, *values.shape[3:])
+    last[trial, rollout, episode] = values[trial, rollout, step]
+    return last
 
 
 def _allocate_on_disk(file: int, size: int) -> None:

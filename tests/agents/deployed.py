@@ -8,7 +8,8 @@ import torch
 from metarl.build import build_agent
 from metarl.config.schema import RunConfig
 from metarl.deploy.policy import Policy
-from metarl.types import Spaces, Trajectory
+from metarl.spaces import Spaces
+from metarl.types import Trajectory
 
 SPACES = Spaces(3, (-2.0, 0.0), (1.0, 0.5))
 """Bounds that are neither ±1 nor symmetric."""

@@ -43,7 +43,7 @@ def collect(agent, state, tasks=3, rollouts=4, steps=6, seed=0):
     ends_itself = (torch.arange(rollouts) % 2 == 1)[:, None].expand(shape)
     rollout = Rollout(
         observations=observations,
-        next_observations=torch.cat([observations[:, :, 1:], final], 2),
+        final_observations=final,
         actions=actions,
         rewards=-(actions - targets[:, None, None]).square().sum(-1),
         log_probs=log_probs,

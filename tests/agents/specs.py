@@ -2,7 +2,8 @@
 
 import torch
 
-from metarl.types import AgentSpec, Spaces
+from metarl.spaces import Spaces
+from metarl.types import AgentSpec
 
 
 def spec(observations, actions, device="cpu", seed=0, stages=0, heads=False):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from metarl.nn.memory import History, pack, unpack
-from metarl.types import Spaces, TimeStep
+from metarl.spaces import Spaces
+from metarl.types import TimeStep
 from tests.agents.deployed import AGENTS, SPACES, make_episodes, make_policy, make_trials, walk, zero
 
 every_agent = pytest.mark.parametrize("name", AGENTS)
@@ -164,7 +165,7 @@ def test_the_scale_of_rewards_is_told(name):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"observation": {"x": 1.0}}, "observation has dtype object; expected numbers"),
+        ({"observation": {"x": 1.0}}, r"observation has the parts \['x'\]; expected an array"),
         ({"observation": ["0", "1", "2"]}, "observation has dtype <U1; expected numbers"),
         ({"observation": np.zeros(4)}, r"observation has shape \(4,\); expected \(3,\) or \(batch, 3\)"),
         ({"observation": np.zeros((1, 2, 3))}, r"observation has shape \(1, 2, 3\)"),

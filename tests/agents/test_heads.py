@@ -10,10 +10,10 @@ from metarl.build import distribution_of
 from metarl.config.schema import load_config
 from metarl.deploy.policy import load
 from metarl.errors import UserError
-from metarl.nn.distributions import GaussianHead
+from metarl.nn.distributions import DiagonalGaussian, GaussianHead
 from metarl.nn.mlp import MlpPolicy
 from metarl.nn.normalizer import Normalizer
-from metarl.rl.surrogates import saturation
+from metarl.rl.surrogates import weighted_mean
 from metarl.training.loop import train
 from metarl.types import TimeStep
 from tests.agents.rollouts import iteration, make_agent
@@ -132,7 +132,8 @@ def test_a_policy_may_see_the_memory_alone():
 def test_saturation_by_hand():
     """(1.5 − 1)² + 0 = 0.25 and 0 + (3 − 1)² = 4, the last step without weight: mean 2.125."""
     mean = torch.tensor([[1.5, -1.0], [0.2, -3.0], [9.0, 9.0]])
-    assert saturation(mean, torch.tensor([1.0, 1.0, 0.0])).item() == pytest.approx(2.125)
+    saturation = DiagonalGaussian(mean, torch.zeros(2)).saturation()
+    assert weighted_mean(saturation, torch.tensor([1.0, 1.0, 0.0])).item() == pytest.approx(2.125)
 
 
 def test_the_penalty_on_saturation_pulls_adapted_means_back():

@@ -17,7 +17,8 @@ from metarl.envs.vector.serial import make_envs
 from metarl.errors import UserError
 from metarl.evaluation.held_out import adapt_to
 from metarl.seeding import Purpose, children, seeds
-from metarl.types import Spaces, TimeStep
+from metarl.spaces import Spaces
+from metarl.types import TimeStep
 from tests.agents.deployed import AGENTS, SPACES, make_episodes, make_policy, make_trials, walk
 
 

@@ -10,7 +10,8 @@ from metarl.config.schema import RunConfig
 from metarl.deploy.policy import Policy
 from metarl.errors import UserError
 from metarl.evaluation.held_out import evaluate
-from metarl.types import Spaces, TimeStep
+from metarl.spaces import Spaces
+from metarl.types import TimeStep
 
 AGENT = {"name": "rl2", "trial_episodes": 3, "encoder_sizes": [8], "memory": {"name": "gru", "size": 8}}
 

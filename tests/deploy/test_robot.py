@@ -11,7 +11,7 @@ import pytest
 import metarl
 from metarl import runtime
 from metarl.evaluation.held_out import adapt_to
-from metarl.types import Spaces
+from metarl.spaces import Spaces
 from tests.agents.deployed import make_policy
 
 ROOT = Path(__file__).parents[2]

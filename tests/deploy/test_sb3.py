@@ -26,7 +26,7 @@ from metarl.deploy.sb3 import EpisodeSuccess, NormalizedObservations, TrialEnv, 
 from metarl.errors import UserError
 from metarl.nn.distributions import DiagonalGaussian
 from metarl.runtime import OnnxPolicy
-from metarl.types import Spaces
+from metarl.spaces import Spaces
 
 GOALS = {"family": "navigation", "name": "goals", "horizon": 5}
 

@@ -126,11 +126,12 @@ def test_passes_the_environment_checker(family, settings):
         check_env(tasks_with_id.make(tasks_with_id.train_tasks[0]), skip_render_check=True)
 
 
-def test_set_task_switches_the_inner_environment_and_the_stage_id():
+def test_retargeting_switches_the_inner_environment_and_the_stage_id():
     plain = distribution("mujoco", name="HalfCheetahVel", num_train=2)
-    first, second = (StageIdTasks(plain, stage, 2).train_tasks[stage] for stage in (0, 1))
+    with_id = [StageIdTasks(plain, stage, 2) for stage in (0, 1)]
+    first, second = (tasks.train_tasks[stage] for stage, tasks in enumerate(with_id))
     env = metarl.envs.make(first)
-    env.unwrapped.set_task(second)  # as environments are used again
+    with_id[0].retarget(env, second)  # as environments are used again
     assert env.unwrapped is env and env.task == second
     assert env.env.task == plain.train_tasks[1]
     fresh = metarl.envs.make(second)
@@ -138,7 +139,7 @@ def test_set_task_switches_the_inner_environment_and_the_stage_id():
     assert env.reset(seed=1)[0][-2:].tolist() == [0.0, 1.0]
     assert env.step(np.ones(6))[1] == fresh.step(np.ones(6))[1]
     with pytest.raises(ValueError, match="a task with 3 stages; this environment has 2"):
-        env.set_task(StageIdTasks(plain, 1, 3).train_tasks[0])
+        with_id[0].retarget(env, StageIdTasks(plain, 1, 3).train_tasks[0])
     assert env.env.task == plain.train_tasks[1]  # nothing has changed
 
 
@@ -151,7 +152,7 @@ def test_a_custom_environment_keeps_its_type_its_horizon_and_its_rendering():
     assert info == {"seed": 3, "options": {"a": 1}}
     assert [env.step(np.zeros(1))[3] for _ in range(2)] == [False, True]
     assert (env.render_mode, env.render()) == ("ansi", "a picture")
-    assert not hasattr(env, "set_task")  # so that it is built anew for every task
+    assert tasks_with_id.retarget is None  # so that it is built anew for every task
     env.close()
     assert env.env.unwrapped.closed == 1
     assert env.env.unwrapped.task == custom("still", Still, num_train=2, num_test=1, horizon=2).train_tasks[1]
@@ -159,7 +160,8 @@ def test_a_custom_environment_keeps_its_type_its_horizon_and_its_rendering():
 
 def test_environments_are_used_again(monkeypatch):
     monkeypatch.setattr(Retargetable, "built", 0)
-    tasks_with_id = StageIdTasks(custom("still", Retargetable, num_train=4, num_test=1, horizon=2), 1, 2)
+    plain = custom("still", Retargetable, num_train=4, num_test=1, horizon=2, retarget=Retargetable.set_task)
+    tasks_with_id = StageIdTasks(plain, 1, 2)
     envs = SerialEnvs(tasks_with_id, 2)
     for tasks in (tasks_with_id.train_tasks[:2], tasks_with_id.train_tasks[2:], tasks_with_id.train_tasks[1::-1]):
         expected = [[task.index, 0.0, 1.0] for task in tasks]
@@ -176,7 +178,7 @@ def test_a_batch_exists_only_where_the_tasks_have_one():
     batch = make_envs(StageIdTasks(navigation, 0, 2), 5, num_workers=0)
     assert isinstance(batch, StageIdBatch)
     assert (batch.max_envs, batch.lanes) == (5, navigation.make_batch(5).lanes)
-    assert (batch.observation_space, batch.action_space) == env_spaces(StageIdTasks(navigation, 0, 2))
+    assert batch.spaces == env_spaces(StageIdTasks(navigation, 0, 2))
     batch.close()
     mujoco = StageIdTasks(distribution("mujoco", num_train=3), 0, 2)
     assert getattr(mujoco, "make_batch", None) is None
@@ -230,7 +232,7 @@ def test_workers_equal_one_process_to_the_bit(family, settings):
         for tasks in (tasks_with_id.train_tasks[:3], tasks_with_id.train_tasks[4:1:-1], tasks_with_id.test_tasks[:2]):
             count = len(tasks)
             np.testing.assert_array_equal(one.reset(tasks, seeds(count)), two.reset(tasks, seeds(count)))
-            rows, size = slice(0, count), one.action_space.shape[0]
+            rows, size = slice(0, count), one.spaces.action_size
             for active in (np.ones(count, dtype=bool), np.arange(count) == 1):
                 actions = rng.uniform(-1, 1, (count, size))
                 found = []

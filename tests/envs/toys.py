@@ -11,6 +11,7 @@ from typing import NamedTuple
 import gymnasium
 import numpy as np
 
+from metarl.errors import PhysicsDivergedError
 from metarl.types import Task
 
 INSTANCE, GOAL, ELAPSED = range(3)  # what a toy observes
@@ -48,7 +49,7 @@ class Toy(gymnasium.Env):
             if self.task.name == "unplugged":
                 raise KeyError("the arm is unplugged")
             if self.task.name == "diverging":
-                raise FloatingPointError("the arm is on Mars")
+                raise PhysicsDivergedError("the arm is on Mars")
             if self.task.name == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
         info = {"success": True} if self.task.name == "solved" else {}
@@ -71,6 +72,10 @@ class Toys(NamedTuple):
 
     def make(self, task):
         return self.kind(task)
+
+    @property
+    def retarget(self):
+        return self.kind.set_task if hasattr(self.kind, "set_task") else None
 
 
 def toys(*names):

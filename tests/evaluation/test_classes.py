@@ -46,7 +46,7 @@ class Collector:
         zeros, no = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
         return Rollout(
             observations=zeros[..., None],
-            next_observations=zeros[..., None],
+            final_observations=zeros[..., None],
             actions=zeros[..., None],
             rewards=1.0 + outcome,
             log_probs=zeros,

@@ -14,7 +14,8 @@ from metarl.config.schema import RunConfig, load_config
 from metarl.deploy.policy import Policy
 from metarl.errors import UserError
 from metarl.evaluation.held_out import evaluate, held_out_metrics, select_tasks
-from metarl.types import Spaces, Task, Trajectory
+from metarl.spaces import Spaces
+from metarl.types import Task, Trajectory
 
 
 def make_policy(observation_size, low, high, **agent):

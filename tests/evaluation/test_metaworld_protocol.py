@@ -25,7 +25,7 @@ from metarl.evaluation.metaworld_protocol import (
     evaluate_both_ways,
     success_per_class,
 )
-from metarl.types import Spaces
+from metarl.spaces import Spaces
 
 REACH, PUSH = "SawyerReachEnvV3", "SawyerPushEnvV3"  # as upstream's environments name themselves
 LOW, HIGH = (-1.0, 0.0), (1.0, 4.0)  # so that the second action, a, becomes 2 + 2 · a

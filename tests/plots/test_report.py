@@ -14,7 +14,7 @@ from metarl.config.schema import RunConfig
 from metarl.deploy.policy import Policy
 from metarl.evaluation.held_out import evaluate
 from metarl.plots.report import _spread, read_report, report_figure
-from metarl.types import Spaces
+from metarl.spaces import Spaces
 
 
 def estimate(mean, low=None, high=None):

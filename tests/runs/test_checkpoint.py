@@ -11,7 +11,8 @@ import torch
 
 from metarl.runs import checkpoint
 from metarl.runs.checkpoint import CorruptCheckpointError, load, load_best, load_latest, save
-from metarl.types import Position, Spaces
+from metarl.spaces import Spaces
+from metarl.types import Position
 
 SPACES = Spaces(3, (-1.0, -0.5), (1.0, 2.0))
 

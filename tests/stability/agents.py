@@ -59,7 +59,7 @@ def trials(agent, tasks=3, rollouts=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape, size = (tasks, rollouts), (tasks, rollouts, 5)
     observations = torch.randn(*size, OBSERVATIONS, generator=generator)
-    following = torch.randn(*size, OBSERVATIONS, generator=generator)
+    final = torch.randn(*shape, 2, OBSERVATIONS, generator=generator)
     noise = torch.randn(*size, ACTIONS, generator=generator)
     steps, lengths = torch.arange(5), 5 - torch.arange(rollouts) % 2
     valid = (steps < lengths[:, None]).expand(size)
@@ -73,7 +73,7 @@ def trials(agent, tasks=3, rollouts=2, seed=0):
     last = valid & (steps == lengths[:, None] - 1)
     rollout = Rollout(
         observations=observations,
-        next_observations=following,
+        final_observations=final,
         actions=actions,
         rewards=rewards,
         log_probs=log_probs,
@@ -83,7 +83,8 @@ def trials(agent, tasks=3, rollouts=2, seed=0):
         valid=valid,
         success=torch.zeros(size),
     )
-    return rollout.map(lambda part: part * (valid[..., None] if part.ndim == 4 else valid))
+    masked = rollout.map(lambda part: part if part is final else part * (valid[..., None] if part.ndim == 4 else valid))
+    return masked
 
 
 def policy_of(agent):

@@ -321,7 +321,7 @@ def one_trial(actions, log_probs):
     zeros = torch.zeros(1, 1, steps)
     return Rollout(
         observations=zeros[..., None],
-        next_observations=zeros[..., None],
+        final_observations=zeros[..., :1, None],
         actions=torch.tensor(actions)[None, None, :, None],
         rewards=zeros,
         log_probs=torch.tensor(log_probs)[None, None],

@@ -91,7 +91,7 @@ def test_padding_has_no_influence(critic):
 
     def with_garbage(rollout):
         changes = {}
-        for name in ("observations", "next_observations", "actions", "rewards", "log_probs", "success"):
+        for name in ("observations", "actions", "rewards", "log_probs", "success"):
             value = getattr(rollout, name).clone()
             pad = ~rollout.valid
             value[pad] = 3.0 * torch.randn(value[pad].shape, generator=generator)

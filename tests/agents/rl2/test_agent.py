@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -27,6 +26,7 @@ from metarl.errors import UserError
 from metarl.nn.distributions import GaussianHead
 from metarl.nn.memory import History, rows
 from metarl.seeding import children
+from metarl.spaces import Spaces
 from metarl.types import Step, TimeStep
 from tests.agents.rollouts import assert_same, snapshot
 from tests.agents.specs import spec
@@ -51,8 +51,7 @@ class Points:
     """A point on the plane that should be at the task's place; an episode ends by itself after 1 to 8 steps."""
 
     lanes, max_envs = 1, 100
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
+    spaces = Spaces.within_one(2, 2)
 
     def reset(self, tasks, seeds):
         streams = [np.random.default_rng(seed) for seed in seeds]
@@ -63,7 +62,7 @@ class Points:
         return self.points.copy()
 
     def step_async(self, rows, actions, active):
-        self.points = self.points + np.where(active[:, None], 0.3 * actions, 0.0)
+        self.points = self.points + np.where(active[:, None], 0.3 * np.clip(actions, -1.0, 1.0), 0.0)
         self.elapsed = self.elapsed + active
 
     def step_wait(self, rows):
@@ -137,8 +136,7 @@ class Cues:
     """
 
     lanes, max_envs = 1, 64
-    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float64)
-    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    spaces = Spaces.within_one(1, 1)
 
     def __init__(self, show_cue=True, horizon=6):
         self.show_cue, self.horizon, self.episode = show_cue, horizon, 1
@@ -149,7 +147,7 @@ class Cues:
         return (self.cues * (self.show_cue and self.episode == 0))[:, None]
 
     def step_async(self, rows, actions, active):
-        self.actions, self.elapsed = actions[:, 0], self.elapsed + 1
+        self.actions, self.elapsed = np.clip(actions[:, 0], -1.0, 1.0), self.elapsed + 1
 
     def step_wait(self, rows):
         pays = (self.episode == 1 and self.elapsed == 1) or not self.show_cue

@@ -24,7 +24,9 @@ from metarl.agents.rl2.trials import Inputs, TrialBatch, chunks, read_trials
 from metarl.collect import collect, rollout_arrays
 from metarl.envs import custom
 from metarl.envs.vector.serial import SerialEnvs
+from metarl.nn.distributions import GaussianHead
 from metarl.seeding import children
+from metarl.spaces import Spaces
 from metarl.types import Rollout
 from tests.agents.specs import spec
 
@@ -51,16 +53,15 @@ def lay_out(trials, tasks=1):
     """A rollout of trials, task by task; one without episodes was dropped."""
     shape = (tasks, len(trials) // tasks, max(sum(len(episode.rewards) for episode in trial) for trial in trials))
     first = next(trial[0] for trial in trials if trial)
-    arrays = rollout_arrays(shape, len(first.observations[0]), len(first.actions[0]))
+    spaces = Spaces.within_one(len(first.observations[0]), len(first.actions[0]))
+    arrays = rollout_arrays(shape, max(map(len, trials)), spaces)
     for number, trial in enumerate(trials):
         begin = 0
-        for episode in trial:
+        for place, episode in enumerate(trial):
             end = begin + len(episode.rewards)
             where = (*divmod(number, shape[1]), slice(begin, end))
-            arrays["observations"][where], arrays["next_observations"][where] = (
-                episode.observations[:-1],
-                episode.observations[1:],
-            )
+            arrays["observations"][where] = episode.observations[:-1]
+            arrays["final_observations"][(*where[:2], place)] = episode.observations[-1]
             arrays["actions"][where], arrays["rewards"][where] = episode.actions, episode.rewards
             arrays["success"][where] = NAN if episode.success is None else episode.success
             ends = arrays["terminated" if episode.terminated else "truncated"]
@@ -95,7 +96,7 @@ SHORT_INPUTS = [
     [-4, 6, 0.2, -1, 0, -2, 1, 0, 0.01],
     [-8, 9, -1, -5, 0, -4, 3, -4, 0.02],
 ]
-ALL = Inputs((0, 1), 1, True, True)
+ALL = Inputs((0, 1), GaussianHead(1), True, True)
 
 
 def test_what_is_told_at_each_step_by_hand():
@@ -122,7 +123,7 @@ def test_what_is_told_at_each_step_by_hand():
     ],
 )
 def test_inputs_that_are_switched_off(entries, differences, time, columns):
-    inputs = Inputs(entries, 1, differences, time)
+    inputs = Inputs(entries, GaussianHead(1), differences, time)
     assert inputs.size == len(columns)
     found = read_trials(inputs, lay_out(TRIALS, tasks=2), 0.0, 0).inputs
     torch.testing.assert_close(found[0], torch.tensor(LONG_INPUTS)[:, columns])

@@ -43,7 +43,7 @@ def rewards_of(envs, tasks):
     """What one step of each task pays."""
     envs.reset(tasks, np.arange(len(tasks), dtype=np.uint32))
     rows = slice(0, len(tasks))
-    envs.step_async(rows, np.zeros((len(tasks), envs.action_space.shape[0])), np.ones(len(tasks), np.bool_))
+    envs.step_async(rows, np.zeros((len(tasks), envs.spaces.action_size)), np.ones(len(tasks), np.bool_))
     return envs.step_wait(rows).rewards.tolist()
 
 

@@ -47,7 +47,7 @@ def record(envs, schedule):
         active = np.ones(len(tasks), dtype=bool)
         steps = np.zeros(len(tasks), dtype=int)
         while active.any():
-            actions = rng.uniform(envs.action_space.low, envs.action_space.high, (len(tasks), *envs.action_space.shape))
+            actions = rng.uniform(-1.0, 1.0, (len(tasks), envs.spaces.action_size))
             step = step_rows(envs, slice(0, len(tasks)), actions, active)
             arrays += [array.copy() for array in step]
             steps += active
@@ -246,7 +246,7 @@ def test_environments_closed_with_a_step_under_way_are_told_to_be_closed(workers
     tasks = toys("a", "a")
     envs = workers(Toys(tasks), 2, 1)
     envs.reset(tasks, seeds(2))
-    envs.step_async(slice(0, 2), np.zeros((2, envs.action_space.shape[0])), np.ones(2, bool))
+    envs.step_async(slice(0, 2), np.zeros((2, envs.spaces.action_size)), np.ones(2, bool))
     envs.close()
     with pytest.raises(RuntimeError, match="closed; make new ones"):
         envs.reset(tasks, seeds(2))
