@@ -1,7 +1,7 @@
 """Stage ids: append the one-hot id of the stage to observations, so that a policy knows its place in a sequence.
 
 The stage id is stored in each task, as the options `stage` and `stages`, so that a task can be rebuilt from its fields
-alone. Imports neither torch nor the rest of metarl except `types` and `protocols`.
+alone. Imports neither torch nor the rest of metarl except `types`, `protocols` and `spaces`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarl.protocols import BatchEnv, TaskDistribution
+from metarl.spaces import Answers, env_attribute
 from metarl.types import BoolArray, FloatArray, Step, Task
 
 _OPTIONS = ("stage", "stages")
@@ -114,13 +115,16 @@ class StageIdEnv(gymnasium.Env[NDArray[Any], NDArray[Any]]):
     It is not a `gymnasium.Wrapper`: the task of what `unwrapped` returns must be the one that the wrapper has.
 
     Args:
-        env: the environment of the task without its stage id.
+        env: the environment of the task without its stage id; it may be in wrappers.
         task: the task with its stage id.
 
     Attributes:
         env: the inner environment, without the stage id.
         task: the current task.
         observation_names, action_names, dt: those of the inner environment, if it has them.
+
+    Raises:
+        UserError: from `reset` and `step`: the inner environment returned something else than its space says.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], task: Task) -> None:
@@ -128,12 +132,12 @@ class StageIdEnv(gymnasium.Env[NDArray[Any], NDArray[Any]]):
         self.observation_space = _extend(env.observation_space, len(self._stage_id))
         self.action_space = env.action_space
         self.metadata, self.render_mode = env.metadata, env.render_mode
-        inner: Any = env.unwrapped
-        if hasattr(inner, "observation_names"):
-            self.observation_names = (*inner.observation_names, *(f"stage_{k}" for k in range(len(self._stage_id))))
+        self._answers = Answers(env.observation_space, task)
+        if (names := env_attribute(env, "observation_names")) is not None:
+            self.observation_names = (*names, *(f"stage_{k}" for k in range(len(self._stage_id))))
         for name in ("action_names", "dt"):
-            if hasattr(inner, name):
-                setattr(self, name, getattr(inner, name))
+            if (value := env_attribute(env, name)) is not None:
+                setattr(self, name, value)
 
     def retarget(self, task: Task) -> None:
         """Show the stage id of another task, which the inner environment has been given without it.
@@ -146,7 +150,7 @@ class StageIdEnv(gymnasium.Env[NDArray[Any], NDArray[Any]]):
             raise ValueError(
                 f"got a task with {len(stage_id)} stages; this environment has {len(self._stage_id)}: call make(task)"
             )
-        self.task, self._stage_id = task, stage_id
+        self.task, self._stage_id, self._answers.task = task, stage_id, task
 
     def _observe(self, observation: NDArray[Any]) -> NDArray[Any]:
         return np.concatenate([observation, self._stage_id.astype(self.observation_space.dtype)])
@@ -156,13 +160,13 @@ class StageIdEnv(gymnasium.Env[NDArray[Any], NDArray[Any]]):
     ) -> tuple[NDArray[Any], dict[str, Any]]:
         """Begin an episode."""
         super().reset(seed=seed)
-        observation, info = self.env.reset(seed=seed, options=options)
+        observation, info = self._answers.reset(self.env.reset(seed=seed, options=options))
         return self._observe(observation), info
 
     def step(self, action: NDArray[Any]) -> tuple[NDArray[Any], float, bool, bool, dict[str, Any]]:
         """Step the inner environment."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        return self._observe(observation), float(reward), terminated, truncated, info
+        observation, reward, terminated, truncated, info = self._answers.step(self.env.step(action))
+        return self._observe(observation), reward, terminated, truncated, info
 
     def render(self) -> Any:
         """Render the inner environment."""

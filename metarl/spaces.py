@@ -1,8 +1,9 @@
 """The border to environments: what their spaces must be, and the checks on all that they return.
 
 `Spaces` describes observations and actions as agents see them: a vector `[O]` each, actions in policy units.
-`CheckedEnv` puts one environment behind that border. An error is one line that names the task, the field, what came
-and what was expected. Imports numpy and gymnasium; of metarl `types` and `errors`.
+`CheckedEnv` puts one environment behind that border; `Answers` is its check on what the environment returns. An error
+is one line that names the task, the field, what came and what was expected. Imports numpy and gymnasium; of metarl
+`types` and `errors`.
 """
 
 from __future__ import annotations
@@ -222,36 +223,29 @@ class CheckedEnv:
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], task: Task | None = None) -> None:
-        self.env, self._task = env, task
+        self.env = env
         try:
             self.spaces = Spaces.of(env.observation_space, env.action_space)
         except AttributeError as error:
-            raise self._error(f"{error}; expected a gymnasium.Env with observation_space and action_space") from error
+            message = f"{described(task)}: {error}; expected a gymnasium.Env with observation_space and action_space"
+            raise UserError(message) from error
         except UserError as error:
-            raise self._error(str(error)) from error
+            raise UserError(f"{described(task)}: {error}") from error
         space = env.observation_space
-        self._space = space
+        self._answers = Answers(space, task)
         plain = isinstance(space, gym_spaces.Box) and (len(space.shape) == 1 or self.spaces.image is not None)
-        self._shape = space.shape if plain else None
         self._flatten: Callable[[Any], Any] | None = None if plain else functools.partial(gym_spaces.flatten, space)
-        self._kinds = "biuf" if space.dtype is None or space.dtype.kind == "f" else "biu"
         self._dtype = np.dtype(np.uint8) if self.spaces.image is not None else np.dtype(np.float64)
-        actions = env.action_space
-        self._send = self._sender(actions)
-        self._episodes = 0
-        self._flags = (bool, np.bool_)
+        self._send = self._sender(env.action_space)
 
     def retarget(self, task: Task) -> None:
         """Name another task in messages from now on: the environment was given it."""
-        self._task = task
+        self._answers.task = task
 
     def reset(self, seed: int | None = None) -> NDArray[Any]:
         """Begin an episode; returns the observation `[O]`, a copy."""
-        answer = self.env.reset(seed=seed)
-        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict)):
-            raise self._error(f"reset returned {_shown(answer)}; expected (observation, info)")
-        self._episodes += 1
-        return self._observation(answer[0], "reset")
+        observation, _ = self._answers.reset(self.env.reset(seed=seed))
+        return self._vector(observation, "reset")
 
     def step(self, action: NDArray[Any]) -> StepResult:
         """Step with an action `[A]` in policy units."""
@@ -264,28 +258,13 @@ class CheckedEnv:
         except PhysicsDivergedError:
             raise
         except FloatingPointError as error:
-            raise self._error(
+            raise self._answers.error(
                 f"step raised FloatingPointError ({error}); mend it, or raise metarl.errors.PhysicsDivergedError where "
                 "the episode should be dropped"
             ) from error
-        if type(answer) is not tuple or len(answer) != 5:
-            raise self._error(
-                f"step returned {_shown(answer)}; expected (observation, reward, terminated, truncated, info)"
-            )
-        observation, reward, terminated, truncated, info = answer
-        observation = self._observation(observation, "step")
-        if type(reward) is not float:
-            reward = self._number(reward)
-        if type(terminated) not in self._flags:
-            terminated = self._flag(terminated, "terminated")
-        if type(truncated) not in self._flags:
-            truncated = self._flag(truncated, "truncated")
-        success = math.nan
-        if type(info) is not dict:
-            raise self._error(f"step returned info {_shown(info)}; expected a dict")
-        if "success" in info:
-            success = self._success(info["success"])
-        return StepResult(observation, reward, terminated, truncated, success, info)
+        observation, reward, terminated, truncated, info = self._answers.step(answer)
+        success = self._answers.success(info) if "success" in info else math.nan
+        return StepResult(self._vector(observation, "step"), reward, terminated, truncated, success, info)
 
     def env_action(self, action: NDArray[Any]) -> Any:
         """Return an action `[A]` in policy units as the environment expects it: within its space, of its dtype."""
@@ -313,48 +292,106 @@ class CheckedEnv:
 
         return send
 
-    def _observation(self, observation: Any, source: str) -> NDArray[Any]:
+    def _vector(self, observation: Any, source: str) -> NDArray[Any]:
         """Return a copy of an observation as a vector."""
-        if self._flatten is not None:
-            try:
-                fits = self._episodes > 1 or _has_structure(self._space, observation)
-                flat = np.array(self._flatten(observation), np.float64) if fits else None
-            except Exception:
-                flat = None
-            if flat is None or flat.shape != (self.spaces.observation_size,):
-                raise self._error(f"{source} returned observation {_shown(observation)}; expected one of {self._space}")
-            return flat
+        if self._flatten is None:
+            return np.array(observation, self._dtype).reshape(-1)
+        try:
+            flat = np.array(self._flatten(observation), np.float64)
+        except Exception:
+            flat = None
+        if flat is None or flat.shape != (self.spaces.observation_size,):
+            raise self._answers.misfit(observation, source)
+        return flat
+
+
+class Answers:
+    """Checks what an environment returns: tuples as gymnasium has them, observations of its space, numbers and flags.
+
+    Args:
+        space: of observations; of any kind.
+        task: named in messages; None: "the environment".
+        every_step: whether dictionaries and tuples are checked at every step, or in the first episode alone.
+
+    Raises:
+        UserError: from the methods: the environment returned something else.
+    """
+
+    def __init__(self, space: gymnasium.Space[Any], task: Task | None = None, every_step: bool = False) -> None:
+        self.task, self._space, self._every_step = task, space, every_step
+        self._shape = space.shape if isinstance(space, gym_spaces.Box) else None
+        self._kinds = "biuf" if space.dtype is None or space.dtype.kind == "f" else "biu"
+        self._episodes = 0
+        self._flags = (bool, np.bool_)
+
+    def reset(self, answer: Any) -> tuple[Any, dict[str, Any]]:
+        """Return observation and info, given what `reset` returned; observations of a Box come as arrays."""
+        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict)):
+            raise self.error(f"reset returned {_shown(answer)}; expected (observation, info)")
+        self._episodes += 1
+        return self._observation(answer[0], "reset"), answer[1]
+
+    def step(self, answer: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Return the five values, given what `step` returned; observations of a Box come as arrays."""
+        if type(answer) is not tuple or len(answer) != 5:
+            raise self.error(
+                f"step returned {_shown(answer)}; expected (observation, reward, terminated, truncated, info)"
+            )
+        observation, reward, terminated, truncated, info = answer
+        observation = self._observation(observation, "step")
+        if type(reward) is not float:
+            reward = self._number(reward)
+        if type(terminated) not in self._flags:
+            terminated = self._flag(terminated, "terminated")
+        if type(truncated) not in self._flags:
+            truncated = self._flag(truncated, "truncated")
+        if type(info) is not dict:
+            raise self.error(f"step returned info {_shown(info)}; expected a dict")
+        return observation, reward, terminated, truncated, info
+
+    def success(self, info: dict[str, Any]) -> float:
+        """Return `info["success"]`, 0, 1 or NaN."""
+        array = _as_array(info["success"])
+        if array is not None and array.size == 1 and array.dtype.kind in "biuf":
+            number = float(array.reshape(()))
+            if number in (0.0, 1.0) or math.isnan(number):
+                return number
+        raise self.error(f'step returned info["success"] {_shown(info["success"])}; expected 0, 1, True or False')
+
+    def _observation(self, observation: Any, source: str) -> Any:
+        """Return a checked observation; of a Box as an array, which may be the environment's own."""
+        if self._shape is None:
+            if (self._every_step or self._episodes <= 1) and not _fits(self._space, observation):
+                raise self.misfit(observation, source)
+            return observation
         array = observation if type(observation) is np.ndarray else _as_array(observation)
         if array is None or array.shape != self._shape:
-            raise self._error(
+            raise self.error(
                 f"{source} returned an observation {_shown(observation)}; its space says shape {self._shape}"
             )
         if array.dtype.kind not in self._kinds:
-            raise self._error(f"{source} returned an observation of {array.dtype}; its space says {self._space.dtype}")
-        return np.array(array, self._dtype).reshape(-1)
+            raise self.error(f"{source} returned an observation of {array.dtype}; its space says {self._space.dtype}")
+        return array
+
+    def misfit(self, observation: Any, source: str) -> UserError:
+        """Return the error for an observation that is none of a composed space."""
+        return self.error(f"{source} returned observation {_shown(observation)}; expected one of {self._space}")
 
     def _number(self, reward: Any) -> float:
         array = _as_array(reward)
         if array is None or array.size != 1 or array.dtype.kind not in "biuf":
-            raise self._error(f"step returned reward {_shown(reward)}; expected a number")
+            raise self.error(f"step returned reward {_shown(reward)}; expected a number")
         return float(array.reshape(()))
 
     def _flag(self, value: Any, field: str) -> bool:
         array = _as_array(value)
         if array is None or array.size != 1 or array.reshape(()) not in (0, 1):
-            raise self._error(f"step returned {field} {_shown(value)}; expected True or False")
+            raise self.error(f"step returned {field} {_shown(value)}; expected True or False")
         return bool(array.reshape(()))
 
-    def _success(self, value: Any) -> float:
-        array = _as_array(value)
-        if array is not None and array.size == 1 and array.dtype.kind in "biuf":
-            number = float(array.reshape(()))
-            if number in (0.0, 1.0) or math.isnan(number):
-                return number
-        raise self._error(f'step returned info["success"] {_shown(value)}; expected 0, 1, True or False')
-
-    def _error(self, message: str) -> UserError:
-        return UserError(f"{described(self._task)}: {message}")
+    def error(self, message: str) -> UserError:
+        """Return the error for a message, in one line that names the task."""
+        return UserError(" ".join(f"{described(self.task)}: {message}".split()))
 
 
 def described(task: Task | None) -> str:
@@ -369,6 +406,14 @@ def _as_array(value: Any) -> NDArray[Any] | None:
     except (TypeError, ValueError):
         return None
     return array if array.dtype.kind in "biuf" else None
+
+
+def _fits(space: Any, value: Any) -> bool:
+    """Like `_has_structure`, also of values for which comparing raises."""
+    try:
+        return _has_structure(space, value)
+    except Exception:
+        return False
 
 
 def _has_structure(space: Any, value: Any) -> bool:
@@ -396,3 +441,8 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return f"a dict with {sorted(map(str, value))}"
     return repr(value)[:80] if isinstance(value, str | int | float | bool | None) else type(value).__name__
+
+
+def env_attribute(env: gymnasium.Env[Any, Any], name: str) -> Any:
+    """Return an attribute of the outermost layer of an environment that has it, e.g. `dt`; None if none has."""
+    return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None
