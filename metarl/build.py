@@ -11,7 +11,7 @@ import torch
 from metarl import agents
 from metarl.collect import LocalCollector
 from metarl.config.schema import RunConfig, StageConfig
-from metarl.envs import FAMILIES, StageIdTasks, distribution, make
+from metarl.envs import FAMILIES, StageIdTasks, add_wrappers, distribution, make
 from metarl.envs.manager import Curriculum, EnvManager, JointManager, Manager
 from metarl.envs.vector.pool import env_spaces
 from metarl.envs.vector.serial import usable_cores
@@ -101,10 +101,10 @@ def local_collectors(config: RunConfig, distributions: Sequence[TaskDistribution
 def stage_distributions(
     config: RunConfig, given: TaskDistribution | Sequence[TaskDistribution] | None
 ) -> list[TaskDistribution]:
-    """Return the tasks of each stage, one object for equal ones; raises UserError."""
+    """Return the tasks of each stage in its wrappers, one object for equal ones; raises UserError."""
     count = len(config.stages)
     if given is None:
-        different = {stage.tasks: task_distribution(stage) for stage in config.stages}
+        different = {stage.tasks: _family_tasks(stage) for stage in config.stages}
         own = [different[stage.tasks] for stage in config.stages]
     elif isinstance(given, Sequence) and not hasattr(given, "train_tasks"):
         if len(given) != count:
@@ -113,13 +113,21 @@ def stage_distributions(
         own = list(given)
     else:
         own = [cast(TaskDistribution, given)] * count
+    pairs = [(tasks, stage.wrappers) for tasks, stage in zip(own, config.stages, strict=True)]
+    in_wrappers = {(id(tasks), wrappers): add_wrappers(tasks, wrappers) for tasks, wrappers in pairs}
+    own = [in_wrappers[id(tasks), wrappers] for tasks, wrappers in pairs]
     if config.stage_id == "none":
         return own
     return [StageIdTasks(distribution, stage, count) for stage, distribution in enumerate(own)]
 
 
 def task_distribution(stage: StageConfig) -> TaskDistribution:
-    """Return the tasks of a stage; raises UserError for tasks that only Python can give."""
+    """Return the tasks of a stage in its wrappers; raises UserError for tasks that only Python can give."""
+    return add_wrappers(_family_tasks(stage), stage.wrappers)
+
+
+def _family_tasks(stage: StageConfig) -> TaskDistribution:
+    """Return the tasks of a stage without its wrappers."""
     if stage.tasks.family not in FAMILIES:
         raise UserError("the tasks are custom ones: train from Python with metarl.train(config, distribution)")
     return FAMILIES[stage.tasks.family].tasks(stage.tasks)
@@ -189,7 +197,7 @@ def family_names() -> dict[str, str]:
 
 
 def distribution_of(config: RunConfig, name: str | None = None, stage: str | None = None) -> TaskDistribution:
-    """Return the tasks of one of a run's stages, or others with that stage's options.
+    """Return the tasks of one of a run's stages, or others with that stage's options; both in that stage's wrappers.
 
     Args:
         config: of the run.
@@ -210,6 +218,7 @@ def distribution_of(config: RunConfig, name: str | None = None, stage: str | Non
         found = FAMILIES[tasks.family].tasks(tasks)
     else:
         raise UserError("the run has custom tasks: evaluate it from Python with metarl.evaluate(…, make=…)")
+    found = add_wrappers(found, config.stages[number].wrappers)
     return found if config.stage_id == "none" else StageIdTasks(found, number, len(stages))
 
 

@@ -89,7 +89,7 @@ def _dispatch(arguments: list[str]) -> int:
         "export": (export.export, "export a policy to an ONNX file that runs without torch"),
         "play": (play.play, "record an episode before and after adaptation as MP4 and GIF"),
         "inspect": (show.inspect, "summarise a run directory"),
-        "list": (show.list_names, "list envs, agents, stability methods or configs"),
+        "list": (show.list_names, "list envs, wrappers, agents, stability methods or configs"),
         "doctor": (doctor.doctor, "check the installation"),
         "plot": (plot.plot, "plot the metrics of runs"),
         "baseline": (baseline.baseline, "train a single-task agent from scratch on tasks of a config"),

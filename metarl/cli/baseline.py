@@ -68,6 +68,7 @@ def _run_baseline(config_name: str, flags: list[str], options: argparse.Namespac
     import numpy as np
     from rich.console import Console
 
+    from metarl.build import task_distribution
     from metarl.cli.display import baseline_progress, baseline_table
     from metarl.envs import FAMILIES
     from metarl.evaluation.held_out import select_tasks
@@ -76,7 +77,7 @@ def _run_baseline(config_name: str, flags: list[str], options: argparse.Namespac
 
     if stage.tasks.family not in FAMILIES:
         raise UserError("the config has custom tasks; call metarl.baseline.reference(tasks, make=...) from Python")
-    distribution = FAMILIES[stage.tasks.family].tasks(stage.tasks)
+    distribution = task_distribution(stage)
     tasks = distribution.test_tasks if options.split == "test" else distribution.train_tasks
     # The same draw as in `metarl evaluate --num-tasks`, so that both score the same tasks.
     tasks = select_tasks(tasks, options.num_tasks, np.random.default_rng(seeds(0, Purpose.EVALUATION_TASKS)))

@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -114,7 +114,7 @@ def _rendering() -> Finding:
     return Finding("rendering", f"OpenGL with {backend}")
 
 
-def _steps_per_second(family: str, options: Mapping[str, str]) -> float:
+def _steps_per_second(family: str, options: Mapping[str, Any]) -> float:
     from metarl.collect import run_episode
     from metarl.envs import distribution, make
     from metarl.spaces import CheckedEnv

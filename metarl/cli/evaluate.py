@@ -121,6 +121,10 @@ def _evaluate_officially(options: argparse.Namespace) -> int:
     from metarl.evaluation.metaworld_protocol import official_report
 
     policy = load(options.run_dir, options.device, options.checkpoint)
+    if any(stage.wrappers for stage in policy.config.stages):
+        raise UserError(
+            "--official runs Meta-World's own environments, which have no wrappers; this run has some: omit --official"
+        )
     tasks: Any = getattr(distribution_of(policy.config, options.tasks, options.stage), "config", None)
     if getattr(tasks, "family", None) != "metaworld":
         raise UserError("--official requires Meta-World tasks; select some with --tasks, e.g. --tasks reach-v3")

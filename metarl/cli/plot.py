@@ -173,11 +173,15 @@ def _learning(label: str, seeds: Sequence[_Run], measure: str) -> MethodCurve | 
 def _tasks(run: _Run) -> str:
     """Return a key of a run's tasks, and of their score ranges if it has several stages."""
     stages = run.config.stages
-    return json.dumps([(stage.tasks.model_dump(), len(stages) > 1 and stage.score_range) for stage in stages])
+    return json.dumps(
+        [(stage.model_dump(include={"tasks", "wrappers"}), len(stages) > 1 and stage.score_range) for stage in stages]
+    )
 
 
 def _tasks_name(config: RunConfig) -> str:
     """Return a title for the tasks of a run, e.g. `metaworld ML1 reach-v3, horizon 100`."""
+    from metarl.envs.wrappers import describe_wrappers
+
     first, *others = config.stages
     if others:
         return f"{len(config.stages)} stages, {first.name} to {others[-1].name}"
@@ -188,6 +192,8 @@ def _tasks_name(config: RunConfig) -> str:
         f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}".replace("_", " ")
         for key, value in settings.items()
     ]
+    if first.wrappers:
+        details.append(describe_wrappers(first.wrappers).replace("_", " "))
     return ", ".join([" ".join(title), *details])
 
 

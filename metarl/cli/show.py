@@ -14,6 +14,7 @@ def inspect(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from metarl.deploy.policy import load
+    from metarl.envs.wrappers import describe_wrappers
     from metarl.runs.tracking import read_metrics
 
     run_dir: Path = options.run_dir
@@ -28,6 +29,8 @@ def inspect(arguments: list[str]) -> int:
     for stage in config.stages:
         tasks = ", ".join(f"{key} {value}" for key, value in stage.tasks.model_dump(exclude_none=True).items() if value)
         print(one_line(f"stage        {stage.name}: {stage.iterations} iterations of {tasks}"))
+        if stage.wrappers:
+            print(one_line(f"wrappers     {describe_wrappers(stage.wrappers)}"))
     # A saved policy has no log. The log of a run may be ahead of its latest checkpoint.
     saved = [line["iteration"] for line in lines if line["env_steps"] <= policy.env_steps]
     iterations = f"{saved[-1] if saved else 0} iterations, " if lines else ""
@@ -50,9 +53,11 @@ def inspect(arguments: list[str]) -> int:
 
 
 def list_names(arguments: list[str]) -> int:
-    """List envs, agents, stability methods or configs."""
-    parser = Parser("metarl list", description="List the names of envs, agents, stability methods or configs.")
-    parser.add_argument("what", type=_kind, choices=("envs", "agents", "stability", "configs"))
+    """List envs, wrappers, agents, stability methods or configs."""
+    parser = Parser(
+        "metarl list", description="List the names of envs, wrappers, agents, stability methods or configs."
+    )
+    parser.add_argument("what", type=_kind, choices=("envs", "wrappers", "agents", "stability", "configs"))
     options = parser.parse_args(arguments)
     if options.what == "configs":
         from metarl.config.schema import embedded_configs
@@ -70,6 +75,11 @@ def list_names(arguments: list[str]) -> int:
 
         for name, method in stability_configs().items():
             print(f"{name:<30}{method.__doc__}")
+    elif options.what == "wrappers":
+        from metarl.envs.wrappers import WRAPPERS
+
+        for name, entry in WRAPPERS.items():
+            print(f"{name:<30}{entry.config.__doc__}")
     else:
         from metarl.build import family_names
 

@@ -106,8 +106,8 @@ def lay_over(tree: Any, keys: tuple[str, ...], value: Any) -> None:
                 )
             tree = tree[int(key)]
         else:
-            if key == "stability":
-                tree[key] = expand_names(tree.get(key, [{}]))
+            if key in ("stability", "wrappers"):
+                tree[key] = expand_names(tree.get(key, [{}] if key == "stability" else []))
             tree = tree.setdefault(key, [{}] if key == "stages" else {})
         if not isinstance(tree, dict | list):
             raise UserError(f"{flag_of(keys)}: {'.'.join(keys[: i + 1])} is a single value; it has no nested settings")

@@ -27,7 +27,7 @@ from metarl.config.error_messages import ErrorMessages, quote_value
 from metarl.config.overrides import change_members, lay_over, parse_flags
 from metarl.config.sequences import DEFAULT_NAME, expand_for_each, name_stages, relocate_errors
 from metarl.config.yaml_io import read_yaml, write_yaml
-from metarl.envs import BuiltinTasksConfig
+from metarl.envs import BuiltinTasksConfig, WrapperConfig
 from metarl.envs.navigation import NavigationConfig
 from metarl.errors import UserError
 from metarl.settings import Settings
@@ -72,6 +72,10 @@ class StageConfig(Settings):
 
     name: str = Field(DEFAULT_NAME, description="name in logs and reports; made unique")
     tasks: TasksConfig = Field(default_factory=NavigationConfig)
+    wrappers: Annotated[tuple[WrapperConfig, ...], BeforeValidator(expand_names)] = Field(
+        (),
+        description="environment wrappers, from the innermost to the outermost, e.g. [{name: action_repeat, times: 2}]",
+    )
     for_each: str | None = Field(
         None,
         exclude=True,  # a run holds the expanded stages

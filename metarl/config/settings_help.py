@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import textwrap
 import types
 from collections.abc import Iterable, Iterator
@@ -80,7 +81,12 @@ def _rows(section: _Section) -> Iterator[_Row]:
     tag = discriminator(section.field) if section.field else None
     for name, field in type(section.model).model_fields.items():
         value, members = getattr(section.model, name), union_members(field)
-        if members and isinstance(value, tuple):  # a flag sets a list of members by name
+        if members and isinstance(value, tuple):
+            if any(setting.is_required() for model in members.values() for setting in model.model_fields.values()):
+                description = f"{field.description}; one of {', '.join(members)}"
+                yield _Row(name, "[{name: NAME, ...}, ...]", description, _format_members(value))
+                continue
+            # A flag sets a list of members by name.
             names = " ".join(getattr(item, discriminator(field) or "") for item in value)
             yield _Row(name, f"{_braces(members)} ...", field.description or "", names or "[]")
             continue
@@ -120,6 +126,12 @@ def _format_value(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(_format_value, value)) or "[]"
     return str(value).lower() if isinstance(value, bool) else str(value) or "''"
+
+
+def _format_members(members: tuple[BaseModel, ...]) -> str:
+    """Return a list of members with their settings as a flag takes it: YAML in quotes."""
+    settings = [member.model_dump(mode="json") for member in members]
+    return f"'{json.dumps(settings, ensure_ascii=False)}'" if settings else "[]"
 
 
 def _columns(flag: str, text: str, width: int) -> list[str]:

@@ -26,7 +26,7 @@ from metarl.errors import UserError
 from metarl.protocols import Controller
 from metarl.runs.atomic_files import replace_file
 from metarl.runtime import FORMAT, METADATA_KEY, OnnxPolicy, seal
-from metarl.spaces import CheckedEnv, Spaces
+from metarl.spaces import CheckedEnv, Spaces, env_attribute
 from metarl.types import Task
 
 if TYPE_CHECKING:
@@ -76,16 +76,15 @@ def describe(
         units, `trial` the trials that a memory was trained on: episodes, and steps of an episode, those of `task` or
         else of the run's last stage (null for custom tasks).
     """
-    bare = None if env is None else env.unwrapped
     if env is not None and (misfit := spaces.misfit(CheckedEnv(env).spaces)):
         raise ValueError(misfit)
     sizes = {"observation": spaces.observation_size, "action": spaces.action_size}
-    names = {f"{kind}_names": getattr(bare, f"{kind}_names", None) for kind in sizes}
+    names = {field: None if env is None else env_attribute(env, field) for field in (f"{kind}_names" for kind in sizes)}
     for kind, size in sizes.items():
         listed = names[f"{kind}_names"]
         if listed is not None and len(listed) != size:
             raise ValueError(f"the environment names {len(listed)} entries of its {kind}s; the policy has {size}")
-    period = getattr(bare, "dt", None) if control_period_s is None else control_period_s
+    period = env_attribute(env, "dt") if control_period_s is None and env is not None else control_period_s
     if period is not None and not period > 0:
         raise ValueError(f"control_period_s is {period}; expected more than 0")
     of_task = {} if task is None else dict(task.options)  # stages may differ

@@ -22,7 +22,7 @@ from metarl.collect import run_episode
 from metarl.deploy.policy import Policy
 from metarl.envs.drawing.rendering import Frame
 from metarl.errors import UserError
-from metarl.spaces import CheckedEnv
+from metarl.spaces import CheckedEnv, env_attribute
 
 # Okabe and Ito's colour-blind-safe palette: vermilion, blue, bluish green.
 _BEFORE, _AFTER, _SOLVED = "#D55E00", "#0072B2", "#00805C"
@@ -192,7 +192,7 @@ def play(
                 adapted_by = f"1 step on {count}" if steps == 1 else f"{steps} steps, {count} each"
             else:
                 adapted_by = f"inferred from {count}"
-    clock = hasattr(env.unwrapped, "dt")
+    clock = env.has_wrapper_attr("dt")
     return Play(before, after, title, adapted_by, rate / every, speed if clock else None)
 
 
@@ -210,7 +210,7 @@ def _check(policy: Policy, env: gymnasium.Env[Any, Any]) -> None:
 
 def _horizon(env: gymnasium.Env[Any, Any]) -> int | None:
     """Return the maximum number of steps of an episode, if known."""
-    task = getattr(env.unwrapped, "task", None)
+    task = env_attribute(env, "task")
     if task is not None and "horizon" in dict(getattr(task, "options", ())):
         return int(task.option("horizon"))
     return env.spec.max_episode_steps if env.spec else None

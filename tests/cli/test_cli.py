@@ -382,6 +382,7 @@ def test_list_shows_names_with_their_purpose(command):
     for what, names in (
         ("configs", embedded_configs()),
         ("agents", ["maml_ppo", "fomaml", "multi_task"]),
+        ("wrappers", ["frame_stack", "observation_noise", "time_limit"]),
         ("stability", ["ewc", "replay", "l2", "mas", "mer"]),
         ("envs", ["ML10", "ML45", "reach-v3", "HalfCheetahVel", "goals"]),
     ):

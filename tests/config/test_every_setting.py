@@ -19,6 +19,7 @@ from metarl.config.schema import (
     load_config,
 )
 from metarl.envs import FAMILIES
+from metarl.envs.wrappers import WRAPPERS
 from metarl.runs.checkpoint import load_latest
 from metarl.runs.tracking import read_metrics
 
@@ -32,6 +33,17 @@ SEQUENCE = f"navigation_maml_ppo {RUN} --agent.hidden-sizes 8 --stages [{STAGE},
 SEQUENCE_RL2 = f"navigation_rl2 {RUN} {SMALL_RL2} --stages [{STAGE},{STAGE}]"
 
 CUSTOM = "--stages.0.tasks.benchmark custom --stages.0.tasks.name null --stages.0.tasks.names [reach-v3,door-open-v3]"
+
+WRAPPED = {  # settings of each wrapper, and other ones
+    "frame_stack": ("frames: 2", "3"),
+    "observation_noise": ("std: 0.1", "0.2"),
+    "action_noise": ("std: 0.1", "0.2"),
+    "action_delay": ("steps: 1", "2"),
+    "action_repeat": ("times: 2", "3"),
+    "hide_entries": ("names: [0]", "[1]"),
+    "reward_scale": ("factor: 2.0", "3.0"),
+    "time_limit": ("steps: 2", "3"),
+}
 
 AGENTS = {name: config for name, config in agent_configs().items() if name != "custom"}
 OUTERS = {"ppo": "maml_ppo", "trpo": "maml_trpo", "gradient": "maml_vpg"}
@@ -60,6 +72,14 @@ SECTIONS = [
     *[
         (model, "stability.0", f"{SEQUENCE_RL2 if name == 'replay' else SEQUENCE} --stability {name}")
         for name, model in STABILITY.items()
+    ],
+    *[
+        (
+            WRAPPERS[name].config,
+            "stages.0.wrappers.0",
+            f"{MAML} --stages.0.wrappers {{name:\0{name},\0{setting}}}".replace(": ", ":\0"),
+        )
+        for name, (setting, _) in WRAPPED.items()
     ],
 ]
 """A model, where a config holds it, and a run that reads its settings."""
@@ -92,6 +112,10 @@ OTHER = {
     "MetaWorldConfig.test_names": ("[drawer-open-v3,window-open-v3]", CUSTOM),
     "MetaWorldConfig.horizon": ("5",),
     "MetaWorldConfig.reward_version": ("v1",),
+    **{
+        f"{WRAPPERS[name].config.__name__}.{setting.partition(':')[0]}": (other,)
+        for name, (setting, other) in WRAPPED.items()
+    },
     "GradientAgentConfig.hidden_sizes": ("9",),
     "GradientAgentConfig.adapted_modules": ("head",),
     "GradientAgentConfig.max_std": ("1.0", "--agent.outer.lr 0.1"),
@@ -197,6 +221,10 @@ def test_another_value_gives_other_results(case):
     value, *flags = OTHER.get(case) or [another(model.model_fields[name], model.model_fields[name].default)]
     flag = "--" + f"{path}.{name}".strip(".").replace("_", "-")
     assert written(run, *flags) != written(run, *flags, f"{flag} {value}")
+
+
+def test_every_wrapper_is_tried():
+    assert WRAPPED.keys() == WRAPPERS.keys()
 
 
 def test_the_exceptions_exist():
