@@ -229,9 +229,7 @@ class Rollout:
 
         The next step of a trial begins from another one.
         """
-        import torch
-
-        following = torch.zeros_like(self.observations)
+        following = self.observations.new_zeros(self.observations.shape)
         following[:, :, :-1] = self.observations[:, :, 1:]
         following[~self.valid] = 0
         ends = self.valid.clone()
