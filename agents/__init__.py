@@ -92,4 +92,4 @@ def build(config: Any, spec: AgentSpec) -> Agent:
     """
     if isinstance(config, Rl2Config):
         return Rl2(config, spec)
-    return GradientAgent(INNER_METHODS[config.name](config, config.adapted(config.head(spec.spaces))), config, spec)
+    return GradientAgent(INNER_METHODS[config.name](config, config.adapted(spec.spaces)), config, spec)

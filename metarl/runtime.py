@@ -81,7 +81,9 @@ def _joined(observation: Mapping[str, Any], parts: Sequence[Sequence[Any]]) -> N
     if set(observation) != set(names):
         raise ValueError(f"observation has the parts {sorted(observation)}; expected {names or 'an array'}")
     arrays = [np.asarray(observation[name]) for name in names]
-    single = all(array.size == size for array, (_, size) in zip(arrays, parts, strict=True))
+    single = all(array.size == size for array, (_, size) in zip(arrays, parts, strict=True)) and any(
+        array.ndim < 2 or len(array) > 1 for array in arrays
+    )
     rows = [array.reshape(-1) if single else array.reshape(len(array), -1) for array in arrays]
     for row, (name, size) in zip(rows, parts, strict=True):
         if row.shape[-1] != size:

@@ -28,7 +28,7 @@ def test_collect_alone_steps_environments():
     found = {}
     for name, text in sources():
         count = len(re.findall(r"envs?\.step(?:_async)?\(", text))
-        if count and name != "metarl/collect.py":
+        if count and name not in ("metarl/collect.py", "metarl/spaces.py"):  # the loop, and the border that it uses
             found[name] = count
     assert found == WRAPPERS
 

@@ -22,6 +22,7 @@ from metarl.agents.maml.meta_objective import MetaObjective
 from metarl.agents.maml.outer import OuterConfig, PpoConfig, build_outer
 from metarl.errors import UserError
 from metarl.nn.distributions import ActionHead, GaussianHead, action_head
+from metarl.nn.encoders import PIXEL_SCALE, EncoderConfig
 from metarl.nn.jacobians import choose_steps, mlp_jacobian
 from metarl.nn.mlp import ACTIVATIONS, MlpPolicy, Params, mlp_modules
 from metarl.nn.normalizer import Normalizer
@@ -85,6 +86,7 @@ class GradientAgentConfig(Settings):
         description="iterations in which the observation normaliser learns; none: all; 0: observations stay raw",
     )
     normalizer_floor: float = Field(0.01, gt=0, description="smallest scale of the normaliser, in observation units")
+    encoder: EncoderConfig = Field(default_factory=EncoderConfig)
     outer: OuterConfig = Field(default_factory=PpoConfig)
 
     def head(self, spaces: Spaces) -> ActionHead:
@@ -94,18 +96,20 @@ class GradientAgentConfig(Settings):
     @model_validator(mode="after")
     def _bounds(self) -> GradientAgentConfig:
         GaussianHead(1, self.init_std, self.min_std, self.max_std)
-        modules = mlp_modules(len(self.hidden_sizes), GaussianHead.free_parameters)
+        modules = ("encoder", *mlp_modules(len(self.hidden_sizes), GaussianHead.free_parameters))
         for name in self.adapted_modules:
             if name != "all" and name not in modules:
                 raise ValueError(f"adapted_modules: got {name!r}, expected all or any of {', '.join(modules)}")
         return self
 
-    def adapted(self, head: ActionHead) -> tuple[str, ...]:
+    def adapted(self, spaces: Spaces) -> tuple[str, ...]:
         """Return the names of the parameters that adapt; raises UserError if there are none."""
-        modules = mlp_modules(len(self.hidden_sizes), head.free_parameters)
+        encoder = self.encoder.build(spaces.image)
+        modules = {} if encoder is None else {"encoder": encoder.names}
+        modules |= mlp_modules(len(self.hidden_sizes), self.head(spaces).free_parameters)
         if not {"all", *modules} & set(self.adapted_modules):
             raise UserError(
-                f"agent.adapted_modules names {', '.join(self.adapted_modules)}; for these actions there are "
+                f"agent.adapted_modules names {', '.join(self.adapted_modules)}; for these spaces there are "
                 f"{', '.join(modules)}"
             )
         chosen = [names for module, names in modules.items() if {"all", module} & set(self.adapted_modules)]
@@ -152,9 +156,13 @@ class GradientAgent:
         self.adaptation_steps = config.adaptation_steps
         self.training_adaptation_steps = 0 if method.outer_phases == "first" else config.adaptation_steps
         size, head = spec.spaces.observation_size, config.head(spec.spaces)
+        image = spec.spaces.image
+        if image is not None and config.critic == "linear":
+            raise UserError("agent.critic is linear, which cannot fit images; set it to learned")
         heads = spec.num_stage_ids if spec.stage_heads else 1
         self.noise_size = head.noise_size
-        self.policy = MlpPolicy(size, head, config.hidden_sizes, config.activation, heads)
+        encoder = config.encoder.build(image)
+        self.policy = MlpPolicy(size, head, config.hidden_sizes, config.activation, heads, encoder)
         self._loss = PolicyLoss(self.policy.log_prob, ESTIMATORS[config.estimator])
         generator = torch.Generator().manual_seed(spec.seed)
         params = self.policy.init(generator)
@@ -164,8 +172,11 @@ class GradientAgent:
         if config.critic == "learned":
             value_settings = (size, config.hidden_sizes, config.value_lr, config.value_epochs)
             self.value = LearnedValue(*value_settings, generator, self.device)
-        stage_id = size - spec.num_stage_ids, size
-        self._use_normalizer(Normalizer.identity(size, config.normalizer_floor, stage_id))
+        if image is None:
+            normalizer = Normalizer.identity(size, config.normalizer_floor, (size - spec.num_stage_ids, size))
+        else:
+            normalizer = Normalizer.identity(size, config.normalizer_floor, (0, size), PIXEL_SCALE)
+        self._use_normalizer(normalizer)
         self._outer = build_outer(config.outer, self.meta.named())
 
     def _use_normalizer(self, normalizer: Normalizer) -> None:

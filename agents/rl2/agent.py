@@ -32,7 +32,7 @@ from metarl.agents.rl2.control_step import (
     split_state,
 )
 from metarl.agents.rl2.controller import MemoryController
-from metarl.agents.rl2.networks import Critic, LearnedCriticConfig, Policy, PolicyHead, Trunk
+from metarl.agents.rl2.networks import Critic, LearnedCriticConfig, LinearCriticConfig, Policy, PolicyHead, Trunk
 from metarl.agents.rl2.trials import (
     Inputs,
     PreviousStep,
@@ -44,6 +44,7 @@ from metarl.agents.rl2.trials import (
     read_trials,
 )
 from metarl.errors import UserError
+from metarl.nn.encoders import PIXEL_SCALE
 from metarl.nn.jacobians import choose_steps, jacobian, plain_kernels
 from metarl.nn.memory import unpack
 from metarl.nn.normalizer import Normalizer
@@ -85,11 +86,17 @@ class Rl2:
             )
         if spec.stage_heads and not config.skip_inputs:
             raise UserError("stage_id head: the head is chosen by the inputs; agent.skip_inputs must be true")
+        image = spec.spaces.image
+        if image is not None and config.observation_entries is not None:
+            raise UserError("agent.observation_entries chooses numbers; these observations are images: leave it out")
+        if image is not None and isinstance(config.critic, LinearCriticConfig):
+            raise UserError("agent.critic is linear, which cannot fit images; set it to shared or separate")
         self.config, self.device, self.seed, self.iteration = config, spec.device, spec.seed, 0
         self.trial_episodes, head = config.trial_episodes, config.head(spec.spaces)
-        self.inputs = Inputs(entries, head, config.input_differences, config.input_time)
+        self.inputs = Inputs(entries, head, config.input_differences, config.input_time, image is not None)
         self._entries = torch.tensor(entries, device=self.device)
-        trunk_settings = self.inputs.size, config.encoder_sizes, config.memory, config.skip_inputs, generator
+        sizes = self.inputs.size, config.encoder_sizes
+        trunk_settings = *sizes, config.memory, config.skip_inputs, config.encoder.build(image), generator
         trunk = Trunk(*trunk_settings)
         raw_inputs = len(entries) - spec.num_stage_ids, len(entries)  # the stage id among the inputs
         begin = trunk.output_size - self.inputs.size  # of the inputs among the features
@@ -103,7 +110,8 @@ class Rl2:
             self._value_coef = config.critic.loss_coef
             self.critic = Critic(trunk.output_size, config.critic.sizes, own, generator).to(self.device)
         self._optimizer = torch.optim.Adam(self.parameters().values(), lr=config.lr)
-        normalizer = Normalizer.identity(self.inputs.size, config.normalizer_floor, raw_inputs)
+        raw = (raw_inputs, 1.0) if image is None else ((0, size), PIXEL_SCALE)
+        normalizer = Normalizer.identity(self.inputs.size, config.normalizer_floor, *raw)
         self._use_normalizer(normalizer.to(self.device))
 
     def parameters(self) -> dict[str, Tensor]:
@@ -370,7 +378,7 @@ class Rl2:
         (rollout,) = rollouts
         trials, trunk = self._read(rollout), self.policy.trunk
         inputs = self.normalize(trials.inputs[:, :-1])
-        encoded = trunk.encoder(inputs)
+        encoded = trunk.encoder(trunk.without_pixels(inputs))
         remembered, _ = trunk.memory.scan(encoded, trunk.initial(len(inputs)))
         units = {"encoder": encoded, "memory": remembered} if self.config.encoder_sizes else {"memory": remembered}
         return {name: value[trials.valid] for name, value in units.items()}

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
 
 from metarl.agents.rl2.networks import CriticConfig, GruConfig, LearnedCriticConfig, MemoryConfig, Sizes
 from metarl.nn.distributions import ActionHead, GaussianHead, action_head
+from metarl.nn.encoders import EncoderConfig
 from metarl.settings import Settings, as_tuple
 from metarl.spaces import Spaces
 
@@ -18,6 +19,7 @@ class Rl2Config(Settings):
     name: Literal["rl2"] = "rl2"
     trial_episodes: int = Field(2, ge=1, description="episodes of a trial; the memory is kept through all of them")
     memory: MemoryConfig = Field(default_factory=GruConfig)
+    encoder: EncoderConfig = Field(default_factory=EncoderConfig)
     encoder_sizes: Sizes | tuple[()] = Field((128,), description="widths of the tanh layers before the memory")
     skip_inputs: bool = Field(
         True, description="whether policy and value see the inputs next to the memory; in the original they do not"

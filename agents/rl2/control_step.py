@@ -64,7 +64,7 @@ class ControlStep(NamedTuple):
             start: `[B]`, bool: an episode begins.
             active: `[B]`, bool: elsewhere the state stays as it is; None: everywhere.
         """
-        now = observations[:, self.entries]
+        now = observations[:, self.entries].float()
         rewards = torch.where(rewards.isnan(), state.reward, rewards)
         time = (state.time + 1).masked_fill(start, 0)
         inputs = normalized(self.inputs(now, state.previous, rewards, start, time), self.shift, self.scale)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metarl.nn.attention import Episodic, Transformer
 from metarl.nn.distributions import ActionHead, Distribution
+from metarl.nn.encoders import ImageEncoder
 from metarl.nn.memory import Memory, State
 from metarl.nn.mlp import choose_head, tanh_layers
 from metarl.nn.recurrent import Gru, Lstm
@@ -121,11 +122,15 @@ def build_memory(
 class Trunk(nn.Module):
     """Encoder and memory. The features may hold the inputs as well, so that a reactive policy can bypass the memory.
 
+    Where the first inputs are the pixels of an image, a convolutional encoder reads them first, and its features stand
+    in their place.
+
     Args:
         input_size: I.
         encoder_sizes: widths of the tanh layers before the memory; none: it reads the inputs.
         memory: its settings.
         skip: whether the features hold the inputs, behind the rest.
+        image_encoder: reads the pixels; None: there are none.
         generator: draws the initial weights.
     """
 
@@ -135,10 +140,15 @@ class Trunk(nn.Module):
         encoder_sizes: tuple[int, ...],
         memory: GruConfig | LstmConfig | TransformerConfig | EpisodicConfig,
         skip: bool,
+        image_encoder: ImageEncoder | None,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self._skip = skip
+        self._skip, self._image_encoder = skip, image_encoder
+        self.image_parameters = nn.ParameterDict()
+        if image_encoder is not None:
+            self.image_parameters.update(image_encoder.init(generator))
+            input_size += image_encoder.size - math.prod(image_encoder.image)
         sizes = (input_size, *encoder_sizes)
         self.encoder = (
             nn.Sequential(tanh_layers(sizes, math.sqrt(2.0), generator), nn.Tanh()) if encoder_sizes else nn.Identity()
@@ -150,13 +160,23 @@ class Trunk(nn.Module):
         """The state of the memory of `batch` trials that have not begun."""
         return self.memory.initial(batch)
 
+    def without_pixels(self, inputs: Tensor) -> Tensor:
+        """Return inputs `[..., I]` with the features of an image in place of its pixels."""
+        if self._image_encoder is None:
+            return inputs
+        pixels = math.prod(self._image_encoder.image)
+        features = self._image_encoder(dict(self.image_parameters.items()), inputs[..., :pixels])
+        return torch.cat([features, inputs[..., pixels:]], -1)
+
     def step(self, inputs: Tensor, state: State, active: Tensor | None = None) -> tuple[Tensor, State]:
         """Read one step: inputs `[B, I]` → features `[B, F]` and the next state."""
+        inputs = self.without_pixels(inputs)
         outputs, state = self.memory.step(self.encoder(inputs), state, active)
         return torch.cat([outputs, inputs], -1) if self._skip else outputs, state
 
     def scan(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
         """Read T steps: inputs `[B, T, I]` → features `[B, T, F]` and the state after them."""
+        inputs = self.without_pixels(inputs)
         outputs, state = self.memory.scan(self.encoder(inputs), state)
         return torch.cat([outputs, inputs], -1) if self._skip else outputs, state
 

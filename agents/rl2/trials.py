@@ -26,17 +26,20 @@ class Inputs(NamedTuple):
         differences: whether the changes of observation and reward since the last step are inputs, too; a step changes
             little, so that they hardly show in the values themselves.
         time: whether the step of the episode is an input.
+        image: whether the entries are pixels, whose changes are no inputs.
     """
 
     entries: tuple[int, ...]
     head: ActionHead
     differences: bool
     time: bool
+    image: bool = False
 
     @property
     def size(self) -> int:
         """I, of which the first O' are the observation."""
-        return len(self.entries) * (1 + self.differences) + self.head.feedback_size + 2 + self.differences + self.time
+        changes = self.differences and not self.image
+        return len(self.entries) * (1 + changes) + self.head.feedback_size + 2 + self.differences + self.time
 
     def __call__(self, now: Tensor, previous: PreviousStep, rewards: Tensor, start: Tensor, time: Tensor) -> Tensor:
         """Put the inputs `[..., I]` together.
@@ -50,7 +53,8 @@ class Inputs(NamedTuple):
         """
         parts = [now, previous.actions, rewards[..., None], start[..., None].to(now.dtype)]
         if self.differences:  # there is none at an episode's first step, and none of rewards at its second
-            parts.append(torch.where((time >= 1)[..., None], now - previous.observations, 0.0))
+            if not self.image:
+                parts.append(torch.where((time >= 1)[..., None], now - previous.observations, 0.0))
             parts.append(torch.where(time >= 2, rewards - previous.rewards, 0.0)[..., None])
         if self.time:
             parts.append(time[..., None].to(now.dtype) / 100.0)
@@ -102,10 +106,10 @@ def read_trials(inputs: Inputs, rollout: Rollout, success_bonus: float, free_epi
     valid = rollout.valid
     last = valid & ~F.pad(valid[:, 1:], (0, 1))
     entries = list(inputs.entries)
-    now = _one_longer(rollout.observations[..., entries])
+    now = _one_longer(rollout.observations[..., entries].float())
     ends = F.pad(last, (1, 0))  # one step behind the last
     final_episode = rollout.episode[last]
-    now[ends] = rollout.final_observations[..., entries][last.nonzero(as_tuple=True)[0], final_episode]
+    now[ends] = rollout.final_observations[last.nonzero(as_tuple=True)[0], final_episode][:, entries].float()
     rewards, start = F.pad(rollout.rewards, (1, 0)), F.pad(rollout.episode_start, (0, 1))
     actions = _one_longer(inputs.head.feedback(rollout.actions)).roll(1, 1)
     previous = PreviousStep(_one_longer(now[:, :-1]).roll(1, 1), actions, F.pad(rewards[:, :-1], (1, 0)))

@@ -50,7 +50,8 @@ def mlp_jacobian(policy: MlpPolicy, params: Params, observations: Tensor, prefix
 
     of_output = torch.func.vmap(torch.func.jacrev(output_at), in_dims=(None, 0), chunk_size=ROWS)(weights, observations)
     slopes = {output: {prefix + name: value for name, value in of_output.items()}}
-    for other, of_other in torch.func.jacrev(others_at)(free).items():  # equal at all observations
+    of_others = torch.func.jacrev(others_at)(free) if free else {}
+    for other, of_other in of_others.items():  # equal at all observations
         slopes[other] = {
             prefix + name: value[0].expand(len(observations), *value.shape[1:]) for name, value in of_other.items()
         }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metarl.nn.distributions import ActionHead, Distribution
+from metarl.nn.encoders import ImageEncoder
 
 Params = dict[str, Tensor]
 """Parameters by name. Stacked over tasks, every tensor has a leading `[M]`."""
@@ -102,6 +103,7 @@ class MlpPolicy:
         hidden_sizes: widths of the hidden layers.
         activation: `tanh` or `relu`.
         heads: output layers; if there are several, the last entries of an observation choose one, one-hot.
+        encoder: reads images before the MLP does; None: observations are vectors.
     """
 
     observation_size: int
@@ -109,15 +111,19 @@ class MlpPolicy:
     hidden_sizes: tuple[int, ...] = (64, 64)
     activation: str = "tanh"
     heads: int = 1
+    encoder: ImageEncoder | None = None
 
     def init(self, generator: torch.Generator) -> Params:
         """Draw parameters; the outputs start near 0."""
-        sizes = (self.observation_size, *self.hidden_sizes, self.head.output_size * self.heads)
-        return {**init_mlp(sizes, 0.01, generator), **self.head.init()}
+        inputs = self.observation_size if self.encoder is None else self.encoder.size
+        sizes = (inputs, *self.hidden_sizes, self.head.output_size * self.heads)
+        encoder = {} if self.encoder is None else self.encoder.init(generator)
+        return {**encoder, **init_mlp(sizes, 0.01, generator), **self.head.init()}
 
     def distribution(self, params: Params, observations: Tensor, perturb: Perturb | None = None) -> Distribution:
         """Return the distribution of actions, `[..., S]`, for observations `[..., S, O]`."""
-        outputs = apply_mlp(params, observations, self.activation, perturb)
+        inputs = observations if self.encoder is None else self.encoder(params, observations)
+        outputs = apply_mlp(params, inputs, self.activation, perturb)
         if self.heads > 1:
             outputs = choose_head(outputs, observations[..., -self.heads :])
         return self.head(outputs, params)

@@ -26,6 +26,7 @@ class Normalizer:
         count: scalar, float64, how many observations it has seen.
         floor: smallest scale, in the units of the observation; a constant entry is not blown up.
         raw: range of entries that are not normalised: the first, and the one behind the last.
+        raw_scale: what they are divided by.
     """
 
     mean: Tensor
@@ -33,17 +34,23 @@ class Normalizer:
     count: Tensor
     floor: float
     raw: tuple[int, int] = (0, 0)
+    raw_scale: float = 1.0
 
     @classmethod
-    def identity(cls, observation_size: int, floor: float, raw: tuple[int, int] = (0, 0)) -> Normalizer:
-        """Return the normaliser that has seen nothing, and changes nothing."""
+    def identity(
+        cls, observation_size: int, floor: float, raw: tuple[int, int] = (0, 0), raw_scale: float = 1.0
+    ) -> Normalizer:
+        """Return the normaliser that has seen nothing; it changes nothing but the scale of raw entries."""
         size = (observation_size,)
         mean, variance = torch.zeros(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64)
-        return cls(mean, variance, torch.zeros((), dtype=torch.float64), floor, raw)
+        variance[slice(*raw)] = raw_scale**2
+        return cls(mean, variance, torch.zeros((), dtype=torch.float64), floor, raw, raw_scale)
 
     def __call__(self, observations: Tensor) -> Tensor:
         """Shift and scale `[..., O]`."""
         scale = self.variance.sqrt().clamp_min(self.floor)
+        if not observations.is_floating_point():  # bytes of images
+            observations = observations.float()
         return (observations - self.mean.to(observations.dtype)) / scale.to(observations.dtype)
 
     def update(self, observations: Tensor, valid: Tensor) -> Normalizer:
@@ -62,7 +69,7 @@ class Normalizer:
         squares = self.variance * self.count + batch.var(0, correction=0) * count
         variance = (squares + delta.square() * self.count * count / total) / total
         mean = self.mean + delta * count / total
-        mean[slice(*self.raw)], variance[slice(*self.raw)] = 0.0, 1.0
+        mean[slice(*self.raw)], variance[slice(*self.raw)] = 0.0, self.raw_scale**2
         return replace(self, mean=mean, variance=variance, count=total)
 
     def to(self, device: torch.device | str) -> Normalizer:
