@@ -12,6 +12,7 @@ from torch import Tensor
 from metarl.agents.maml.inner import Batch, MetaParams, PolicyLoss, inner_loop
 from metarl.agents.maml.maml import Maml, MamlPpoConfig
 from metarl.agents.maml.meta_objective import MetaObjective
+from metarl.nn.distributions import Categorical
 from metarl.rl.surrogates import ESTIMATORS, ppo_clip_loss
 
 STATES, ACTIONS, STEPS = 3, 2, 2
@@ -39,9 +40,8 @@ def make_mdp(seed: int, actions_matter: bool) -> Mdp:
 
 
 def log_prob(params: dict[str, Tensor], observations: Tensor, actions: Tensor, perturb=None) -> Tensor:
-    """A softmax policy: one logit a state and action; observations are one-hot states."""
-    logits = torch.tanh(observations @ params["logits"]).log_softmax(-1)
-    return logits.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
+    """The product's categorical policy: one logit a state and action; observations are one-hot states."""
+    return Categorical(torch.tanh(observations @ params["logits"]), (ACTIONS,)).log_prob(actions.unsqueeze(-1))
 
 
 def policy(logits: Tensor) -> Tensor:
