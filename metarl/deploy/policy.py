@@ -25,6 +25,7 @@ from metarl.collect import act, rollout_arrays, run_episode
 from metarl.config.schema import RunConfig, dump_config, hash_of, load_config
 from metarl.deploy.onnx_export import describe, write_onnx
 from metarl.errors import UserError
+from metarl.nn.torch_settings import default_torch_settings
 from metarl.protocols import Agent, AgentBuilder, Controller, ProtectedAgent
 from metarl.runs.atomic_files import replace_file
 from metarl.runs.checkpoint import Checkpoint, CorruptCheckpointError, load_best, load_iteration, load_latest
@@ -119,7 +120,7 @@ class Policy:
         form = self.spaces.observation_parts, self.spaces.image
         observations = checked_observations(observation, self.observation_size, *form)
         batch = torch.from_numpy(observations if observations.ndim == 2 else observations[None])
-        noise = None if deterministic else torch.randn(len(batch), self.agent.noise_size)
+        noise = None if deterministic else torch.randn(len(batch), self.agent.noise_size, dtype=torch.float32)
         with torch.inference_mode():
             if self.has_memory:
                 inputs = checked_memory(len(batch), self.controller.state_size, state, episode_start, reward)
@@ -146,6 +147,7 @@ class Policy:
         """One control step as a function of tensors, on the CPU: what `predict` runs and `export` writes."""
         return self.agent.controller(self.state, self.spaces)
 
+    @default_torch_settings()
     def record(self, env: gymnasium.Env[Any, Any], episodes: int) -> list[Trajectory]:
         """Run exploring episodes, to adapt on: the procedure of training. With a memory they are a trial.
 
@@ -192,6 +194,7 @@ class Policy:
         actions = np.array(drawn)
         return Trajectory(observations, actions, rewards, terminated, truncated, np.array(log_probs)), state
 
+    @default_torch_settings()
     def adapt(self, trajectories: Sequence[Trajectory], steps: int = 1, inner_lr: float | None = None) -> Policy:
         """Return the policy after adapting to recorded episodes of the new task; this one stays as it is.
 
@@ -343,6 +346,7 @@ class Policy:
         )
 
 
+@default_torch_settings()
 def load(
     run_dir: str | Path,
     device: str = "cpu",

@@ -22,6 +22,7 @@ from metarl.envs.manager import EnvManager
 from metarl.envs.vector.serial import make_envs
 from metarl.errors import UserError
 from metarl.evaluation.ablation import Ablation, ablated
+from metarl.nn.torch_settings import default_torch_settings
 from metarl.protocols import AdaptiveActor, Collector
 from metarl.seeding import Purpose, children, seeds
 from metarl.types import FloatArray, Rollout, Task
@@ -44,6 +45,7 @@ class _Tasks:
         self.make = make
 
 
+@default_torch_settings()
 def evaluate(
     policy: Policy,
     tasks: Sequence[Task],
@@ -260,6 +262,7 @@ def held_out_metrics(report: Report) -> dict[str, float]:
     return metrics
 
 
+@default_torch_settings()
 def adapt_to(
     policy: Policy,
     task: Task,

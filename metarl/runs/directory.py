@@ -18,6 +18,15 @@ from metarl.runs.lock import FOLDERS
 from metarl.types import Position
 
 
+def folder_id(path: Path) -> tuple[int, int] | None:
+    """Return what tells a folder from any other, whatever its name: device and inode; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def load_to_resume(run_dir: Path, config: RunConfig, *, allow_config_change: bool) -> tuple[Checkpoint, Position]:
     """Return the checkpoint to resume from and its position; a finished run may resume with more iterations.
 

@@ -34,6 +34,7 @@ from metarl.continual.network_use import network_use
 from metarl.deploy.policy import Policy
 from metarl.errors import RunError
 from metarl.evaluation import Report
+from metarl.nn.torch_settings import default_torch_settings
 from metarl.protocols import (
     Agent,
     AgentBuilder,
@@ -45,7 +46,7 @@ from metarl.protocols import (
 )
 from metarl.runs.checkpoint import save
 from metarl.runs.data_store import DATA, DataStore
-from metarl.runs.directory import flatten, write_config
+from metarl.runs.directory import flatten, folder_id, write_config
 from metarl.runs.divergence import not_finite, write_statistics
 from metarl.runs.lock import default_run_dir, locked
 from metarl.runs.random_state import random_state, set_random_state
@@ -97,6 +98,7 @@ def _silent(position: Position, metrics: Mapping[str, float]) -> None:
     pass
 
 
+@default_torch_settings()
 def train(
     config: RunConfig | Mapping[str, Any] | str | Path,
     distribution: TaskDistribution | Sequence[TaskDistribution] | None = None,
@@ -139,7 +141,8 @@ def train(
 
     Raises:
         UserError: the config, the device, the run directory or one that a stage starts from cannot be used.
-        RunError: numbers are not finite any more, or the disk cannot be written; the run stays at its last checkpoint.
+        RunError: numbers are not finite any more, the disk cannot be written or the run's folder has gone; the run
+            stays at its last checkpoint. Or the run has ended, and all of its iterations were undone.
     """
     default_dir = default_run_dir(config)
     config = as_config(config)
@@ -162,7 +165,13 @@ def train(
         with contextlib.ExitStack() as opened:
             loop = _Loop(config, parts, start, run_dir, limits, progress, collectors, opened)
             loop.run()
-    state, done = loop.agent.initial_state(1), loop.position.stage == len(config.stages)
+    done = loop.position.stage == len(config.stages)
+    if done and loop.position.skipped == loop.position.iteration:
+        raise RunError(
+            f"nothing was learned: all {loop.position.iteration} iterations were undone, since numbers were not "
+            "finite; mend the environment, or take smaller steps"
+        )
+    state = loop.agent.initial_state(1)
     policy = Policy(config, loop.agent, parts.spaces, loop.position.env_steps, state, builder=agent)
     return Run(run_dir, policy, loop.report, finished=done)
 
@@ -198,6 +207,7 @@ class _Loop:
         self.position = start.position
         self.score = start.score  # of the evaluation in this iteration, if there was one
         self.report: Report | None = None
+        self.folder_id = folder_id(run_dir)
         self.store = DataStore(run_dir / DATA, start.data)
         shown = start.config_text if start.config_is_new else None
         with self._writing():
@@ -396,6 +406,11 @@ class _Loop:
             "stability": stability.state_dict(self.parts.methods),
             "random": random_state(),
         }
+        if folder_id(self.run_dir) != self.folder_id:
+            raise RunError(
+                f"{self.run_dir} was moved, renamed or removed while its run trained; the last checkpoint is where the "
+                "folder went: use --resume there"
+            )
         checkpoints, stores_data = self.run_dir / "checkpoints", isinstance(self.agent, StoresData)
         with self._writing():
             data = self.store.entries(self.agent.save_data(self.store)) if isinstance(self.agent, StoresData) else {}
