@@ -66,7 +66,7 @@ class ControlStep(NamedTuple):
         """
         now = observations[:, self.entries]
         rewards = torch.where(rewards.isnan(), state.reward, rewards)
-        time = state.time.masked_fill(start, 0)
+        time = torch.where(start, 0, state.time)
         inputs = normalized(self.inputs(now, state.previous, rewards, start, time), self.shift, self.scale)
         features, memory = self.policy.trunk.step(inputs, state.memory, active)
         previous, steps = PreviousStep(now, state.previous.actions, rewards), time + 1

@@ -5,6 +5,7 @@ Actions are in policy units: ±1 are the bounds of the action space. Shapes: `[.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -201,6 +202,6 @@ class GaussianHead:
         """
         return {"log_std": params["log_std"].clamp(*self._bounds) + half_range.log()}
 
-    @property
+    @functools.cached_property
     def _bounds(self) -> tuple[float, float]:
         return math.log(self.min_std), math.log(self.max_std)
