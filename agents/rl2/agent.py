@@ -140,7 +140,7 @@ class Rl2:
         nothing = torch.zeros(num_tasks, device=self.device)
         sizes = len(self._entries), self.inputs.head.feedback_size
         observations, actions = (nothing[:, None].expand(-1, size) for size in sizes)
-        time = torch.full((num_tasks,), -1, device=self.device)
+        time = torch.zeros(num_tasks, dtype=torch.int64, device=self.device)
         return Rl2State(
             self.policy.trunk.initial(num_tasks), PreviousStep(observations, actions, nothing), time, nothing
         )
@@ -190,15 +190,14 @@ class Rl2:
 
     def pack(self, state: Rl2State) -> dict[str, Tensor]:
         """The whole state as one tensor; see `Agent.pack`."""
-        memory, previous, time, reward = state
-        return {"recall": join_state(memory, previous, time + 1, reward)}
+        return {"recall": join_state(*state)}
 
     def unpack(self, packed: Mapping[str, Tensor]) -> Rl2State:
         """See `Agent.unpack`."""
         empty = self.initial_state(1)
         check_entries(packed, self.pack(empty))
         memory, previous, steps, reward = split_state(packed["recall"].to(self.device), self.inputs)
-        return Rl2State(unpack(memory, empty.memory), previous, steps - 1, reward)
+        return Rl2State(unpack(memory, empty.memory), previous, steps, reward)
 
     # --- learning ------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ class Rl2State(NamedTuple):
 
     memory: State
     previous: PreviousStep
-    time: Tensor  # [B], integers, the step of the episode; −1 before the first
+    time: Tensor  # [B], integers, steps of the episode so far
     reward: Tensor  # [B], the last reward where it is known and not yet read; else NaN; 0 before the first step
 
     def select(self, index: Tensor) -> Rl2State:
@@ -66,18 +66,18 @@ class ControlStep(NamedTuple):
         """
         now = observations[:, self.entries].float()
         rewards = torch.where(rewards.isnan(), state.reward, rewards)
-        time = (state.time + 1).masked_fill(start, 0)
+        time = torch.where(start, 0, state.time)
         inputs = normalized(self.inputs(now, state.previous, rewards, start, time), self.shift, self.scale)
         features, memory = self.policy.trunk.step(inputs, state.memory, active)
-        previous = PreviousStep(now, state.previous.actions, rewards)
+        previous, steps = PreviousStep(now, state.previous.actions, rewards), time + 1
         if active is not None:
             previous = PreviousStep(
                 torch.where(active[:, None], now, state.previous.observations),
                 state.previous.actions,
                 torch.where(active, rewards, state.previous.rewards),
             )
-            time = torch.where(active, time, state.time)
-        return self.policy.head(features), Rl2State(memory, previous, time, torch.full_like(rewards, math.nan))
+            steps = torch.where(active, steps, state.time)
+        return self.policy.head(features), Rl2State(memory, previous, steps, torch.full_like(rewards, math.nan))
 
     def carry_out(self, state: Rl2State, actions: Tensor, active: Tensor | None = None) -> Rl2State:
         """Return the state after actions `[B, A]`, as the memory will read them."""

@@ -80,12 +80,11 @@ class MemoryController(nn.Module):
         """
         begun = state[:, -1:] > 0
         packed, previous, steps, reward = split_state(torch.where(begun, state[:, :-1], self._initial), self._inputs)
-        before = Rl2State(unpack(packed, self._like, fixed=True), previous, steps - 1, reward)
+        before = Rl2State(unpack(packed, self._like, fixed=True), previous, steps, reward)
         start = episode_start | ~begun[:, 0]
         rewards = torch.where(begun[:, 0], rewards, math.nan)
         step = ControlStep(self._policy, self._inputs, self._entries, self._shift, self._scale)
         distribution, after = step.read(before, observations, rewards, start)
         drawn = distribution.mode if noise is None else distribution.sample(noise)
-        memory, previous, time, reward = step.carry_out(after, drawn)
-        joint = join_state(memory, previous, time + 1, reward)
+        joint = join_state(*step.carry_out(after, drawn))
         return self._units(drawn), torch.cat([joint, torch.ones_like(joint[:, :1])], -1)

@@ -223,7 +223,7 @@ class PolicyHead(nn.Module):
             self._head.keep_within_bounds(self._parameters_by_name())
 
     def _parameters_by_name(self) -> dict[str, Tensor]:
-        return {name: self.get_parameter(name) for name in self._head.free_parameters}
+        return {name: getattr(self, name) for name in self._head.free_parameters}
 
 
 class Policy(nn.Module):

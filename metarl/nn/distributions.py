@@ -7,6 +7,7 @@ Shapes: `[...]` any batch, A action size, C = Σ choices.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -286,7 +287,7 @@ class GaussianHead:
         """
         return {"log_std": params["log_std"].clamp(*self._bounds) + half_range.log()}
 
-    @property
+    @functools.cached_property
     def _bounds(self) -> tuple[float, float]:
         return math.log(self.min_std), math.log(self.max_std)
 

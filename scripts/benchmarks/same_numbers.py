@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -149,9 +148,14 @@ def numbers_of(metarl: Path, name: str) -> dict[str, str]:
 
 def machine() -> dict[str, str]:
     """Return what the numbers depend on beside the code."""
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    fields = dict(
+        (part.strip() for part in line.split(":", 1))
+        for line in reversed(Path("/proc/cpuinfo").read_text().splitlines())
+        if ":" in line
+    )
+    named = [fields.get(name, "?") for name in ("model name", "cpu family", "model")]
     return {
-        "processor": cpu.partition(":")[2].strip() or platform.processor(),
+        "processor": "{} family {} model {}".format(*named),  # processors of one name may differ
         **{name: version(name) for name in ("torch", "numpy", "mujoco", "metaworld")},
     }
 

@@ -79,9 +79,11 @@ def test_ctrl_c_on_a_pipeline_saves_though_nobody_reads_any_more(navigating):
     """As in `metarl train … 2>&1 | tee log`, where tee dies of the same signal."""
     process, run_dir = navigating(*LONG, "--checkpoint-every-iterations", 10**6)
     wait_for(process, run_dir / "metrics.jsonl")
+    process.send_signal(signal.SIGSTOP)  # it must not write between the end of its reader and the signal
     process.stdout.close()
     process.stderr.close()
     process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
     assert process.wait(timeout=60) == 130
     assert load_latest(run_dir / "checkpoints").position.iteration > 0
     process.stdout = process.stderr = None
